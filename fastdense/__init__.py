@@ -1,0 +1,38 @@
+"""fastdense: DenseNets that are cheap to train."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional, memory, reference
+from .functional import dense_block
+from .nn import (
+    DenseBlock,
+    DenseLayer,
+    DenseNet,
+    Transition,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+)
+
+try:
+    __version__ = version("fastdense")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "Transition",
+    "dense_block",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "functional",
+    "memory",
+    "reference",
+]

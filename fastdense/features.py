@@ -1,0 +1,98 @@
+"""How feature maps and their gradients lie in memory, and the two small records that the schedule passes round.
+
+Feature maps are kept channels last, as *rows*: ``rows[p, c]`` is channel ``c`` of pixel ``p``, where ``p`` runs
+over batch and space together, so that a BatchNorm averages over ``m = N*H*W`` rows and a 1x1 convolution is one
+matrix product. A layer reads the channels ``[:C_l]`` of its block's buffer and writes ``[C_l : C_l+k]``: slices,
+never copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROW_ALIGNMENT_BYTES = 16
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, moments and lazy coefficients: float64 for float64 features, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_features(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised ``[N, C, *spatial]`` tensor, channels last, every pixel's row aligned to 16 bytes.
+
+    The row stride is ``C`` itself wherever ``C`` elements fill whole 16-byte words, as in every named DenseNet; the
+    result is then contiguous in PyTorch's ``channels_last`` sense. It owns its memory (it is no view), so that the
+    user may modify it in place like the output of any other operator.
+    """
+    n, channels, *spatial = shape
+    per_word = max(1, ROW_ALIGNMENT_BYTES // dtype.itemsize)
+    row = (channels + per_word - 1) // per_word * per_word
+    strides = [row * math.prod(spatial), 1]
+    strides += [row * math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
+    return torch.empty_strided((n, channels, *spatial), strides, dtype=dtype, device=device)
+
+
+def as_rows(images: Tensor) -> Tensor:
+    """View channels-last ``[N, C, *spatial]`` as rows ``[m, C]``; raises if that would need a copy."""
+    channels_last = images.movedim(1, -1)
+    return channels_last.view(math.prod(channels_last.shape[:-1]), images.shape[1])
+
+
+def as_images(rows: Tensor, spatial: Sequence[int]) -> Tensor:
+    """View rows ``[n*prod(spatial), C]`` as channels-last images ``[n, C, *spatial]``."""
+    images = rows.shape[0] // max(1, math.prod(spatial))
+    return rows.view(images, *spatial, rows.shape[1]).movedim(-1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Feature maps with their batch moments.
+
+    Attributes:
+        rows: values ``[m, C]`` in the feature dtype, usually a channel slice of a wider buffer.
+        mean: batch mean of each channel ``[C]``, in the accumulation dtype; ``None`` where no reader asks for it.
+        var: biased batch variance of each channel ``[C]``, likewise.
+    """
+
+    rows: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+
+    def __getitem__(self, channels: slice) -> Features:
+        if self.mean is None or self.var is None:
+            return Features(self.rows[:, channels], None, None)
+        return Features(self.rows[:, channels], self.mean[channels], self.var[channels])
+
+
+@dataclass(frozen=True, slots=True)
+class LazyGradient:
+    """The gradient of some features ``v`` whose BatchNorm corrections have not been applied yet.
+
+    It stands for ``grad(v) = D + a + b*(v - mu)``. The correction that BatchNorm makes for its batch statistics is
+    affine in ``v`` with coefficients per channel, and coefficients of several readers simply add up; so each reader
+    adds ``gamma*r*dy`` to ``D`` and two numbers per channel to ``a`` and ``b``, and whoever needs ``grad(v)`` forms
+    it while loading. docs/algorithm.md derives it.
+
+    Attributes:
+        D: direct part ``[m, C]``, in the feature dtype.
+        a, b: coefficients ``[C]`` in the accumulation dtype; ``None`` where no reader uses batch statistics.
+        start: the first channel of the buffer that has a gradient; slices are given in the buffer's numbering.
+    """
+
+    D: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    start: int = 0
+
+    def __getitem__(self, channels: slice) -> LazyGradient:
+        lo = max((channels.start or 0) - self.start, 0)
+        hi = channels.stop - self.start
+        if self.a is None or self.b is None:
+            return LazyGradient(self.D[:, lo:hi], None, None, self.start + lo)
+        return LazyGradient(self.D[:, lo:hi], self.a[lo:hi], self.b[lo:hi], self.start + lo)

@@ -1,0 +1,319 @@
+"""The door to the operators: argument checks, the choice of implementation, running statistics, dropout's seed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends, checks, memory, ops, reference
+from .features import accumulation_dtype
+from .supported import why_reference
+
+__all__ = ["dense_block", "transition"]
+
+Moments = tuple[Tensor, Tensor]
+
+
+def dense_block(
+    x: Tensor,
+    layers: Iterable[nn.Module],
+    *,
+    recompute: str = "activations",
+    impl: str = "auto",
+    moments: Moments | None = None,
+    return_moments: bool = False,
+) -> Any:
+    """All layers of a DenseBlock on one shared buffer.
+
+    Args:
+        x: features ``[N, C0, *spatial]``, one to three spatial dimensions, float16, bfloat16, float32 or float64, any
+            strides (channels last saves a transposition). Under autocast it is cast to autocast's dtype.
+        layers: modules with children ``norm1, conv1, norm2, conv2`` (or ``norm1, conv1`` alone for the basic layer) and
+            the attributes ``drop_rate`` and ``training``, such as :class:`fastdense.nn.DenseLayer` or torchvision's.
+        recompute: what backward computes again: ``"activations"`` keeps the features and the bottlenecks;
+            ``"bottlenecks"`` keeps the features alone; ``"auto"`` decides by the device's free memory.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        moments: mean and biased variance ``[C0]`` of ``x`` over batch and space, if they are known already, in
+            float32 (float64 for float64 features). Gradients flow back through them.
+        return_moments: return ``(features, mean, var)``, the moments of all output channels, all differentiable.
+
+    Returns:
+        ``[N, C0 + sum(k), *spatial]``, channels last: ``x`` followed by what each layer adds.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is wrong; the message names it and what is allowed.
+        RuntimeError: ``impl`` asks for what cannot run here, or a ``torch.func`` transform is active.
+
+    Equivalent to::
+
+        features = [x]
+        for layer in layers:
+            h = torch.cat(features, 1)
+            h = layer.conv1(F.relu(layer.norm1(h)))
+            h = layer.conv2(F.relu(layer.norm2(h)))
+            features.append(F.dropout(h, layer.drop_rate, layer.training))
+        return torch.cat(features, 1)
+
+    Source: arXiv 1608.06993, equation 2 and section 3.
+    """
+    layers = list(layers)
+    checks.choice("recompute", recompute, checks.RECOMPUTE)
+    impl = checks.impl_name(impl)
+    _check_input(x, layers)
+    if impl != "reference" and (reason := why_reference(layers)) is not None:
+        if impl != "auto":
+            raise RuntimeError(f"impl={impl!r} cannot run this block: {reason}; use impl='auto' or impl='reference'")
+        _say_once(f"fastdense runs the reference path (slower, more memory): {reason}")
+        impl = "reference"
+    if impl == "reference":
+        return _reference(x, layers, return_moments)
+    _refuse_transforms()
+    x = _autocast(x)
+    _check_layers(x, layers)
+    _check_moments(x, moments)
+    return _fused(x, layers, recompute, backends.resolve(impl, x.device), moments, return_moments)
+
+
+def _reference(x: Tensor, layers: list[nn.Module], return_moments: bool) -> Any:
+    features = reference.dense_block(x, layers)
+    if not return_moments:
+        return features
+    axes = [0, *range(2, features.dim())]
+    var, mean = torch.var_mean(features.to(accumulation_dtype(features.dtype)), dim=axes, correction=0)
+    return features, mean, var
+
+
+def _fused(
+    x: Tensor, layers: list[Any], recompute: str, impl: str, moments: Moments | None, return_moments: bool
+) -> Any:
+    convs = [pair for layer in layers for pair in _convolutions(layer)]
+    norms = [norm for norm, _ in convs]
+    params = [tensor for norm, conv in convs for tensor in (*_affine(norm, x), conv.weight)]
+    frozen = [not (norm.training or norm.running_mean is None) for norm in norms]
+    per_layer = len(convs) // len(layers)
+    tracked = return_moments or not all(frozen[::per_layer])
+    m = x.shape[0] * x.shape[2:].numel()
+    if m == 1 and not all(frozen):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
+    if recompute == "auto":
+        bottlenecks = sum(conv.out_channels for _, conv in convs[::2]) if per_layer == 2 else 0
+        recompute = memory.choose_recompute(m * bottlenecks * x.element_size(), x.device)
+
+    rng = _rng_state(x.device) if any(drop_rates) else None
+    try:
+        X, mean, var, _, z_mean, z_var = torch.ops.fastdense.dense_block(
+            x,
+            *(moments or (None, None)),
+            params,
+            [stat for norm, fixed in zip(norms, frozen, strict=True) if fixed for stat in _running(norm)],
+            torch.randint(2**63 - 1, (1,), device=x.device) if any(drop_rates) else None,
+            [norm.eps for norm in norms],
+            frozen,
+            drop_rates,
+            bool(getattr(layers[0], "drop_channels", False)),
+            per_layer == 2,
+            tracked,
+            _first_gradient(x, moments, params, 3 * per_layer),
+            recompute == "bottlenecks",
+            impl,
+        )
+    except BaseException:
+        _restore_rng(x.device, rng)
+        raise
+    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), m)
+    return (X, mean, var) if return_moments else X
+
+
+def _convolutions(layer: Any) -> list[tuple[Any, Any]]:
+    pairs = [(layer.norm1, layer.conv1)]
+    if "conv2" in layer._modules:
+        pairs.append((layer.norm2, layer.conv2))
+    return pairs
+
+
+def _affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    if norm.weight is not None:
+        return norm.weight, norm.bias
+    dtype = accumulation_dtype(x.dtype)
+    ones = torch.ones(norm.num_features, dtype=dtype, device=x.device)
+    return ones, torch.zeros_like(ones)
+
+
+def _running(norm: Any) -> tuple[Tensor, Tensor]:
+    return norm.running_mean, norm.running_var
+
+
+def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor], per_layer: int) -> int:
+    """The first layer whose parameters or inputs need a gradient; the number of layers if none does."""
+    if torch.is_grad_enabled():
+        if x.requires_grad or any(moment.requires_grad for moment in moments or ()):
+            return 0
+        for i, param in enumerate(params):
+            if param.requires_grad:
+                return i // per_layer
+    return len(params) // per_layer
+
+
+@torch.no_grad()
+def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int) -> None:
+    """Every training norm's running statistics, once, after all kernels were queued.
+
+    As ``nn.BatchNorm``: ``running = (1 - momentum)*running + momentum*batch``, with the unbiased variance; with
+    ``momentum=None`` the cumulative average.
+    """
+    if m == 0:
+        return
+    unbiased = m / max(m - 1, 1)
+    x, z = (x[0].detach(), x[1].detach() * unbiased), (z[0], z[1] * unbiased)
+    groups: dict[float | None, list[tuple[Any, Tensor, Tensor]]] = {}
+    offset = 0
+    for i, norm in enumerate(norms):
+        channels = norm.num_features
+        if per_layer == 1 or i % 2 == 0:
+            (mean, var), at = x, slice(0, channels)
+        else:
+            (mean, var), at = z, slice(offset, offset + channels)
+            offset += channels
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            groups.setdefault(norm.momentum, []).append((norm, mean[at], var[at]))
+    for momentum, members in groups.items():
+        counters = [norm.num_batches_tracked for norm, _, _ in members if norm.num_batches_tracked is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        running = [stat for norm, _, _ in members for stat in _running(norm)]
+        batch = [moment for _, *moments in members for moment in moments]
+        batch = [new if new.dtype == old.dtype else new.to(old.dtype) for old, new in zip(running, batch, strict=True)]
+        if momentum is not None:
+            torch._foreach_lerp_(running, batch, momentum)
+            continue
+        for i, (old, new) in enumerate(zip(running, batch, strict=True)):
+            old.lerp_(new, members[i // 2][0].num_batches_tracked.to(old.dtype).reciprocal())
+
+
+def transition(x: Tensor, norm: nn.Module, conv: nn.Module, pool: nn.Module) -> Tensor:
+    """BN-ReLU-AvgPool-Conv1x1: DenseNet's transition with the pooling first.
+
+    Average pooling and a 1x1 convolution commute, so pooling first gives the same result for a quarter of the
+    convolution's work (an eighth in 3D).
+
+    Args:
+        x: ``[N, C, *spatial]``.
+        norm, conv, pool: the transition's BatchNorm, bias-free 1x1 convolution and average pooling without padding.
+
+    Returns:
+        ``[N, C_out, *(spatial // 2)]``.
+
+    Equivalent to ``pool(conv(F.relu(norm(x))))``. Source: arXiv 1608.06993, section 3, "Pooling layers".
+    """
+    return conv(pool(F.relu(norm(x), inplace=True)))
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_input(x: Tensor, layers: Sequence[Any]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if not layers:
+        raise ValueError("layers must hold at least one layer, got none")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor (float16, bfloat16, float32 or float64), got {x.dtype}")
+    weight = getattr(getattr(layers[0], "conv1", None), "weight", None)
+    if isinstance(weight, Tensor) and x.dim() != weight.dim():
+        raise ValueError(
+            f"x must have {weight.dim()} dimensions [N, C, {weight.dim() - 2} spatial], as the layers' convolutions, "
+            f"got shape {tuple(x.shape)}"
+        )
+    expected = getattr(getattr(layers[0], "norm1", None), "num_features", None)
+    if expected is not None and x.shape[1] != expected:
+        raise ValueError(f"x must have {expected} channels, as the first layer reads, got shape {tuple(x.shape)}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
+
+
+def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    channels = x.shape[1]
+    stages = len(_convolutions(layers[0]))
+    for i, layer in enumerate(layers):
+        reads = channels
+        pairs = _convolutions(layer)
+        if len(pairs) != stages:
+            raise ValueError(f"layers must all have a bottleneck or all have none; layer {i} differs from layer 0")
+        for number, (norm, conv) in enumerate(pairs, 1):
+            if norm.num_features != reads or conv.in_channels != reads:
+                raise ValueError(
+                    f"layer {i} (counted from 0) must read {reads} channels in norm{number} and conv{number}, got "
+                    f"{norm.num_features} and {conv.in_channels}"
+                )
+            reads = conv.out_channels
+            weight = conv.weight
+            if weight.device != x.device:
+                raise ValueError(
+                    f"x is on device {str(x.device)!r}, but conv{number} of layer {i} is on {str(weight.device)!r}: "
+                    "move one of them with .to()"
+                )
+            if weight.dtype != x.dtype and not autocast:
+                raise ValueError(
+                    f"x is {x.dtype}, but conv{number} of layer {i} is {weight.dtype}: convert one of them with .to(), "
+                    "or use torch.autocast"
+                )
+        channels += reads
+
+
+def _check_moments(x: Tensor, moments: Moments | None) -> None:
+    if moments is None:
+        return
+    expected = accumulation_dtype(x.dtype)
+    for name, moment in zip(("mean", "var"), moments, strict=True):
+        if moment.shape != x.shape[1:2] or moment.dtype != expected or moment.device != x.device:
+            raise ValueError(
+                f"moments must be (mean, var), each [{x.shape[1]}] {expected} on {str(x.device)!r}; {name} is "
+                f"{list(moment.shape)} {moment.dtype} on {str(moment.device)!r}"
+            )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _refuse_transforms() -> None:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and not torch.compiler.is_compiling() and active():
+        raise RuntimeError(ops.NOT_TWICE)
+
+
+@lru_cache(maxsize=256)
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+# ---- the random number generator -------------------------------------------------------------------------------------
+
+
+def _rng_state(device: torch.device) -> Tensor | None:
+    """The state to return to if the call fails; ``None`` where it cannot be read (while a CUDA graph is captured)."""
+    if torch.compiler.is_compiling():
+        return None
+    if device.type == "cuda":
+        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def _restore_rng(device: torch.device, state: Tensor | None) -> None:
+    if state is None:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

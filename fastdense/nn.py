@@ -1,0 +1,270 @@
+"""DenseNet as ``nn.Module``: torchvision's names, arguments and ``state_dict`` keys on fastdense's algorithm."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks, functional, reference
+from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
+
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "Transition",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+]
+
+
+class DenseLayer(ConcatDenseLayer):
+    """One layer's parameters, as ordinary children ``norm1, relu1, conv1, norm2, relu2, conv2``.
+
+    A :class:`DenseBlock` reads them and runs all its layers together; called by itself, the layer is the textbook one.
+    """
+
+
+class DenseBlock(ConcatDenseBlock):
+    """A DenseBlock on one shared buffer: a drop-in for torchvision's ``_DenseBlock``.
+
+    Args:
+        num_layers: ``L``.
+        num_input_features: ``C0``, channels entering.
+        bn_size: bottleneck channels over ``growth_rate``; ``None`` for the paper's basic layer without bottleneck.
+        growth_rate: ``k``, channels each layer adds.
+        drop_rate: element-wise dropout after each layer.
+        memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
+        recompute: ``"activations"`` (keep features and bottlenecks), ``"bottlenecks"`` (keep the features alone),
+            ``"auto"`` (by free memory) or ``None`` (what ``memory_efficient`` says).
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; ``"auto"`` obeys ``FASTDENSE_IMPL``.
+        spatial_dims: 1, 2 or 3.
+
+    Shape:
+        ``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``, channels last.
+
+    The children are not called. Where one carries a hook, a parametrization or an unknown type the block says so once
+    and runs the textbook path. Equivalent to :class:`fastdense.reference.ConcatDenseBlock` with the same parameters.
+
+    Source: arXiv 1608.06993.
+    """
+
+    layer_type = DenseLayer
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int | None,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        memory_efficient: bool = False,
+        *,
+        recompute: str | None = None,
+        impl: str = "auto",
+        spatial_dims: int = 2,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_layers,
+            num_input_features,
+            bn_size,
+            growth_rate,
+            drop_rate,
+            memory_efficient,
+            recompute=recompute,
+            impl=impl,
+            spatial_dims=spatial_dims,
+            device=device,
+            dtype=dtype,
+        )
+        for module in self.modules():
+            if isinstance(module, reference_convs):
+                _channels_last(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``."""
+        recompute = checks.recompute_mode(self.recompute, self.memory_efficient)
+        return functional.dense_block(x, self.values(), recompute=recompute, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        return f"recompute={checks.recompute_mode(self.recompute, self.memory_efficient)!r}, impl={self.impl!r}"
+
+
+reference_convs = tuple(CONV.values())
+
+
+@torch.no_grad()
+def _channels_last(weight: Tensor) -> None:
+    """Lay a weight out as ``[out, *kernel, in]``, the order in which a channels-last convolution reads it."""
+    weight.data = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+class Transition(ConcatTransition):
+    """Between two blocks: BN-ReLU-Conv1x1-AvgPool2, with the pooling done first.
+
+    Args:
+        num_input_features: channels entering.
+        num_output_features: channels leaving; the paper halves them.
+
+    Shape:
+        ``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``.
+
+    Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``."""
+        if checks.impl_name(self.impl) == "reference":
+            return super().forward(x)
+        return self.conv(self.pool(self.relu(self.norm(x))))
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC with torchvision's modules and keys (``features.denseblock1.denselayer1.norm1.weight`` ...).
+
+    Args:
+        growth_rate: ``k``.
+        block_config: layers in each block.
+        num_init_features: channels that the stem makes.
+        bn_size: bottleneck channels over ``growth_rate``, or ``None`` for no bottleneck.
+        drop_rate: dropout after each layer.
+        num_classes: width of the classifier.
+        memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
+        in_channels: channels of the input.
+        small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and pooling.
+        recompute, impl: see :class:`DenseBlock`.
+        spatial_dims: 1, 2 or 3.
+
+    Shape:
+        ``[N, in_channels, *spatial]`` to ``[N, num_classes]``. Blocks halve the resolution between them; ImageNet's
+        stem divides it by 4 first.
+
+    Equivalent to ``torchvision.models.DenseNet`` with the same arguments: under one seed, the same initial weights.
+    Source: arXiv 1608.06993, table 1 and section 4.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory_efficient: bool = False,
+        *,
+        in_channels: int = 3,
+        small_inputs: bool = False,
+        recompute: str | None = None,
+        impl: str = "auto",
+        spatial_dims: int = 2,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not block_config:
+            raise ValueError(f"block_config must name at least one block's layers, got {block_config!r}")
+        checks.positive_int("num_classes", num_classes)
+        checks.positive_int("in_channels", in_channels)
+        checks.positive_int("num_init_features", num_init_features)
+        checks.choice("spatial_dims", spatial_dims, (1, 2, 3))
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.features = nn.Sequential(
+            _stem(in_channels, num_init_features, small_inputs, spatial_dims, at)
+        )
+        channels = num_init_features
+        for i, num_layers in enumerate(block_config, 1):
+            block = DenseBlock(
+                num_layers,
+                channels,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                memory_efficient,
+                recompute=recompute,
+                impl=impl,
+                spatial_dims=spatial_dims,
+                **at,
+            )
+            self.features.add_module(f"denseblock{i}", block)
+            channels += num_layers * growth_rate
+            if i < len(block_config):
+                transition = Transition(
+                    channels, max(1, channels // 2), impl=impl, spatial_dims=spatial_dims, **at
+                )
+                self.features.add_module(f"transition{i}", transition)
+                channels = max(1, channels // 2)
+        self.features.add_module("norm5", BATCH_NORM[spatial_dims](channels, **at))
+        self.classifier = nn.Linear(channels, num_classes, **at)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """torchvision's: He et al.'s normal for convolutions, 1 and 0 for norms, 0 for the classifier's bias."""
+        for module in self.modules():
+            if isinstance(module, reference_convs):
+                # Through a contiguous copy: random values fill memory in order, and the weight may be channels last.
+                weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+                module.weight.copy_(nn.init.kaiming_normal_(weight))
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores ``[N, num_classes]``."""
+        features = F.relu(self.features(x), inplace=True)
+        pooled = features.flatten(2).mean(2)
+        return self.classifier(pooled)
+
+
+def _stem(in_channels: int, out_channels: int, small: bool, spatial_dims: int, at: dict[str, Any]) -> OrderedDict[str, nn.Module]:
+    conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
+    if small:
+        return OrderedDict(conv0=conv(in_channels, out_channels, kernel_size=3, padding=1, bias=False, **at))
+    pool = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[spatial_dims]
+    return OrderedDict(
+        conv0=conv(in_channels, out_channels, kernel_size=7, stride=2, padding=3, bias=False, **at),
+        norm0=norm(out_channels, **at),
+        relu0=nn.ReLU(inplace=True),
+        pool0=pool(kernel_size=3, stride=2, padding=1),
+    )
+
+
+def _named(growth_rate: int, block_config: tuple[int, ...], num_init_features: int, options: dict[str, Any]) -> DenseNet:
+    return DenseNet(
+        **{"growth_rate": growth_rate, "block_config": block_config, "num_init_features": num_init_features, **options}
+    )
+
+
+def densenet121(**kwargs: Any) -> DenseNet:
+    """DenseNet-121: ``k = 32``, blocks of 6, 12, 24, 16 layers. Keywords go to :class:`DenseNet`."""
+    return _named(32, (6, 12, 24, 16), 64, kwargs)
+
+
+def densenet161(**kwargs: Any) -> DenseNet:
+    """DenseNet-161: ``k = 48``, blocks of 6, 12, 36, 24 layers. Keywords go to :class:`DenseNet`."""
+    return _named(48, (6, 12, 36, 24), 96, kwargs)
+
+
+def densenet169(**kwargs: Any) -> DenseNet:
+    """DenseNet-169: ``k = 32``, blocks of 6, 12, 32, 32 layers. Keywords go to :class:`DenseNet`."""
+    return _named(32, (6, 12, 32, 32), 64, kwargs)
+
+
+def densenet201(**kwargs: Any) -> DenseNet:
+    """DenseNet-201: ``k = 32``, blocks of 6, 12, 48, 32 layers. Keywords go to :class:`DenseNet`."""
+    return _named(32, (6, 12, 48, 32), 64, kwargs)
+
+
+def densenet264(**kwargs: Any) -> DenseNet:
+    """DenseNet-264: ``k = 32``, blocks of 6, 12, 64, 48 layers (``growth_rate=48`` gives the wide one)."""
+    return _named(32, (6, 12, 64, 48), 64, kwargs)

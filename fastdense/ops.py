@@ -1,0 +1,290 @@
+"""The DenseBlock as two ``torch.library`` operators, so that autograd, compilers and exporters see one node each.
+
+``fastdense::dense_block`` returns the block's output *and its channels' batch moments*, all three differentiable. A
+reader outside the block (a transition, the head) that normalises with them sends its gradient back as gradients of
+``(X, mean, var)``; autograd adds those up over readers, and the block's backward starts from
+
+    D = grad_X,   a = grad_mean/m,   b = 2*grad_var/m,
+
+which is the lazy gradient of ``schedule.py``. The operators mutate nothing and return no views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, schedule
+from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
+from .schedule import Conv, Dropout, Layer, Norm
+
+NOT_TWICE = (
+    "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
+    "model with impl='reference' (or set FASTDENSE_IMPL=reference)"
+)
+
+
+def build_layers(
+    params: Sequence[Tensor],
+    frozen_stats: Sequence[Tensor],
+    seed: Tensor | None,
+    eps: Sequence[float],
+    frozen: Sequence[bool],
+    drop_rates: Sequence[float],
+    drop_channels: bool,
+    bottleneck: bool,
+    needs: Sequence[bool] | None = None,
+) -> list[Layer]:
+    """The flat arguments of an operator as layers.
+
+    ``params`` holds ``gamma, beta, weight`` of each convolution in the order of their execution, ``eps`` and ``frozen``
+    one value for each convolution, ``frozen_stats`` the running ``mean, var`` of each frozen norm.
+    """
+    running = iter(frozen_stats)
+    needs = [True] * len(params) if needs is None else needs
+    convs = []
+    for i in range(len(params) // 3):
+        gamma, beta, weight = params[3 * i : 3 * i + 3]
+        moments = (next(running), next(running)) if frozen[i] else None
+        wants = (needs[3 * i], needs[3 * i + 1], needs[3 * i + 2])
+        convs.append(Conv(Norm(gamma, beta, eps[i], moments), weight, wants))
+    layers, reads, per_layer = [], params[0].numel(), 2 if bottleneck else 1
+    for l, p in enumerate(drop_rates):
+        conv1x1, conv3x3 = (convs[2 * l], convs[2 * l + 1]) if per_layer == 2 else (None, convs[l])
+        dropout = None if seed is None or p == 0 else Dropout(seed, l, p, drop_channels)
+        layers.append(Layer(reads, conv3x3.weight.shape[0], conv1x1, conv3x3, dropout))
+        reads += conv3x3.weight.shape[0]
+    return layers
+
+
+def _bottlenecks(
+    layers: Sequence[Layer], rows: Sequence[Tensor], first: int, x: Tensor, mean: Tensor, var: Tensor
+) -> list[Features]:
+    """Every ``Z_l``: kept ``rows`` from layer ``first`` on, one shared scratch for those that nobody keeps."""
+    if layers[0].conv1x1 is None:
+        return []
+    m = x.numel() // x.shape[1]
+    widths = [layer.conv1x1.weight.shape[0] for layer in layers if layer.conv1x1 is not None]
+    scratch = x.new_empty(m * max(widths)) if len(rows) < len(layers) else x.new_empty(0)
+    bottlenecks, offset = [], 0
+    for l, width in enumerate(widths):
+        kept = l - first if rows else -1
+        z = rows[kept] if kept >= 0 else scratch[: m * width].view(m, width)
+        tracked = layers[l].conv3x3.norm.frozen is None
+        moments = (mean[offset : offset + width], var[offset : offset + width]) if tracked else (None, None)
+        bottlenecks.append(Features(z, *moments))
+        offset += width
+    return bottlenecks
+
+
+def _bottleneck_shapes(params: Sequence[Tensor], bottleneck: bool, first: int, keep: bool) -> tuple[list[int], int]:
+    """Widths of the kept ``Z_l``, and of all together."""
+    if not bottleneck:
+        return [], 0
+    widths = [weight.shape[0] for weight in params[2::6]]
+    return (widths[first:] if keep else []), sum(widths)
+
+
+def _outputs(
+    x: Tensor, params: Sequence[Tensor], bottleneck: bool, tracked: bool, first: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """Uninitialised outputs of ``dense_block``."""
+    last_weights = params[5::6] if bottleneck else params[2::3]
+    channels = x.shape[1] + sum(weight.shape[0] for weight in last_weights)
+    acc, m = accumulation_dtype(x.dtype), x.shape[0] * x.shape[2:].numel()
+    widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
+    X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
+    mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))
+    z_mean, z_var = (x.new_empty(total, dtype=acc) for _ in range(2))
+    return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
+
+
+def _plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from casting inside an operator: dtypes were settled at the door."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+@torch.library.custom_op("fastdense::dense_block", mutates_args=())
+def dense_block(
+    x: Tensor,
+    x_mean: Tensor | None,
+    x_var: Tensor | None,
+    params: Sequence[Tensor],
+    frozen_stats: Sequence[Tensor],
+    seed: Tensor | None,
+    eps: Sequence[float],
+    frozen: Sequence[bool],
+    drop_rates: Sequence[float],
+    drop_channels: bool,
+    bottleneck: bool,
+    tracked: bool,
+    first: int,
+    recompute: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """``X, mean, var`` of the block, and what its backward needs: bottleneck rows, their means and variances.
+
+    Args:
+        x: ``[N, C0, *spatial]``, any strides.
+        x_mean, x_var: batch moments of ``x`` if the caller has them, ``[C0]`` in the accumulation dtype.
+        params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck: see ``build_layers``.
+        tracked: whether anyone uses the batch moments of ``X``; else ``mean`` and ``var`` come back empty.
+        first: the first layer whose parameters or inputs need a gradient: no bottleneck below it is kept.
+        recompute: keep no bottlenecks at all; backward computes them again.
+        impl: backend name, ``"torch"`` or ``"triton"``.
+    """
+    layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck)
+    X, mean, var, rows, z_mean, z_var = _outputs(x, params, bottleneck, tracked, first, not recompute)
+    if x_mean is not None and x_var is not None and tracked:
+        mean[: x.shape[1]] = x_mean
+        var[: x.shape[1]] = x_var
+    features = Features(as_rows(X), mean, var) if tracked else Features(as_rows(X), None, None)
+    with _plain_arithmetic(x):
+        schedule.forward(
+            backends.create(impl, x),
+            x,
+            layers,
+            features,
+            _bottlenecks(layers, rows, first, x, z_mean, z_var),
+            given_moments=x_mean is not None,
+        )
+    return X, mean, var, rows, z_mean, z_var
+
+
+@dense_block.register_fake
+def _(
+    x, x_mean, x_var, params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, tracked, first,
+    recompute, impl,
+):  # fmt: skip
+    return _outputs(x, params, bottleneck, tracked, first, not recompute)
+
+
+@torch.library.custom_op("fastdense::dense_block_backward", mutates_args=())
+def dense_block_backward(
+    grad_X: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    X: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rows: Sequence[Tensor],
+    z_mean: Tensor,
+    z_var: Tensor,
+    params: Sequence[Tensor],
+    frozen_stats: Sequence[Tensor],
+    seed: Tensor | None,
+    eps: Sequence[float],
+    frozen: Sequence[bool],
+    drop_rates: Sequence[float],
+    drop_channels: bool,
+    bottleneck: bool,
+    tracked: bool,
+    first: int,
+    recompute: bool,
+    impl: str,
+    given_moments: bool,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of ``x, x_mean, x_var`` and of every parameter; empty tensors where none is needed."""
+    layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, needs)
+    features = Features(as_rows(X), mean, var) if tracked else Features(as_rows(X), None, None)
+    entering = layers[0].reads
+    start = 0 if needs_x else layers[first].reads
+    with _plain_arithmetic(X):
+        be = backends.create(impl, X)
+        Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
+        G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
+        gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=recompute)
+        grad_x, grad_x_mean, grad_x_var = X.new_empty(0), mean.new_empty(0), var.new_empty(0)
+        if needs_x and given_moments:
+            grad_x = be.resolve(LazyGradient(G.D[:, :entering], None, None), features[:entering])
+            if G.a is not None and G.b is not None:
+                grad_x_mean, grad_x_var = G.a[:entering] * be.m, G.b[:entering] * (be.m / 2)
+        elif needs_x:
+            grad_x = be.resolve(G[:entering], features[:entering])
+    flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
+    return grad_x, grad_x_mean, grad_x_var, [
+        torch.empty_like(param).copy_(gradient.reshape(param.shape)) if wanted and gradient is not None
+        else param.new_empty(0)
+        for param, gradient, wanted in zip(params, flat, needs, strict=True)
+    ]  # fmt: skip
+
+
+def _incoming_gradient(
+    grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, X: Features, images: Tensor, start: int
+) -> LazyGradient:
+    """``(D, a, b)`` of the block's output, for its channels from ``start`` on. ``D`` is a copy: autograd owns ``grad_X``."""
+    m, channels = X.rows.shape
+    D = X.rows.new_empty(m, channels - start)
+    if grad_X is None:
+        D.zero_()
+    else:
+        as_images(D, images.shape[2:]).copy_(grad_X[:, start:])
+    if X.mean is None:
+        return LazyGradient(D, None, None, start)
+    a, b = torch.zeros(2, channels - start, dtype=X.mean.dtype, device=D.device)
+    if grad_mean is not None:
+        a.add_(grad_mean[start:], alpha=1 / max(m, 1))
+    if grad_var is not None:
+        b.add_(grad_var[start:], alpha=2 / max(m, 1))
+    return LazyGradient(D, a, b, start)
+
+
+@dense_block_backward.register_fake
+def _(
+    grad_X, grad_mean, grad_var, X, mean, var, rows, z_mean, z_var, params, frozen_stats, seed, eps, frozen, drop_rates,
+    drop_channels, bottleneck, tracked, first, recompute, impl, given_moments, needs_x, needs,
+):  # fmt: skip
+    entering = params[0].shape[0]
+    x_moments = (entering if needs_x and given_moments and tracked else 0,)
+    grad_x = X.new_empty(0)
+    if needs_x:
+        grad_x = empty_features((X.shape[0], entering, *X.shape[2:]), dtype=X.dtype, device=X.device)
+    return grad_x, mean.new_empty(x_moments), var.new_empty(x_moments), [
+        torch.empty_like(param) if wanted else param.new_empty(0) for param, wanted in zip(params, needs, strict=True)
+    ]  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, x_mean, _, params, frozen_stats, seed, *static = inputs
+    X, mean, var, rows, z_mean, z_var = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*rows, z_mean, z_var)
+    ctx.save_for_backward(X, mean, var, z_mean, z_var, seed, *rows, *params, *frozen_stats)
+    ctx.counts = (len(rows), len(params), len(frozen_stats))
+    ctx.static, ctx.given_moments = static, x_mean is not None
+
+
+def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> Any:
+    X, mean, var, z_mean, z_var, seed, *lists = ctx.saved_tensors
+    kept, parameters, _ = ctx.counts
+    rows, params, frozen_stats = lists[:kept], lists[kept : kept + parameters], lists[kept + parameters :]
+    needs_x, needs = any(ctx.needs_input_grad[:3]), list(ctx.needs_input_grad[3])
+    grad_x, grad_x_mean, grad_x_var, gradients = torch.ops.fastdense.dense_block_backward(
+        grad_X, grad_mean, grad_var, X, mean, var, rows, z_mean, z_var, params, frozen_stats, seed, *ctx.static,
+        ctx.given_moments, needs_x, needs,
+    )  # fmt: skip
+    given = needs_x and ctx.given_moments and grad_x_mean.numel() > 0
+    return (
+        grad_x if needs_x else None,
+        grad_x_mean if given else None,
+        grad_x_var if given else None,
+        [gradient if wanted else None for gradient, wanted in zip(gradients, needs, strict=True)],
+        [None] * len(frozen_stats),
+        *(None for _ in range(len(ctx.static) + 1)),
+    )
+
+
+def _raise_not_twice(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(NOT_TWICE)
+
+
+dense_block.register_autograd(_backward, setup_context=_setup_context)
+dense_block_backward.register_autograd(_raise_not_twice)

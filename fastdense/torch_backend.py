@@ -1,0 +1,314 @@
+"""The primitives in plain PyTorch: any device, any floating dtype, one, two or three spatial dimensions.
+
+Everything works on rows ``[m, C]`` in chunks of at most ``CHUNK_BYTES`` of scratch, allocated once for a whole block
+and reused by all its layers. What grows with the depth or with ``m`` is only what the schedule asks for. Vectors are
+in the accumulation dtype; a matrix product takes operands in the feature dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
+from .philox import keep_mask
+from .schedule import Conv, Dropout, Norm
+
+CHUNK_BYTES = 4 << 20
+
+Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
+
+
+class TorchBackend:
+    """The backend for one call of one block.
+
+    Args:
+        x: features of the block's shape ``[N, *, *spatial]``; gives batch, space, dtype and device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.spatial = tuple(x.shape[2:])
+        self.pixels = math.prod(self.spatial)
+        self.m = x.shape[0] * self.pixels
+        self.dtype, self.device = x.dtype, x.device
+        self.acc = accumulation_dtype(x.dtype)
+        self._scratch: dict[str, Tensor] = {}
+
+    # ---- buffers -------------------------------------------------------------------------------------------------
+
+    def features(self, channels: int, *, tracked: bool) -> Features:
+        rows = torch.empty(self.m, channels, dtype=self.dtype, device=self.device)
+        if not tracked:
+            return Features(rows, None, None)
+        mean, var = torch.empty(2, channels, dtype=self.acc, device=self.device)
+        return Features(rows, mean, var)
+
+    def gradient(self, of: Features, start: int = 0) -> LazyGradient:
+        channels = of.rows.shape[1] - start
+        # One D serves the bottlenecks of all layers: the 3x3 backward overwrites what the last 1x1 has consumed.
+        D = self._buffer("D", self.m, channels, self.dtype)
+        if of.mean is None:
+            return LazyGradient(D, None, None, start)
+        a, b = torch.zeros(2, channels, dtype=self.acc, device=self.device)
+        return LazyGradient(D, a, b, start)
+
+    def _buffer(self, name: str, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised scratch ``[rows, channels]`` that the next request under the same name overwrites."""
+        dtype = self.acc if dtype is None else dtype
+        flat = self._scratch.get(name)
+        if flat is None or flat.numel() < rows * channels:
+            flat = self._scratch[name] = torch.empty(rows * channels, dtype=dtype, device=self.device)
+        return flat[: rows * channels].view(rows, channels)
+
+    def _chunks(self, channels: int, *, whole_images: bool = False) -> Iterator[slice]:
+        """Cut ``m`` rows so that ``channels`` of them in the accumulation dtype fit into ``CHUNK_BYTES``."""
+        unit = max(1, self.pixels) if whole_images else 1
+        step = max(1, CHUNK_BYTES // (channels * self.acc.itemsize * unit)) * unit
+        for start in range(0, self.m, step):
+            yield slice(start, min(start + step, self.m))
+
+    # ---- moments -------------------------------------------------------------------------------------------------
+
+    def _partial_moments(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
+        count = rows.shape[0]
+        mean = rows.sum(0, dtype=self.acc).div_(count)
+        centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
+        return count, mean, centred.square_().sum(0)
+
+    def merge_moments(self, partial: Partial, out: Features) -> None:
+        """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)**2``."""
+        assert out.mean is not None and out.var is not None
+        if len(partial) == 1:
+            count, mean, m2 = partial[0]
+            out.mean.copy_(mean)
+            torch.div(m2, count, out=out.var)
+            return
+        if not partial:  # an empty batch: 0/0, as F.batch_norm has it
+            out.mean.fill_(math.nan)
+            out.var.fill_(math.nan)
+            return
+        counts = torch.tensor([[count] for count, _, _ in partial], dtype=self.acc, device=self.device)
+        means = torch.stack([mean for _, mean, _ in partial])
+        # Relative to the first chunk, so that a large common mean does not cancel.
+        shifted = means - means[0]
+        mean = (shifted * counts).sum(0).div_(self.m)
+        m2 = torch.stack([m2 for _, _, m2 in partial]).sum(0)
+        m2 += (counts * (shifted - mean).square_()).sum(0)
+        torch.add(means[0], mean, out=out.mean)
+        torch.div(m2, self.m, out=out.var)
+
+    def copy_with_moments(self, x: Tensor, out: Features) -> Partial | None:
+        """``out.rows = x``, with partial moments if ``out`` is tracked."""
+        as_images(out.rows, self.spatial).copy_(x)
+        if out.mean is None:
+            return None
+        return [self._partial_moments(out.rows[chunk]) for chunk in self._chunks(x.shape[1])]
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def _normalise(self, rows: Tensor, reader: _Reader, *, centred: str) -> tuple[Tensor, Tensor]:
+        """``v - mu`` and ``relu((v - mu)*scale + beta)`` of a chunk; the first lies in the buffer named ``centred``.
+
+        Centre first, scale then: a shift that has ``mu*scale`` folded in would cancel digits wherever ``|mu|`` is
+        much larger than the deviation.
+        """
+        v = torch.sub(rows, reader.mean, out=self._buffer(centred, *rows.shape))
+        activation = self._buffer("activation", *rows.shape)
+        torch.addcmul(reader.beta, v, reader.scale, out=activation).relu_()
+        return v, activation
+
+    def _operand(self, name: str, rows: Tensor) -> Tensor:
+        """``rows`` in the feature dtype, as an operand of a convolution."""
+        if rows.dtype == self.dtype:
+            return rows
+        return self._buffer(name, *rows.shape, dtype=self.dtype).copy_(rows)
+
+    def _drop(self, rows: Tensor, chunk: slice, dropout: Dropout) -> None:
+        """Multiply a chunk by its mask over ``1 - p``, in place."""
+        seed, layer, p, per_channel = dropout
+        channels = rows.shape[1]
+        start, count = chunk.start, rows.shape[0]
+        if per_channel:
+            start, count = start // self.pixels, count // self.pixels
+        keep = keep_mask(seed, layer, start * channels, count * channels, p)
+        scale = keep.to(self.acc).mul_(1 / (1 - p) if p < 1 else 0.0)
+        if per_channel:
+            rows.view(count, self.pixels, channels).mul_(scale.view(count, 1, channels))
+        else:
+            rows.mul_(scale.view(count, channels))
+
+    def bn_relu_conv(
+        self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None
+    ) -> Partial | None:
+        """``out.rows = dropout(conv(relu(bn(source))))`` with partial moments of the stored values."""
+        reader = _Reader.of(conv.norm, source)
+        kernel = _Kernel(conv.weight, self.dtype, self.spatial)
+        partial: Partial = []
+        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
+            _, activation = self._normalise(source.rows[chunk], reader, centred="activation")
+            target = out.rows[chunk]
+            kernel.forward(self._operand("operand", activation), target)
+            if dropout is not None:
+                self._drop(target, chunk, dropout)
+            if out.mean is not None:
+                partial.append(self._partial_moments(target))
+        return partial if out.mean is not None else None
+
+    # ---- backward ------------------------------------------------------------------------------------------------
+
+    def _resolve(self, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
+        """``D + a + b*(v - mu)`` of a chunk."""
+        D = grad.D[chunk]
+        if grad.a is None or grad.b is None or of.mean is None:
+            return D
+        g = torch.sub(of.rows[chunk], of.mean, out=self._buffer("gradient", *D.shape))
+        return torch.addcmul(grad.a, g, grad.b, out=g).add_(D)
+
+    def bn_relu_conv_backward(
+        self,
+        grad: LazyGradient,
+        output: Features,
+        conv: Conv,
+        source: Features,
+        into: LazyGradient | None,
+        dropout: Dropout | None = None,
+        *,
+        accumulate: bool,
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
+        needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
+        reader = _Reader.of(conv.norm, source)
+        kernel = _Kernel(conv.weight, self.dtype, self.spatial)
+        start = 0 if into is None else into.start
+        lo = 0 if needs_norm else start  # the first channel whose dy anybody wants
+        wanted = needs_norm or into is not None
+        d_weight = kernel.zeros(self.acc) if needs_weight else None
+        sums = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device) if wanted else None
+
+        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
+            g = self._resolve(grad, output, chunk)
+            if dropout is not None:
+                g = self._buffer("gradient", *g.shape).copy_(g)
+                self._drop(g, chunk, dropout)
+            v, activation = self._normalise(source.rows[chunk], reader, centred="centred")
+            dy = kernel.backward(
+                self._operand("output gradient", g), self._operand("operand", activation), d_weight, lo, wanted, self
+            )
+            if dy is None or sums is None:
+                continue
+            torch.ops.aten.threshold_backward.grad_input(dy, activation[:, lo:], 0, grad_input=dy)
+            if into is not None:
+                D, mine = into.D[chunk], dy[:, start - lo :]
+                if accumulate:
+                    D.addcmul_(mine, reader.scale[start:])
+                else:
+                    torch.mul(mine, reader.scale[start:], out=D)
+            sums[0, lo:] += dy.sum(0)
+            sums[1, lo:] += dy.mul_(v[:, lo:]).sum(0)
+        return d_weight, None if sums is None else (sums[0], sums[1])
+
+    def merge_gradients(
+        self, sums: tuple[Tensor, Tensor], norm: Norm, source: Features, into: LazyGradient | None
+    ) -> tuple[Tensor, Tensor]:
+        """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
+        dbeta, centred = sums
+        reader = _Reader.of(norm, source)
+        dgamma = centred * reader.r
+        if into is not None and into.a is not None and into.b is not None and norm.frozen is None:
+            mine = slice(into.start, None)
+            into.a.addcmul_(reader.scale[mine], dbeta[mine], value=-1 / max(self.m, 1))
+            into.b.addcmul_((reader.scale * reader.r)[mine], dgamma[mine], value=-1 / max(self.m, 1))
+        return dgamma, dbeta
+
+    def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
+        """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]`` in the feature dtype."""
+        channels = of.rows.shape[1]
+        images = self.m // max(1, self.pixels)
+        out = empty_features((images, channels, *self.spatial), dtype=self.dtype, device=self.device)
+        rows = as_rows(out)
+        for chunk in self._chunks(channels):
+            rows[chunk].copy_(self._resolve(grad, of, chunk))
+        return out
+
+
+class _Reader(NamedTuple):
+    """What one BatchNorm makes of the features that it reads: vectors ``[C]`` in the accumulation dtype."""
+
+    mean: Tensor
+    r: Tensor  # 1/sqrt(var + eps)
+    scale: Tensor  # gamma*r
+    beta: Tensor
+
+    @classmethod
+    def of(cls, norm: Norm, source: Features) -> _Reader:
+        dtype = accumulation_dtype(source.rows.dtype)
+        mean, var = norm.frozen or (source.mean, source.var)
+        assert mean is not None and var is not None
+        r = torch.rsqrt(var.to(dtype) + norm.eps)
+        return cls(mean.to(dtype), r, norm.gamma.to(dtype) * r, norm.beta.to(dtype))
+
+
+class _Kernel:
+    """A convolution over rows: stride 1, odd kernel, "same" zero padding.
+
+    A 1x1 kernel is one matrix product; one spatial dimension is run as two of which the first has one pixel.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, spatial: tuple[int, ...]) -> None:
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.pointwise = weight.shape[2:].numel() == 1
+        one_d = len(spatial) == 1
+        self.spatial = (1, *spatial) if one_d else spatial
+        weight = weight.to(dtype)
+        self.weight = weight.unsqueeze(2) if one_d else weight
+        self.padding = [size // 2 for size in self.weight.shape[2:]]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.view(self.out_channels, self.in_channels)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """An accumulator for the weight's gradient."""
+        if self.pointwise:
+            return torch.zeros_like(self.matrix, dtype=dtype)
+        return torch.zeros_like(self.weight, dtype=dtype)
+
+    def forward(self, operand: Tensor, out: Tensor) -> None:
+        """``out = conv(operand)``, both rows."""
+        if self.pointwise:
+            torch.mm(operand, self.matrix.t(), out=out)
+            return
+        convolve = F.conv2d if len(self.spatial) == 2 else F.conv3d
+        result = convolve(as_images(operand, self.spatial), self.weight, padding=self.padding)
+        as_images(out, self.spatial).copy_(result)
+
+    def backward(
+        self, g: Tensor, operand: Tensor, d_weight: Tensor | None, lo: int, wanted: bool, be: TorchBackend
+    ) -> Tensor | None:
+        """Adds to ``d_weight``; returns the gradient of the operand's channels from ``lo`` on, if ``wanted``."""
+        if self.pointwise:
+            if d_weight is not None and d_weight.dtype == g.dtype:
+                d_weight.addmm_(g.t(), operand)
+            elif d_weight is not None:
+                d_weight += g.t() @ operand
+            if not wanted:
+                return None
+            dy = be._buffer("dy operand", g.shape[0], self.in_channels - lo, self.weight.dtype)
+            torch.mm(g, self.matrix[:, lo:], out=dy)
+        else:
+            ones = [1] * len(self.spatial)
+            image_dy, image_dw, _ = torch.ops.aten.convolution_backward(
+                as_images(g, self.spatial), as_images(operand, self.spatial), self.weight, None,
+                ones, self.padding, ones, False, [0] * len(ones), 1, [wanted, d_weight is not None, False],
+            )  # fmt: skip
+            if d_weight is not None:
+                d_weight += image_dw
+            if not wanted:
+                return None
+            dy = image_dy.movedim(1, -1).reshape(-1, self.in_channels)[:, lo:]
+        return dy if dy.dtype == be.acc else be._buffer("dy", *dy.shape).copy_(dy)
