@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import backends, checks, memory, ops, reference
 from .features import accumulation_dtype
@@ -73,7 +74,7 @@ def dense_block(
         impl = "reference"
     if impl == "reference":
         return _reference(x, layers, return_moments)
-    _refuse_transforms()
+    _refuse_transforms(x)
     x = _autocast(x)
     _check_layers(x, layers)
     _check_moments(x, moments)
@@ -112,7 +113,7 @@ def _fused(
             x,
             *(moments or (None, None)),
             params,
-            [stat for norm, fixed in zip(norms, frozen, strict=True) if fixed for stat in _running(norm)],
+            [stat for norm, fixed in zip(norms, frozen, strict=True) if fixed for stat in (norm.running_mean, norm.running_var)],
             torch.randint(2**63 - 1, (1,), device=x.device) if any(drop_rates) else None,
             [norm.eps for norm in norms],
             frozen,
@@ -146,10 +147,6 @@ def _affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return ones, torch.zeros_like(ones)
 
 
-def _running(norm: Any) -> tuple[Tensor, Tensor]:
-    return norm.running_mean, norm.running_var
-
-
 def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor], per_layer: int) -> int:
     """The first layer whose parameters or inputs need a gradient; the number of layers if none does."""
     if torch.is_grad_enabled():
@@ -166,30 +163,31 @@ def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments,
     """Every training norm's running statistics, once, after all kernels were queued.
 
     As ``nn.BatchNorm``: ``running = (1 - momentum)*running + momentum*batch``, with the unbiased variance; with
-    ``momentum=None`` the cumulative average.
+    ``momentum=None`` the cumulative average; an empty batch counts but changes nothing.
     """
-    if m == 0:
-        return
-    unbiased = m / max(m - 1, 1)
-    x, z = (x[0].detach(), x[1].detach() * unbiased), (z[0], z[1] * unbiased)
-    groups: dict[float | None, list[tuple[Any, Tensor, Tensor]]] = {}
-    offset = 0
+    groups: dict[float | None, list[tuple[Any, slice, Moments]]] = {}
+    bottleneck = 0
     for i, norm in enumerate(norms):
-        channels = norm.num_features
-        if per_layer == 1 or i % 2 == 0:
-            (mean, var), at = x, slice(0, channels)
-        else:
-            (mean, var), at = z, slice(offset, offset + channels)
-            offset += channels
+        reads_x = per_layer == 1 or i % 2 == 0
+        start = 0 if reads_x else bottleneck
+        bottleneck += 0 if reads_x else norm.num_features
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            groups.setdefault(norm.momentum, []).append((norm, mean[at], var[at]))
+            channels = slice(start, start + norm.num_features)
+            groups.setdefault(norm.momentum, []).append((norm, channels, x if reads_x else z))
+    if not groups:
+        return
+    unbiased = {id(var): var.detach() * (m / max(m - 1, 1)) for _, var in (x, z)}
     for momentum, members in groups.items():
         counters = [norm.num_batches_tracked for norm, _, _ in members if norm.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)
-        running = [stat for norm, _, _ in members for stat in _running(norm)]
-        batch = [moment for _, *moments in members for moment in moments]
-        batch = [new if new.dtype == old.dtype else new.to(old.dtype) for old, new in zip(running, batch, strict=True)]
+        if m == 0:
+            continue
+        running, batch = [], []
+        for norm, channels, (mean, var) in members:
+            for old, new in ((norm.running_mean, mean.detach()), (norm.running_var, unbiased[id(var)])):
+                running.append(old)
+                batch.append(new[channels].to(old.dtype))
         if momentum is not None:
             torch._foreach_lerp_(running, batch, momentum)
             continue
@@ -287,9 +285,12 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _refuse_transforms() -> None:
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and not torch.compiler.is_compiling() and active():
+def _refuse_transforms(x: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or (transforms is not None and transforms()):
         raise RuntimeError(ops.NOT_TWICE)
 
 

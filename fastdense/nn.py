@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional, reference
+from . import checks, functional
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "densenet201",
     "densenet264",
 ]
+
+_CONVS = tuple(CONV.values())
 
 
 class DenseLayer(ConcatDenseLayer):
@@ -88,7 +90,7 @@ class DenseBlock(ConcatDenseBlock):
             dtype=dtype,
         )
         for module in self.modules():
-            if isinstance(module, reference_convs):
+            if isinstance(module, _CONVS):
                 _channels_last(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,9 +100,6 @@ class DenseBlock(ConcatDenseBlock):
 
     def extra_repr(self) -> str:
         return f"recompute={checks.recompute_mode(self.recompute, self.memory_efficient)!r}, impl={self.impl!r}"
-
-
-reference_convs = tuple(CONV.values())
 
 
 @torch.no_grad()
@@ -212,7 +211,7 @@ class DenseNet(nn.Module):
     def _initialise(self) -> None:
         """torchvision's: He et al.'s normal for convolutions, 1 and 0 for norms, 0 for the classifier's bias."""
         for module in self.modules():
-            if isinstance(module, reference_convs):
+            if isinstance(module, _CONVS):
                 # Through a contiguous copy: random values fill memory in order, and the weight may be channels last.
                 weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
                 module.weight.copy_(nn.init.kaiming_normal_(weight))

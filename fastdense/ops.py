@@ -99,7 +99,7 @@ def _outputs(
     widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
     X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
     mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))
-    z_mean, z_var = (x.new_empty(total, dtype=acc) for _ in range(2))
+    z_mean, z_var = (x.new_zeros(total, dtype=acc) for _ in range(2))  # frozen norms leave theirs unwritten
     return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _module
 
+from .reference import ConcatDenseLayer
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN = frozenset((*_NORMS, *_CONVS, nn.ReLU))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_reference(layers: Sequence[nn.Module]) -> str | None:
@@ -24,6 +25,8 @@ def why_reference(layers: Sequence[nn.Module]) -> str | None:
         return "a global module hook is registered"
     for i, layer in enumerate(layers):
         children = layer._modules
+        if isinstance(layer, ConcatDenseLayer) and type(layer).forward is not ConcatDenseLayer.forward:
+            return f"layer {i}: a {type(layer).__name__} has a forward of its own"
         if reason := _changed(layer) or _structure(children):
             return f"layer {i}: {reason}"
         for name, child in children.items():

@@ -24,6 +24,84 @@ CHUNK_BYTES = 4 << 20
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
 
 
+class _Reader(NamedTuple):
+    """What one BatchNorm makes of the features that it reads: vectors ``[C]`` in the accumulation dtype."""
+
+    mean: Tensor
+    r: Tensor  # 1/sqrt(var + eps)
+    scale: Tensor  # gamma*r
+    beta: Tensor
+
+    @classmethod
+    def of(cls, norm: Norm, source: Features) -> _Reader:
+        dtype = accumulation_dtype(source.rows.dtype)
+        mean, var = norm.frozen or (source.mean, source.var)
+        assert mean is not None and var is not None
+        r = torch.rsqrt(var.to(dtype) + norm.eps)
+        return cls(mean.to(dtype), r, norm.gamma.to(dtype) * r, norm.beta.to(dtype))
+
+
+class _Kernel:
+    """A convolution over rows: stride 1, odd kernel, "same" zero padding.
+
+    A 1x1 kernel is one matrix product; one spatial dimension is run as two of which the first has one pixel.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, spatial: tuple[int, ...]) -> None:
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.pointwise = weight.shape[2:].numel() == 1
+        one_d = len(spatial) == 1
+        self.spatial = (1, *spatial) if one_d else spatial
+        weight = weight.to(dtype)
+        self.weight = weight.unsqueeze(2) if one_d else weight
+        self.padding = [size // 2 for size in self.weight.shape[2:]]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.view(self.out_channels, self.in_channels)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """An accumulator for the weight's gradient."""
+        if self.pointwise:
+            return torch.zeros_like(self.matrix, dtype=dtype)
+        return torch.zeros_like(self.weight, dtype=dtype)
+
+    def forward(self, operand: Tensor, out: Tensor) -> None:
+        """``out = conv(operand)``, both rows."""
+        if self.pointwise:
+            torch.mm(operand, self.matrix.t(), out=out)
+            return
+        convolve = F.conv2d if len(self.spatial) == 2 else F.conv3d
+        result = convolve(as_images(operand, self.spatial), self.weight, padding=self.padding)
+        as_images(out, self.spatial).copy_(result)
+
+    def backward(
+        self, g: Tensor, operand: Tensor, d_weight: Tensor | None, lo: int, wanted: bool, be: TorchBackend
+    ) -> Tensor | None:
+        """Adds to ``d_weight``; returns the gradient of the operand's channels from ``lo`` on, if ``wanted``."""
+        if self.pointwise:
+            if d_weight is not None and d_weight.dtype == g.dtype:
+                d_weight.addmm_(g.t(), operand)
+            elif d_weight is not None:
+                d_weight += g.t() @ operand
+            if not wanted:
+                return None
+            dy = be._buffer("dy operand", g.shape[0], self.in_channels - lo, self.weight.dtype)
+            torch.mm(g, self.matrix[:, lo:], out=dy)
+        else:
+            ones = [1] * len(self.spatial)
+            image_dy, image_dw, _ = torch.ops.aten.convolution_backward(
+                as_images(g, self.spatial), as_images(operand, self.spatial), self.weight, None,
+                ones, self.padding, ones, False, [0] * len(ones), 1, [wanted, d_weight is not None, False],
+            )  # fmt: skip
+            if d_weight is not None:
+                d_weight += image_dw
+            if not wanted:
+                return None
+            dy = image_dy.movedim(1, -1).reshape(-1, self.in_channels)[:, lo:]
+        return dy if dy.dtype == be.acc else be._buffer("dy", *dy.shape).copy_(dy)
+
+
 class TorchBackend:
     """The backend for one call of one block.
 
@@ -88,9 +166,9 @@ class TorchBackend:
             out.mean.copy_(mean)
             torch.div(m2, count, out=out.var)
             return
-        if not partial:  # an empty batch: 0/0, as F.batch_norm has it
-            out.mean.fill_(math.nan)
-            out.var.fill_(math.nan)
+        if not partial:  # an empty batch: nothing will be normalised, and the gradients of gamma and beta must be 0
+            out.mean.zero_()
+            out.var.zero_()
             return
         counts = torch.tensor([[count] for count, _, _ in partial], dtype=self.acc, device=self.device)
         means = torch.stack([mean for _, mean, _ in partial])
@@ -234,81 +312,3 @@ class TorchBackend:
         for chunk in self._chunks(channels):
             rows[chunk].copy_(self._resolve(grad, of, chunk))
         return out
-
-
-class _Reader(NamedTuple):
-    """What one BatchNorm makes of the features that it reads: vectors ``[C]`` in the accumulation dtype."""
-
-    mean: Tensor
-    r: Tensor  # 1/sqrt(var + eps)
-    scale: Tensor  # gamma*r
-    beta: Tensor
-
-    @classmethod
-    def of(cls, norm: Norm, source: Features) -> _Reader:
-        dtype = accumulation_dtype(source.rows.dtype)
-        mean, var = norm.frozen or (source.mean, source.var)
-        assert mean is not None and var is not None
-        r = torch.rsqrt(var.to(dtype) + norm.eps)
-        return cls(mean.to(dtype), r, norm.gamma.to(dtype) * r, norm.beta.to(dtype))
-
-
-class _Kernel:
-    """A convolution over rows: stride 1, odd kernel, "same" zero padding.
-
-    A 1x1 kernel is one matrix product; one spatial dimension is run as two of which the first has one pixel.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, spatial: tuple[int, ...]) -> None:
-        self.out_channels, self.in_channels = weight.shape[:2]
-        self.pointwise = weight.shape[2:].numel() == 1
-        one_d = len(spatial) == 1
-        self.spatial = (1, *spatial) if one_d else spatial
-        weight = weight.to(dtype)
-        self.weight = weight.unsqueeze(2) if one_d else weight
-        self.padding = [size // 2 for size in self.weight.shape[2:]]
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.view(self.out_channels, self.in_channels)
-
-    def zeros(self, dtype: torch.dtype) -> Tensor:
-        """An accumulator for the weight's gradient."""
-        if self.pointwise:
-            return torch.zeros_like(self.matrix, dtype=dtype)
-        return torch.zeros_like(self.weight, dtype=dtype)
-
-    def forward(self, operand: Tensor, out: Tensor) -> None:
-        """``out = conv(operand)``, both rows."""
-        if self.pointwise:
-            torch.mm(operand, self.matrix.t(), out=out)
-            return
-        convolve = F.conv2d if len(self.spatial) == 2 else F.conv3d
-        result = convolve(as_images(operand, self.spatial), self.weight, padding=self.padding)
-        as_images(out, self.spatial).copy_(result)
-
-    def backward(
-        self, g: Tensor, operand: Tensor, d_weight: Tensor | None, lo: int, wanted: bool, be: TorchBackend
-    ) -> Tensor | None:
-        """Adds to ``d_weight``; returns the gradient of the operand's channels from ``lo`` on, if ``wanted``."""
-        if self.pointwise:
-            if d_weight is not None and d_weight.dtype == g.dtype:
-                d_weight.addmm_(g.t(), operand)
-            elif d_weight is not None:
-                d_weight += g.t() @ operand
-            if not wanted:
-                return None
-            dy = be._buffer("dy operand", g.shape[0], self.in_channels - lo, self.weight.dtype)
-            torch.mm(g, self.matrix[:, lo:], out=dy)
-        else:
-            ones = [1] * len(self.spatial)
-            image_dy, image_dw, _ = torch.ops.aten.convolution_backward(
-                as_images(g, self.spatial), as_images(operand, self.spatial), self.weight, None,
-                ones, self.padding, ones, False, [0] * len(ones), 1, [wanted, d_weight is not None, False],
-            )  # fmt: skip
-            if d_weight is not None:
-                d_weight += image_dw
-            if not wanted:
-                return None
-            dy = image_dy.movedim(1, -1).reshape(-1, self.in_channels)[:, lo:]
-        return dy if dy.dtype == be.acc else be._buffer("dy", *dy.shape).copy_(dy)

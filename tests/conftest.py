@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Fill newly allocated memory with NaN, so that an element that nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads_and_a_seed() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
