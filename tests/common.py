@@ -108,9 +108,11 @@ def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None], t
         assert_close(name, got[name], want[name], tolerance, scale)
 
 
-def random_input(shape: Sequence[int], *, layout: str = "contiguous", dtype: torch.dtype = torch.float64) -> Tensor:
+def random_input(
+    shape: Sequence[int], *, layout: str = "contiguous", dtype: torch.dtype = torch.float64, seed: int = 7
+) -> Tensor:
     """Random features ``shape`` in one of the layouts that a user may hand in."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
     if layout == "channels_last":
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
