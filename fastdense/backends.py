@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedule import Backend
+from .primitives import Backend
 from .torch_backend import TorchBackend
 
 

@@ -69,6 +69,10 @@ class Features:
             return Features(self.rows[:, channels], None, None)
         return Features(self.rows[:, channels], self.mean[channels], self.var[channels])
 
+    def without_moments(self) -> Features:
+        """The same rows, for a write whose moments nobody wants."""
+        return Features(self.rows, None, None)
+
 
 @dataclass(frozen=True, slots=True)
 class LazyGradient:

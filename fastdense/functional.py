@@ -113,7 +113,12 @@ def _fused(
             x,
             *(moments or (None, None)),
             params,
-            [stat for norm, fixed in zip(norms, frozen, strict=True) if fixed for stat in (norm.running_mean, norm.running_var)],
+            [
+                stat
+                for norm, fixed in zip(norms, frozen, strict=True)
+                if fixed
+                for stat in (norm.running_mean, norm.running_var)
+            ],
             torch.randint(2**63 - 1, (1,), device=x.device) if any(drop_rates) else None,
             [norm.eps for norm in norms],
             frozen,
@@ -266,9 +271,11 @@ def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
         channels += reads
 
 
-def _check_moments(x: Tensor, moments: Moments | None) -> None:
+def _check_moments(x: Tensor, moments: Any) -> None:
     if moments is None:
         return
+    if not (isinstance(moments, tuple) and len(moments) == 2 and all(map(torch.is_tensor, moments))):
+        raise ValueError(f"moments must be a pair of tensors (mean, var) or None, got {moments!r}")
     expected = accumulation_dtype(x.dtype)
     for name, moment in zip(("mean", "var"), moments, strict=True):
         if moment.shape != x.shape[1:2] or moment.dtype != expected or moment.device != x.device:

@@ -54,7 +54,7 @@ def saved_bytes(*owners: nn.Module | Tensor) -> Iterator[SavedBytes]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a further allocation on ``device`` may use: free plus PyTorch's own cache on CUDA, free RAM on a CPU."""
+    """Memory that a further allocation may use: on CUDA what is free or in PyTorch's cache, else the free RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -65,6 +65,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_recompute(bottleneck_bytes: int, device: torch.device) -> str:
-    """The mode behind ``recompute="auto"``: ``"activations"`` while a block's bottlenecks fit into a quarter of the free
-    memory, else ``"bottlenecks"``."""
+    """The mode behind ``recompute="auto"``.
+
+    ``"activations"`` while a block's bottlenecks fit into a quarter of the free memory, else ``"bottlenecks"``.
+    """
     return "activations" if 4 * bottleneck_bytes <= free_bytes(device) else "bottlenecks"

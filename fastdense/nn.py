@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,9 +89,8 @@ class DenseBlock(ConcatDenseBlock):
             device=device,
             dtype=dtype,
         )
-        for module in self.modules():
-            if isinstance(module, _CONVS):
-                _channels_last(module.weight)
+        for conv in _convolutions(self):
+            conv.weight.data = _channels_last(conv.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``."""
@@ -102,10 +101,13 @@ class DenseBlock(ConcatDenseBlock):
         return f"recompute={checks.recompute_mode(self.recompute, self.memory_efficient)!r}, impl={self.impl!r}"
 
 
-@torch.no_grad()
-def _channels_last(weight: Tensor) -> None:
-    """Lay a weight out as ``[out, *kernel, in]``, the order in which a channels-last convolution reads it."""
-    weight.data = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+def _convolutions(module: nn.Module) -> Iterator[Any]:
+    return (child for child in module.modules() if isinstance(child, _CONVS))
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """A weight laid out as ``[out, *kernel, in]``, the order in which a channels-last convolution reads it."""
+    return weight.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class Transition(ConcatTransition):
@@ -178,9 +180,7 @@ class DenseNet(nn.Module):
         checks.positive_int("num_init_features", num_init_features)
         checks.choice("spatial_dims", spatial_dims, (1, 2, 3))
         at: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.features = nn.Sequential(
-            _stem(in_channels, num_init_features, small_inputs, spatial_dims, at)
-        )
+        self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs, spatial_dims, at))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, 1):
             block = DenseBlock(
@@ -198,9 +198,7 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{i}", block)
             channels += num_layers * growth_rate
             if i < len(block_config):
-                transition = Transition(
-                    channels, max(1, channels // 2), impl=impl, spatial_dims=spatial_dims, **at
-                )
+                transition = Transition(channels, max(1, channels // 2), impl=impl, spatial_dims=spatial_dims, **at)
                 self.features.add_module(f"transition{i}", transition)
                 channels = max(1, channels // 2)
         self.features.add_module("norm5", BATCH_NORM[spatial_dims](channels, **at))
@@ -210,13 +208,11 @@ class DenseNet(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         """torchvision's: He et al.'s normal for convolutions, 1 and 0 for norms, 0 for the classifier's bias."""
-        for module in self.modules():
-            if isinstance(module, _CONVS):
-                # Through a contiguous copy: random values fill memory in order, and the weight may be channels last.
-                weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
-                module.weight.copy_(nn.init.kaiming_normal_(weight))
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for conv in _convolutions(self):
+            # Through a contiguous copy: random values fill memory in order, and the weight may be channels last.
+            weight = torch.empty_like(conv.weight, memory_format=torch.contiguous_format)
+            conv.weight.copy_(nn.init.kaiming_normal_(weight))
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores ``[N, num_classes]``."""
@@ -225,7 +221,9 @@ class DenseNet(nn.Module):
         return self.classifier(pooled)
 
 
-def _stem(in_channels: int, out_channels: int, small: bool, spatial_dims: int, at: dict[str, Any]) -> OrderedDict[str, nn.Module]:
+def _stem(
+    in_channels: int, out_channels: int, small: bool, spatial_dims: int, at: dict[str, Any]
+) -> OrderedDict[str, nn.Module]:
     conv, norm = CONV[spatial_dims], BATCH_NORM[spatial_dims]
     if small:
         return OrderedDict(conv0=conv(in_channels, out_channels, kernel_size=3, padding=1, bias=False, **at))
@@ -238,7 +236,9 @@ def _stem(in_channels: int, out_channels: int, small: bool, spatial_dims: int, a
     )
 
 
-def _named(growth_rate: int, block_config: tuple[int, ...], num_init_features: int, options: dict[str, Any]) -> DenseNet:
+def _named(
+    growth_rate: int, block_config: tuple[int, ...], num_init_features: int, options: dict[str, Any]
+) -> DenseNet:
     return DenseNet(
         **{"growth_rate": growth_rate, "block_config": block_config, "num_init_features": num_init_features, **options}
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import backends, schedule
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
-from .schedule import Conv, Dropout, Layer, Norm
+from .primitives import Conv, Dropout, Layer, Norm
 
 NOT_TWICE = (
     "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
@@ -144,7 +144,7 @@ def dense_block(
     if x_mean is not None and x_var is not None and tracked:
         mean[: x.shape[1]] = x_mean
         var[: x.shape[1]] = x_var
-    features = Features(as_rows(X), mean, var) if tracked else Features(as_rows(X), None, None)
+    features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
     with _plain_arithmetic(x):
         schedule.forward(
             backends.create(impl, x),
@@ -159,9 +159,9 @@ def dense_block(
 
 @dense_block.register_fake
 def _(
-    x, x_mean, x_var, params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, tracked, first,
-    recompute, impl,
-):  # fmt: skip
+    x: Tensor, x_mean: Any, x_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any,
+    drop_rates: Any, drop_channels: bool, bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str,
+) -> Any:  # fmt: skip
     return _outputs(x, params, bottleneck, tracked, first, not recompute)
 
 
@@ -194,7 +194,7 @@ def dense_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of ``x, x_mean, x_var`` and of every parameter; empty tensors where none is needed."""
     layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, needs)
-    features = Features(as_rows(X), mean, var) if tracked else Features(as_rows(X), None, None)
+    features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
     entering = layers[0].reads
     start = 0 if needs_x else layers[first].reads
     with _plain_arithmetic(X):
@@ -211,16 +211,27 @@ def dense_block_backward(
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
     return grad_x, grad_x_mean, grad_x_var, [
-        torch.empty_like(param).copy_(gradient.reshape(param.shape)) if wanted and gradient is not None
-        else param.new_empty(0)
+        _like(param, gradient) if wanted and gradient is not None else param.new_empty(0)
         for param, gradient, wanted in zip(params, flat, needs, strict=True)
     ]  # fmt: skip
+
+
+def _like(param: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` with the shape, dtype and strides of ``param``: optimizers and DDP want them to agree."""
+    gradient = gradient.reshape(param.shape)
+    strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
+    if gradient.dtype == param.dtype and all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        return gradient.as_strided(param.shape, param.stride())
+    return torch.empty_like(param).copy_(gradient)
 
 
 def _incoming_gradient(
     grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, X: Features, images: Tensor, start: int
 ) -> LazyGradient:
-    """``(D, a, b)`` of the block's output, for its channels from ``start`` on. ``D`` is a copy: autograd owns ``grad_X``."""
+    """``(D, a, b)`` of the block's output, for its channels from ``start`` on.
+
+    ``D`` is a copy: autograd owns ``grad_X``.
+    """
     m, channels = X.rows.shape
     D = X.rows.new_empty(m, channels - start)
     if grad_X is None:
@@ -239,9 +250,11 @@ def _incoming_gradient(
 
 @dense_block_backward.register_fake
 def _(
-    grad_X, grad_mean, grad_var, X, mean, var, rows, z_mean, z_var, params, frozen_stats, seed, eps, frozen, drop_rates,
-    drop_channels, bottleneck, tracked, first, recompute, impl, given_moments, needs_x, needs,
-):  # fmt: skip
+    grad_X: Any, grad_mean: Any, grad_var: Any, X: Tensor, mean: Tensor, var: Tensor, rows: Any, z_mean: Any,
+    z_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any, drop_rates: Any, drop_channels: bool,
+    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, given_moments: bool, needs_x: bool,
+    needs: Any,
+) -> Any:  # fmt: skip
     entering = params[0].shape[0]
     x_moments = (entering if needs_x and given_moments and tracked else 0,)
     grad_x = X.new_empty(0)

@@ -3,7 +3,7 @@
 This is the ground truth that everything else is compared with, and the path that runs where fastdense cannot help. It
 does nothing clever, on purpose.
 
-Source: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3.
+Source: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", arXiv 1608.06993, section 3.
 Module names and ``state_dict`` keys are torchvision's.
 """
 
@@ -41,6 +41,9 @@ class ConcatDenseLayer(nn.Module):
         spatial_dims: 1, 2 or 3.
     """
 
+    norm2: nn.Module  # absent, like relu2 and conv2, without a bottleneck
+    relu2: nn.Module
+    conv2: nn.Module
     drop_channels = False  # drop whole (image, channel) maps, as nn.Dropout2d, instead of single elements
 
     def __init__(
@@ -67,9 +70,7 @@ class ConcatDenseLayer(nn.Module):
         last = 1 if bn_size is None else 2
         self.add_module(f"norm{last}", norm(channels, **at))
         self.add_module(f"relu{last}", nn.ReLU(inplace=True))
-        self.add_module(
-            f"conv{last}", conv(channels, growth_rate, kernel_size=3, padding=1, bias=False, **at)
-        )
+        self.add_module(f"conv{last}", conv(channels, growth_rate, kernel_size=3, padding=1, bias=False, **at))
         self.drop_rate = float(drop_rate)
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
@@ -125,9 +126,7 @@ class ConcatDenseBlock(nn.ModuleDict):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.block_arguments(
-            num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims
-        )
+        checks.block_arguments(num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims)
         checks.recompute_mode(recompute, memory_efficient)
         checks.choice("impl", impl, checks.IMPL)
         self.memory_efficient, self.recompute, self.impl = memory_efficient, recompute, impl
@@ -170,7 +169,5 @@ class ConcatTransition(nn.Sequential):
         at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = BATCH_NORM[spatial_dims](num_input_features, **at)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = CONV[spatial_dims](
-            num_input_features, num_output_features, kernel_size=1, bias=False, **at
-        )
+        self.conv = CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False, **at)
         self.pool = AVG_POOL[spatial_dims](kernel_size=2, stride=2)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
 from .philox import keep_mask
-from .schedule import Conv, Dropout, Norm
+from .primitives import Conv, Dropout, Norm, Sums
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
 
@@ -60,12 +60,6 @@ class _Kernel:
     def matrix(self) -> Tensor:
         return self.weight.view(self.out_channels, self.in_channels)
 
-    def zeros(self, dtype: torch.dtype) -> Tensor:
-        """An accumulator for the weight's gradient."""
-        if self.pointwise:
-            return torch.zeros_like(self.matrix, dtype=dtype)
-        return torch.zeros_like(self.weight, dtype=dtype)
-
     def forward(self, operand: Tensor, out: Tensor) -> None:
         """``out = conv(operand)``, both rows."""
         if self.pointwise:
@@ -75,31 +69,30 @@ class _Kernel:
         result = convolve(as_images(operand, self.spatial), self.weight, padding=self.padding)
         as_images(out, self.spatial).copy_(result)
 
-    def backward(
-        self, g: Tensor, operand: Tensor, d_weight: Tensor | None, lo: int, wanted: bool, be: TorchBackend
-    ) -> Tensor | None:
-        """Adds to ``d_weight``; returns the gradient of the operand's channels from ``lo`` on, if ``wanted``."""
-        if self.pointwise:
-            if d_weight is not None and d_weight.dtype == g.dtype:
-                d_weight.addmm_(g.t(), operand)
-            elif d_weight is not None:
-                d_weight += g.t() @ operand
-            if not wanted:
-                return None
-            dy = be._buffer("dy operand", g.shape[0], self.in_channels - lo, self.weight.dtype)
-            torch.mm(g, self.matrix[:, lo:], out=dy)
-        else:
-            ones = [1] * len(self.spatial)
-            image_dy, image_dw, _ = torch.ops.aten.convolution_backward(
-                as_images(g, self.spatial), as_images(operand, self.spatial), self.weight, None,
-                ones, self.padding, ones, False, [0] * len(ones), 1, [wanted, d_weight is not None, False],
-            )  # fmt: skip
-            if d_weight is not None:
-                d_weight += image_dw
-            if not wanted:
-                return None
-            dy = image_dy.movedim(1, -1).reshape(-1, self.in_channels)[:, lo:]
-        return dy if dy.dtype == be.acc else be._buffer("dy", *dy.shape).copy_(dy)
+    def d_weight(self, g: Tensor, operand: Tensor, so_far: Tensor | None, acc: torch.dtype) -> Tensor:
+        """The gradient of a 1x1 weight, added to that of the chunks before."""
+        if so_far is None:
+            return torch.mm(g.t(), operand).to(acc)
+        return so_far.addmm_(g.t(), operand) if g.dtype == acc else so_far.add_(torch.mm(g.t(), operand))
+
+    def backward(self, g: Tensor, operand: Tensor, *, dx: bool, dw: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of the operand, as rows, and of the weight; meaningless where not asked for."""
+        ones = [1] * len(self.spatial)
+        image_dx, image_dw, _ = torch.ops.aten.convolution_backward(
+            as_images(g, self.spatial),
+            as_images(operand, self.spatial),
+            self.weight,
+            None,
+            ones,
+            self.padding,
+            ones,
+            False,
+            [0] * len(ones),
+            1,
+            [dx, dw, False],
+        )
+        rows = image_dx.movedim(1, -1).reshape(-1, self.in_channels) if dx else operand
+        return rows, image_dw
 
 
 class TorchBackend:
@@ -119,21 +112,14 @@ class TorchBackend:
 
     # ---- buffers -------------------------------------------------------------------------------------------------
 
-    def features(self, channels: int, *, tracked: bool) -> Features:
-        rows = torch.empty(self.m, channels, dtype=self.dtype, device=self.device)
-        if not tracked:
-            return Features(rows, None, None)
-        mean, var = torch.empty(2, channels, dtype=self.acc, device=self.device)
-        return Features(rows, mean, var)
-
-    def gradient(self, of: Features, start: int = 0) -> LazyGradient:
-        channels = of.rows.shape[1] - start
-        # One D serves the bottlenecks of all layers: the 3x3 backward overwrites what the last 1x1 has consumed.
+    def gradient_buffer(self, of: Features) -> LazyGradient:
+        """``(D, a, b)`` for a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
+        channels = of.rows.shape[1]
         D = self._buffer("D", self.m, channels, self.dtype)
         if of.mean is None:
-            return LazyGradient(D, None, None, start)
+            return LazyGradient(D, None, None)
         a, b = torch.zeros(2, channels, dtype=self.acc, device=self.device)
-        return LazyGradient(D, a, b, start)
+        return LazyGradient(D, a, b)
 
     def _buffer(self, name: str, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised scratch ``[rows, channels]`` that the next request under the same name overwrites."""
@@ -156,7 +142,10 @@ class TorchBackend:
         count = rows.shape[0]
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
-        return count, mean, centred.square_().sum(0)
+        # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
+        shift = centred.sum(0).div_(count)
+        m2 = centred.square_().sum(0).addcmul_(shift, shift, value=-count)
+        return count, mean.add_(shift), m2
 
     def merge_moments(self, partial: Partial, out: Features) -> None:
         """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)**2``."""
@@ -204,7 +193,7 @@ class TorchBackend:
         """``rows`` in the feature dtype, as an operand of a convolution."""
         if rows.dtype == self.dtype:
             return rows
-        return self._buffer(name, *rows.shape, dtype=self.dtype).copy_(rows)
+        return self._buffer(name, rows.shape[0], rows.shape[1], self.dtype).copy_(rows)
 
     def _drop(self, rows: Tensor, chunk: slice, dropout: Dropout) -> None:
         """Multiply a chunk by its mask over ``1 - p``, in place."""
@@ -257,7 +246,7 @@ class TorchBackend:
         dropout: Dropout | None = None,
         *,
         accumulate: bool,
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor | None, Sums | None]:
         """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
         reader = _Reader.of(conv.norm, source)
@@ -265,7 +254,7 @@ class TorchBackend:
         start = 0 if into is None else into.start
         lo = 0 if needs_norm else start  # the first channel whose dy anybody wants
         wanted = needs_norm or into is not None
-        d_weight = kernel.zeros(self.acc) if needs_weight else None
+        d_weight: Tensor | None = None
         sums = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device) if wanted else None
 
         for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
@@ -274,11 +263,22 @@ class TorchBackend:
                 g = self._buffer("gradient", *g.shape).copy_(g)
                 self._drop(g, chunk, dropout)
             v, activation = self._normalise(source.rows[chunk], reader, centred="centred")
-            dy = kernel.backward(
-                self._operand("output gradient", g), self._operand("operand", activation), d_weight, lo, wanted, self
-            )
-            if dy is None or sums is None:
+            g, operand = self._operand("output gradient", g), self._operand("operand", activation)
+            if kernel.pointwise:
+                if needs_weight:
+                    d_weight = kernel.d_weight(g, operand, d_weight, self.acc)
+                dy = self._buffer("dy operand", g.shape[0], kernel.in_channels - lo, dtype=self.dtype)
+                if wanted:
+                    torch.mm(g, kernel.matrix[:, lo:], out=dy)
+            else:
+                dy, dw = kernel.backward(g, operand, dx=wanted, dw=needs_weight)
+                dy = dy[:, lo:]
+                if needs_weight:
+                    d_weight = dw.to(self.acc) if d_weight is None else d_weight.add_(dw)
+            if sums is None:
                 continue
+            if dy.dtype != self.acc:
+                dy = self._buffer("dy", *dy.shape).copy_(dy)
             torch.ops.aten.threshold_backward.grad_input(dy, activation[:, lo:], 0, grad_input=dy)
             if into is not None:
                 D, mine = into.D[chunk], dy[:, start - lo :]
@@ -288,10 +288,12 @@ class TorchBackend:
                     torch.mul(mine, reader.scale[start:], out=D)
             sums[0, lo:] += dy.sum(0)
             sums[1, lo:] += dy.mul_(v[:, lo:]).sum(0)
+        if needs_weight and d_weight is None:  # an empty batch
+            d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         return d_weight, None if sums is None else (sums[0], sums[1])
 
     def merge_gradients(
-        self, sums: tuple[Tensor, Tensor], norm: Norm, source: Features, into: LazyGradient | None
+        self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None
     ) -> tuple[Tensor, Tensor]:
         """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
         dbeta, centred = sums

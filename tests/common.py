@@ -28,7 +28,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def assert_close(
     name: str, got: Tensor | None, want: Tensor | None, tolerance: float = TOLERANCE, scale: float = 0.0
 ) -> None:
-    """``||got - want|| <= tolerance*||want|| + 1e-12*scale``; ``scale`` lets a value that is exactly 0 be a rounding error."""
+    """``||got - want|| <= tolerance*||want|| + 1e-12*scale``: where 0 is wanted, a rounding of ``scale`` will do."""
     assert (got is None) == (want is None), f"{name}: got {got is not None}, want {want is not None}"
     if got is None or want is None or want.numel() == 0:
         return

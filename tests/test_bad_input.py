@@ -14,6 +14,7 @@ import fastdense
 from fastdense import DenseBlock, DenseNet, Transition, dense_block
 
 x = torch.zeros(2, 6, 4, 4, dtype=torch.float64)
+F32, F64 = torch.float32, torch.float64
 
 
 def _mixed_layers() -> list[nn.Module]:
@@ -39,6 +40,10 @@ def _moments(*shape_dtype: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
 
 
+def _with_moments(block: Any, moments: Any) -> Any:
+    return dense_block(x, block.values(), moments=moments)
+
+
 def _set(block: Any, name: str, value: object) -> Any:
     setattr(block, name, value)
     return block(x)
@@ -55,24 +60,24 @@ CALLS: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "complex": (ValueError, r"floating-point.*torch.complex128", lambda b: b(x + 0j)),
     "a list": (TypeError, r"torch.Tensor, got list", lambda b: b([x])),
     "None": (TypeError, r"torch.Tensor, got NoneType", lambda b: b(None)),
-    "float32 features": (ValueError, r"torch.float32.*conv1 of layer 0 is torch.float64.*\.to\(\)", lambda b: b(x.float())),
+    "float32 features": (ValueError, r"float32.*conv1 of layer 0 is torch.float64.*\.to\(\)", lambda b: b(x.float())),
     "half features": (ValueError, r"torch.float16.*torch.float64", lambda b: b(x.half())),
     "one layer half": (ValueError, r"conv1 of layer 1 is torch.float16", _half_layer),
     "one layer elsewhere": (ValueError, r"'cpu'.*conv1 of layer 1 is on 'meta'", _on_meta),
     "no pixels": (ValueError, r"at least one pixel.*\(2, 6, 0, 4\)", lambda b: b(x[:, :, :0])),
-    "one value per channel": (ValueError, r"more than 1 value per channel.*\(1, 6, 1, 1\)", lambda b: b(x[:1, :, :1, :1])),
-    "unknown recompute": (ValueError, r"recompute.*'activations'.*'everything'", lambda b: _set(b, "recompute", "everything")),
+    "one value per channel": (ValueError, r"more than 1 value.*\(1, 6, 1, 1\)", lambda b: b(x[:1, :, :1, :1])),
+    "unknown recompute": (ValueError, r"recompute.*'activations'.*'all'", lambda b: _set(b, "recompute", "all")),
     "unknown impl": (ValueError, r"impl.*'reference'.*'cuda'", lambda b: _set(b, "impl", "cuda")),
     "impl of another type": (ValueError, r"impl.*got 3", lambda b: _set(b, "impl", 3)),
-    "triton without kernels": (RuntimeError, r"impl='triton' cannot run.*impl='torch'", lambda b: _set(b, "impl", "triton")),
-    "recompute None in the functional form": (ValueError, r"recompute.*None", lambda b: dense_block(x, b.values(), recompute=None)),
+    "triton without kernels": (RuntimeError, r"impl='triton' cannot run.*'torch'", lambda b: _set(b, "impl", "triton")),
+    "recompute None": (ValueError, r"recompute.*None", lambda b: dense_block(x, b.values(), recompute=None)),
     "no layers": (ValueError, r"at least one layer", lambda b: dense_block(x, [])),
     "layers with and without bottleneck": (ValueError, r"layer 1 differs", lambda b: dense_block(x, _mixed_layers())),
     "layers that do not chain": (ValueError, r"layer 1 .*10 channels.*11", lambda b: dense_block(x, _wrong_chain())),
-    "moments of another size": (ValueError, r"\[6\] torch.float64.*\[5\]", lambda b: dense_block(x, b.values(), moments=_moments(5, torch.float64))),
-    "moments of another dtype": (ValueError, r"torch.float64.*torch.float32", lambda b: dense_block(x, b.values(), moments=_moments(6, torch.float32))),
-    "moments that are no pair": (ValueError, r"pair.*\(mean, var\)", lambda b: dense_block(x, b.values(), moments=(torch.zeros(6),))),
-    "moments that are no tensors": (ValueError, r"pair.*\(mean, var\)", lambda b: dense_block(x, b.values(), moments=(None, None))),
+    "moments of another size": (ValueError, r"\[6\] .*\[5\]", lambda b: _with_moments(b, _moments(5, F64))),
+    "moments of another dtype": (ValueError, r"float64.*float32", lambda b: _with_moments(b, _moments(6, F32))),
+    "moments that are no pair": (ValueError, r"pair.*\(mean, var\)", lambda b: _with_moments(b, (torch.zeros(6),))),
+    "moments that are no tensors": (ValueError, r"pair.*\(mean, var\)", lambda b: _with_moments(b, (None, None))),
 }  # fmt: skip
 
 

@@ -103,8 +103,8 @@ def _without_affine(block: nn.Module) -> None:
 def _wider_kernel(block: nn.Module) -> None:
     for layer in block.children():
         layer.conv2 = nn.Conv2d(layer.conv2.in_channels, layer.conv2.out_channels, (5, 3), padding=(2, 1), bias=False)
-        layer.conv2.weight.data = torch.ones(layer.conv2.weight.shape).double().uniform_(
-            -1, 1, generator=torch.Generator().manual_seed(3)
+        layer.conv2.weight.data = (
+            torch.ones(layer.conv2.weight.shape).double().uniform_(-1, 1, generator=torch.Generator().manual_seed(3))
         )
 
 
@@ -168,7 +168,9 @@ def test_moments_are_differentiable_outputs_and_inputs(given: bool, mode: str, b
     """Two consumers of the block's moments, and moments of the input handed in: gradients flow through all of them."""
     reference, fast = block_pair(3, 5, bn_size, 4, recompute=mode)
     generator = torch.Generator().manual_seed(5)
-    cotangents = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 17, 4, 3), (17,), (17,), (17,))]
+    cotangents = [
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 17, 4, 3), (17,), (17,), (17,))
+    ]
 
     def run(block: nn.Module, impl: str) -> list[torch.Tensor]:
         x = random_input((2, 5, 4, 3))
@@ -196,7 +198,9 @@ def test_only_the_moments_are_used() -> None:
     for block, impl in ((fast, "torch"), (reference, "reference")):
         x = random_input((2, 5, 4, 3))
         _, mean, var = fastdense.dense_block(x, block.values(), impl=impl, return_moments=True)
-        gradients.append(torch.autograd.grad((mean.sin() + var.log()).sum(), [x, *block.parameters()], allow_unused=True))
+        gradients.append(
+            torch.autograd.grad((mean.sin() + var.log()).sum(), [x, *block.parameters()], allow_unused=True)
+        )
     for i, (got, want) in enumerate(zip(*gradients, strict=True)):
         if want is None:  # the last layer's parameters after the moments... all are used
             assert got is None or got.norm() == 0

@@ -39,9 +39,7 @@ def test_at_the_plan(layers: int, bn_size: int | None, mode: str, dtype: torch.d
 @pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
 def test_linear_in_depth(mode: str) -> None:
     x = torch.randn(16, 24, 8, 8, requires_grad=True)
-    small, large = (
-        kept(fastdense.DenseBlock(layers, 24, 4, 12, recompute=mode), x) for layers in (250, 500)
-    )
+    small, large = (kept(fastdense.DenseBlock(layers, 24, 4, 12, recompute=mode), x) for layers in (250, 500))
     assert large / small < 2.15
     assert large <= 1.03 * plan(500, 24, 4, 12, 1024, mode)
 

@@ -167,7 +167,7 @@ def test_environment_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch)
         fast(x)
     assert kept_by_reference.bytes > kept.bytes
     monkeypatch.setenv("FASTDENSE_IMPL", "cudnn")
-    with pytest.raises(ValueError, match="FASTDENSE_IMPL.*'cudnn'"):
+    with pytest.raises(ValueError, match=r"FASTDENSE_IMPL.*'cudnn'"):
         fast(x)
 
 

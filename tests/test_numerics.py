@@ -19,9 +19,9 @@ Results = dict[str, Tensor | None]
 def _within_budget(trials: Iterable[tuple[Results, Results, Results]], tolerance: float) -> None:
     """``error(ours) <= 2*error(PyTorch) + tolerance`` for every tensor, in the 2-norm and element-wise.
 
-    ``trials`` yields (ours, PyTorch's, truth) for several inputs; errors are root mean squares over the inputs. One input
-    alone would compare luck: a value within a rounding of 0 switches a ReLU, and one switched ReLU outweighs all other
-    errors, whoever computes.
+    ``trials`` yields (ours, PyTorch's, truth) for several inputs; errors are root mean squares over the inputs. One
+    input alone would compare luck: a value within a rounding of 0 switches a ReLU, and one switched ReLU outweighs all
+    other errors, whoever computes.
     """
     squares: dict[str, list[tuple[float, float, float, float]]] = {}
     for ours, peer, truth in trials:
@@ -44,7 +44,9 @@ def _within_budget(trials: Iterable[tuple[Results, Results, Results]], tolerance
             (sum(value**2 for value in column) / len(rows)) ** 0.5 for column in zip(*rows, strict=True)
         )
         assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
-        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element-wise {element:.2e}, PyTorch's {peer_element:.2e}"
+        assert element <= 2 * peer_element + 4 * tolerance, (
+            f"{name}: element-wise {element:.2e}, PyTorch's {peer_element:.2e}"
+        )
 
 
 @pytest.mark.parametrize("mode", ["activations", "bottlenecks"])

@@ -52,9 +52,7 @@ def test_opcheck(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = None
     if kind == "moments":
         moments = (torch.randn(4).double().requires_grad_(), torch.rand(4).double().requires_grad_())
-    arguments = _captured(
-        monkeypatch, lambda: fastdense.dense_block(x, fast.values(), recompute=mode, moments=moments)
-    )
+    arguments = _captured(monkeypatch, lambda: fastdense.dense_block(x, fast.values(), recompute=mode, moments=moments))
     torch.library.opcheck(torch.ops.fastdense.dense_block.default, arguments)
 
 

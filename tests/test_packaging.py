@@ -43,9 +43,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "VIRTUAL_ENV"}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail(
-            f"exit {done.returncode}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", pytrace=False
-        )
+        pytest.fail(f"exit {done.returncode}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", pytrace=False)
     return done.stdout
 
 
@@ -115,9 +113,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) 
     assert "fastdense/kernels/__init__.py" in expected
 
     version = distributions.metadata()["Version"]
-    code = {
-        name for name in distributions.wheel_files() if not name.startswith(f"fastdense-{version}.dist-info/")
-    }
+    code = {name for name in distributions.wheel_files() if not name.startswith(f"fastdense-{version}.dist-info/")}
     assert code == expected
 
 

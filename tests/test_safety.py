@@ -1,4 +1,4 @@
-"""Nothing is ever silently wrong: failures undo themselves, NaN survives, whatever is unknown runs the textbook path."""
+"""Nothing is silently wrong: failures undo themselves, NaN survives, what is unknown runs the textbook path."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_what_is_unknown_runs_the_textbook_path_and_says_so_once(change: Callabl
 def test_an_explicit_backend_refuses_what_it_cannot_run(change: Callable[[nn.Module], None]) -> None:
     _, fast = block_pair(2, 6, 4, 4, impl="torch")
     change(fast)
-    with pytest.raises(RuntimeError, match="impl='torch' cannot run this block.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"impl='torch' cannot run this block.*impl='reference'"):
         fast(random_input((2, 6, 4, 4)))
 
 

@@ -59,7 +59,9 @@ def test_block_takes_torchvisions_layers(torchvision_models: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "activations", "bottlenecks"), [("densenet121", 3.3, 5.9), ("densenet201", 4.6, 8.6)])
-def test_bytes_kept_against_torchvision(name: str, activations: float, bottlenecks: float, torchvision_models: Any) -> None:
+def test_bytes_kept_against_torchvision(
+    name: str, activations: float, bottlenecks: float, torchvision_models: Any
+) -> None:
     """The whole network, fp32, 224 x 224; stem and transitions are still plain PyTorch here."""
     x = torch.randn(1, 3, 224, 224)
     kept = []
