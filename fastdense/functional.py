@@ -218,9 +218,6 @@ def transition(x: Tensor, norm: nn.Module, conv: nn.Module, pool: nn.Module) -> 
     return conv(pool(F.relu(norm(x), inplace=True)))
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
 def _check_input(x: Tensor, layers: Sequence[Any]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -304,9 +301,6 @@ def _refuse_transforms(x: Tensor) -> None:
 @lru_cache(maxsize=256)
 def _say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
-
-
-# ---- the random number generator -------------------------------------------------------------------------------------
 
 
 def _rng_state(device: torch.device) -> Tensor | None:

@@ -37,8 +37,26 @@ class _Reader(NamedTuple):
         dtype = accumulation_dtype(source.rows.dtype)
         mean, var = norm.frozen or (source.mean, source.var)
         assert mean is not None and var is not None
-        r = torch.rsqrt(var.to(dtype) + norm.eps)
-        return cls(mean.to(dtype), r, norm.gamma.to(dtype) * r, norm.beta.to(dtype))
+        # Tensor.to costs a microsecond even where nothing is to be done, and this runs for every convolution.
+        mean, var, gamma, beta = (v if v.dtype is dtype else v.to(dtype) for v in (mean, var, norm.gamma, norm.beta))
+        r = torch.rsqrt(var + norm.eps)
+        return cls(mean, r, gamma * r, beta)
+
+
+def _two_sums(dy: Tensor, v: Tensor) -> Sums:
+    """``sum(dy), sum(dy*v)`` over the rows. ``dy`` may be overwritten.
+
+    One pass where both are contiguous: BatchNorm backward, told that mean and variance are 0 and 1. (Given two
+    different layouts it mixes them up, hence the check.)
+    """
+    if not (dy.is_contiguous() and v.is_contiguous()):
+        return dy.sum(0), dy.mul_(v).sum(0)
+    zeros, ones = v.new_zeros(v.shape[1]), v.new_ones(v.shape[1])
+    images = (rows.t()[None, :, :, None] for rows in (dy, v))
+    _, products, plain = torch.ops.aten.native_batch_norm_backward(
+        *images, None, zeros, ones, None, None, False, 0.0, [False, True, True]
+    )
+    return plain, products
 
 
 class _Kernel:
@@ -110,8 +128,6 @@ class TorchBackend:
         self.acc = accumulation_dtype(x.dtype)
         self._scratch: dict[str, Tensor] = {}
 
-    # ---- buffers -------------------------------------------------------------------------------------------------
-
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` for a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
         channels = of.rows.shape[1]
@@ -136,16 +152,14 @@ class TorchBackend:
         for start in range(0, self.m, step):
             yield slice(start, min(start + step, self.m))
 
-    # ---- moments -------------------------------------------------------------------------------------------------
-
     def _partial_moments(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         count = rows.shape[0]
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
         # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
-        shift = centred.sum(0).div_(count)
-        m2 = centred.square_().sum(0).addcmul_(shift, shift, value=-count)
-        return count, mean.add_(shift), m2
+        shift, m2 = _two_sums(centred, centred)
+        shift.div_(count)
+        return count, mean.add_(shift), m2.addcmul_(shift, shift, value=-count)
 
     def merge_moments(self, partial: Partial, out: Features) -> None:
         """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)**2``."""
@@ -175,8 +189,6 @@ class TorchBackend:
         if out.mean is None:
             return None
         return [self._partial_moments(out.rows[chunk]) for chunk in self._chunks(x.shape[1])]
-
-    # ---- forward -------------------------------------------------------------------------------------------------
 
     def _normalise(self, rows: Tensor, reader: _Reader, *, centred: str) -> tuple[Tensor, Tensor]:
         """``v - mu`` and ``relu((v - mu)*scale + beta)`` of a chunk; the first lies in the buffer named ``centred``.
@@ -225,8 +237,6 @@ class TorchBackend:
             if out.mean is not None:
                 partial.append(self._partial_moments(target))
         return partial if out.mean is not None else None
-
-    # ---- backward ------------------------------------------------------------------------------------------------
 
     def _resolve(self, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
         """``D + a + b*(v - mu)`` of a chunk."""
@@ -277,7 +287,7 @@ class TorchBackend:
                     d_weight = dw.to(self.acc) if d_weight is None else d_weight.add_(dw)
             if sums is None:
                 continue
-            if dy.dtype != self.acc:
+            if dy.dtype != self.acc or not dy.is_contiguous():
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
             torch.ops.aten.threshold_backward.grad_input(dy, activation[:, lo:], 0, grad_input=dy)
             if into is not None:
@@ -286,8 +296,8 @@ class TorchBackend:
                     D.addcmul_(mine, reader.scale[start:])
                 else:
                     torch.mul(mine, reader.scale[start:], out=D)
-            sums[0, lo:] += dy.sum(0)
-            sums[1, lo:] += dy.mul_(v[:, lo:]).sum(0)
+            for total, part in zip(sums, _two_sums(dy, v[:, lo:]), strict=True):
+                total[lo:] += part
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         return d_weight, None if sums is None else (sums[0], sums[1])

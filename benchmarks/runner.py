@@ -1,0 +1,124 @@
+"""What every benchmark shares: check first, interleave, report medians, write a record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one repeated measurement: median, 20th and 80th percentile, and how often it ran."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Summary of raw timings."""
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warmup: int = 2
+) -> dict[str, dict[str, Timing]]:
+    """Run every step in turn, ``repeats`` times over, so that a drifting machine favours none.
+
+    Args:
+        steps: for each provider a function that runs one step and returns seconds by phase.
+        repeats: counted rounds.
+        warmup: rounds that are not counted.
+
+    Returns:
+        For each provider and phase the timing over the counted rounds.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    for round_ in range(warmup + repeats):
+        for name, step in steps.items():
+            phases = step()
+            if round_ >= warmup:
+                for phase, duration in phases.items():
+                    seconds[name].setdefault(phase, []).append(duration)
+    return {name: {phase: Timing.of(values) for phase, values in found.items()} for name, found in seconds.items()}
+
+
+def training_step(
+    model: torch.nn.Module, x: torch.Tensor, cotangent: torch.Tensor
+) -> Callable[[], Mapping[str, float]]:
+    """One step without an optimizer: forward, and backward from a fixed random cotangent. CPU only."""
+
+    def step() -> Mapping[str, float]:
+        model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        output = model(x)
+        middle = time.perf_counter()
+        output.backward(cotangent)
+        end = time.perf_counter()
+        return {"forward": middle - start, "backward": end - middle, "step": end - start}
+
+    return step
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit, date and command: what a record needs to be reproduced."""
+    root = Path(__file__).parents[1]
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.executable).name, "-m", *sys.orig_argv[2:]]),
+        "commit": commit,
+        "device": "cpu",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses inside ``value`` as dictionaries."""
+    if isinstance(value, Timing):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return value
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """One JSON file, keys in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain(dict(record)), indent=1) + "\n")
