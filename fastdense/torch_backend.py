@@ -287,7 +287,7 @@ class TorchBackend:
                     d_weight = dw.to(self.acc) if d_weight is None else d_weight.add_(dw)
             if sums is None:
                 continue
-            if dy.dtype != self.acc or not dy.is_contiguous():
+            if dy.dtype != self.acc:
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
             torch.ops.aten.threshold_backward.grad_input(dy, activation[:, lo:], 0, grad_input=dy)
             if into is not None:

@@ -1,0 +1,59 @@
+"""The benchmarks run, refuse to time what is wrong, and the README says what the records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import render, runner, speed
+
+
+def test_readme_agrees_with_the_records() -> None:
+    text = render.README.read_text()
+    assert "<!-- figures:" in text
+    assert render.render(text) == text
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    text = render.README.read_text()
+    assert render.render(text.replace(" MB |", " GB |", 1)) == text
+
+
+def test_timing_summary() -> None:
+    timing = runner.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (timing.median, timing.p20, timing.p80, timing.repeats) == (3.5, 2.0, 5.0, 6)
+
+
+def test_rounds_are_interleaved_and_warm_up_is_not_counted() -> None:
+    calls: list[str] = []
+
+    def step(name: str) -> dict[str, float]:
+        calls.append(name)
+        return {"step": float(len(calls))}
+
+    found = runner.interleave({name: lambda name=name: step(name) for name in "ab"}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert (found["a"]["step"].median, found["b"]["step"].repeats) == (5.0, 3)
+
+
+def test_speed_times_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def networks(name: str) -> dict[str, torch.nn.Module]:
+        torch.manual_seed(0)
+        first, second = (
+            torch.nn.Sequential(torch.nn.Conv2d(3, 1000, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            for _ in range(2)
+        )
+        return {"torchvision": first, "right": first, "wrong": second}
+
+    monkeypatch.setattr(speed, "providers", networks)
+    record = speed.run("densenet121", batch=2, size=16, repeats=2, threads=1)
+    assert record["results"]["right"]["step"].repeats == 2
+    assert not record["results"]["wrong"]["checked"]
+    assert "step" not in record["results"]["wrong"]
+    runner.write_record(tmp_path / "record.json", record)
+    written = json.loads((tmp_path / "record.json").read_text())
+    assert written["schema"] == runner.SCHEMA
+    assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
