@@ -8,13 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, checks, memory, ops, reference
 from .features import accumulation_dtype
-from .supported import why_reference
+from .supported import pools_first, why_reference
 
 __all__ = ["dense_block", "transition"]
 
@@ -200,22 +199,23 @@ def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments,
             old.lerp_(new, members[i // 2][0].num_batches_tracked.to(old.dtype).reciprocal())
 
 
-def transition(x: Tensor, norm: nn.Module, conv: nn.Module, pool: nn.Module) -> Tensor:
-    """BN-ReLU-AvgPool-Conv1x1: DenseNet's transition with the pooling first.
+def transition(x: Tensor, norm: nn.Module, relu: nn.Module, conv: nn.Module, pool: nn.Module) -> Tensor:
+    """DenseNet's transition, BN-ReLU-Conv1x1-AvgPool, with the pooling done first where that changes nothing.
 
-    Average pooling and a 1x1 convolution commute, so pooling first gives the same result for a quarter of the
-    convolution's work (an eighth in 3D).
+    An average without padding and a 1x1 convolution commute, so pooling first gives the same result for a quarter of
+    the convolution's work (an eighth in 3D). Any other pooling or convolution keeps its place.
 
     Args:
         x: ``[N, C, *spatial]``.
-        norm, conv, pool: the transition's BatchNorm, bias-free 1x1 convolution and average pooling without padding.
+        norm, relu, conv, pool: the transition's modules; each is called once.
 
     Returns:
         ``[N, C_out, *(spatial // 2)]``.
 
-    Equivalent to ``pool(conv(F.relu(norm(x))))``. Source: arXiv 1608.06993, section 3, "Pooling layers".
+    Equivalent to ``pool(conv(relu(norm(x))))``. Source: arXiv 1608.06993, section 3, "Pooling layers".
     """
-    return conv(pool(F.relu(norm(x), inplace=True)))
+    x = relu(norm(x))
+    return conv(pool(x)) if pools_first(conv, pool) else pool(conv(x))
 
 
 def _check_input(x: Tensor, layers: Sequence[Any]) -> None:
@@ -243,6 +243,7 @@ def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
+        checks.probability(f"drop_rate of layer {i}", layer.drop_rate)
         reads = channels
         pairs = _convolutions(layer)
         if len(pairs) != stages:
@@ -255,11 +256,12 @@ def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
                 )
             reads = conv.out_channels
             weight = conv.weight
-            if weight.device != x.device:
-                raise ValueError(
-                    f"x is on device {str(x.device)!r}, but conv{number} of layer {i} is on {str(weight.device)!r}: "
-                    "move one of them with .to()"
-                )
+            for name, tensor in (("conv", weight), ("norm", norm.weight), ("norm", norm.running_mean)):
+                if tensor is not None and tensor.device != x.device:
+                    raise ValueError(
+                        f"x is on device {str(x.device)!r}, but {name}{number} of layer {i} is on "
+                        f"{str(tensor.device)!r}: move one of them with .to()"
+                    )
             if weight.dtype != x.dtype and not autocast:
                 raise ValueError(
                     f"x is {x.dtype}, but conv{number} of layer {i} is {weight.dtype}: convert one of them with .to(), "

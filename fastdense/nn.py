@@ -127,7 +127,7 @@ class Transition(ConcatTransition):
         """``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``."""
         if checks.impl_name(self.impl) == "reference":
             return super().forward(x)
-        return self.conv(self.pool(self.relu(self.norm(x))))
+        return functional.transition(x, self.norm, self.relu, self.conv, self.pool)
 
 
 class DenseNet(nn.Module):

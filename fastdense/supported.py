@@ -36,7 +36,26 @@ def why_reference(layers: Sequence[nn.Module]) -> str | None:
                 return f"layer {i}: its child {name!r} {reason}"
             if type(child) in _CONVS and (reason := _convolution(child, name)):
                 return f"layer {i}: {reason}"
+        if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
+            return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
     return None
+
+
+def pools_first(conv: Any, pool: Any) -> bool:
+    """Whether ``conv(pool(x))`` equals ``pool(conv(x))``: a 1x1 convolution, and an average without padding."""
+    return (
+        type(conv) in _CONVS
+        and set(conv.kernel_size) == set(conv.stride) == {1}
+        and conv.padding in ((0,) * len(conv.kernel_size), "valid", "same")
+        and type(pool) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+        and set(_tuple(pool.padding)) == {0}
+        and getattr(pool, "divisor_override", None) is None
+        and not (_changed(conv) or _changed(pool))
+    )
+
+
+def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _changed(module: Any) -> str | None:

@@ -30,6 +30,16 @@ def _on_meta(block: Any) -> Any:
     return block(x)
 
 
+def _norm_on_meta(block: Any) -> Any:
+    block["denselayer2"].norm2.to("meta")
+    return block(x)
+
+
+def _wrong_drop_rate(block: Any) -> Any:
+    block["denselayer2"].drop_rate = 1.5
+    return block(x)
+
+
 def _half_layer(block: Any) -> Any:
     block["denselayer2"].conv1.half()
     return block(x)
@@ -64,6 +74,8 @@ CALLS: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "half features": (ValueError, r"torch.float16.*torch.float64", lambda b: b(x.half())),
     "one layer half": (ValueError, r"conv1 of layer 1 is torch.float16", _half_layer),
     "one layer elsewhere": (ValueError, r"'cpu'.*conv1 of layer 1 is on 'meta'", _on_meta),
+    "one norm elsewhere": (ValueError, r"'cpu'.*norm2 of layer 1 is on 'meta'", _norm_on_meta),
+    "drop rate set later": (ValueError, r"drop_rate of layer 1.*got 1.5", _wrong_drop_rate),
     "no pixels": (ValueError, r"at least one pixel.*\(2, 6, 0, 4\)", lambda b: b(x[:, :, :0])),
     "one value per channel": (ValueError, r"more than 1 value.*\(1, 6, 1, 1\)", lambda b: b(x[:1, :, :1, :1])),
     "unknown recompute": (ValueError, r"recompute.*'activations'.*'all'", lambda b: _set(b, "recompute", "all")),

@@ -100,6 +100,14 @@ def _without_affine(block: nn.Module) -> None:
         setattr(block.get_submodule(layer), leaf, nn.BatchNorm2d(norm.num_features, affine=False, dtype=torch.float64))
 
 
+def _wide_first_kernel(block: nn.Module) -> None:
+    for layer in block.children():
+        weight = torch.empty(layer.conv1.out_channels, layer.conv1.in_channels, 3, 1).double()
+        weight.uniform_(-1, 1, generator=torch.Generator().manual_seed(3))
+        layer.conv1 = nn.Conv2d(layer.conv1.in_channels, layer.conv1.out_channels, (3, 1), padding=(1, 0), bias=False)
+        layer.conv1.weight.data = weight
+
+
 def _wider_kernel(block: nn.Module) -> None:
     for layer in block.children():
         layer.conv2 = nn.Conv2d(layer.conv2.in_channels, layer.conv2.out_channels, (5, 3), padding=(2, 1), bias=False)
@@ -120,6 +128,7 @@ CHANGES = {
         _untracked_in_evaluation,
         _without_affine,
         _wider_kernel,
+        _wide_first_kernel,
     )
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TOLERANCE, assert_close, assert_same, block_pair, random_input, results
+from common import assert_close, assert_same, block_pair, random_input, results
 from torch import nn
 
 import fastdense
@@ -149,12 +149,27 @@ def test_transition_pools_first_and_gives_the_same(dims: int) -> None:
     assert_same(results(fast.eval(), x), results(reference.eval(), x))
 
 
-def test_functional_transition() -> None:
+POOLS = {
+    "maximum": nn.MaxPool2d(2, 2),
+    "padded": nn.AvgPool2d(2, 2, padding=1),
+    "padded, not counted": nn.AvgPool2d(2, 2, padding=1, count_include_pad=False),
+    "ceiling": nn.AvgPool2d(2, 2, ceil_mode=True),
+    "own divisor": nn.AvgPool2d(2, 2, divisor_override=3),
+    "power": nn.LPPool2d(2, 2),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_transition_with_other_modules_gives_their_result(pool: str, kernel: int) -> None:
+    """Pooling moves before the convolution only where the two commute; the bias shows a padded pool that does not."""
+    torch.manual_seed(0)
     module = fastdense.Transition(6, 3, dtype=torch.float64).eval()
-    x = random_input((2, 6, 5, 4))
-    got = fastdense.functional.transition(x, module.norm, module.conv, module.pool)
-    assert_close("transition", got, module(x))
-    assert TOLERANCE == 1e-9
+    module.pool = POOLS[pool]
+    module.conv = nn.Conv2d(6, 3, kernel, dtype=torch.float64)
+    x = random_input((2, 6, 7, 5))
+    want = module.pool(module.conv(module.relu(module.norm(x))))
+    assert_close("transition", module(x), want)
 
 
 def test_environment_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,9 +128,13 @@ def _own_forward(block: nn.Module) -> None:
     layer.conv1.forward = lambda h: original(h) + 1
 
 
+def _mixed_dropout(block: nn.Module) -> None:
+    block["denselayer2"].drop_channels = True
+
+
 UNKNOWN: list[Callable[[nn.Module], None]] = [
     _hook, _pre_hook, _backward_hook, _layer_hook, _parametrization, _other_activation, _other_norm, _bias, _groups,
-    _reflecting, _own_forward,
+    _reflecting, _own_forward, _mixed_dropout,
 ]  # fmt: skip
 
 
