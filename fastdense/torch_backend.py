@@ -19,7 +19,7 @@ from .features import Features, LazyGradient, accumulation_dtype, as_images, as_
 from .philox import keep_mask
 from .primitives import Conv, Dropout, Norm, Sums
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 4 << 20
 
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
 
@@ -41,22 +41,6 @@ class _Reader(NamedTuple):
         mean, var, gamma, beta = (v if v.dtype is dtype else v.to(dtype) for v in (mean, var, norm.gamma, norm.beta))
         r = torch.rsqrt(var + norm.eps)
         return cls(mean, r, gamma * r, beta)
-
-
-def _two_sums(dy: Tensor, v: Tensor) -> Sums:
-    """``sum(dy), sum(dy*v)`` over the rows. ``dy`` may be overwritten.
-
-    One pass where both are contiguous: BatchNorm backward, told that mean and variance are 0 and 1. (Given two
-    different layouts it mixes them up, hence the check.)
-    """
-    if not (dy.is_contiguous() and v.is_contiguous()):
-        return dy.sum(0), dy.mul_(v).sum(0)
-    zeros, ones = v.new_zeros(v.shape[1]), v.new_ones(v.shape[1])
-    images = (rows.t()[None, :, :, None] for rows in (dy, v))
-    _, products, plain = torch.ops.aten.native_batch_norm_backward(
-        *images, None, zeros, ones, None, None, False, 0.0, [False, True, True]
-    )
-    return plain, products
 
 
 class _Kernel:
@@ -157,9 +141,9 @@ class TorchBackend:
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
         # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
-        shift, m2 = _two_sums(centred, centred)
-        shift.div_(count)
-        return count, mean.add_(shift), m2.addcmul_(shift, shift, value=-count)
+        shift = centred.sum(0).div_(count)
+        m2 = centred.square_().sum(0).addcmul_(shift, shift, value=-count)
+        return count, mean.add_(shift), m2
 
     def merge_moments(self, partial: Partial, out: Features) -> None:
         """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)**2``."""
@@ -296,8 +280,8 @@ class TorchBackend:
                     D.addcmul_(mine, reader.scale[start:])
                 else:
                     torch.mul(mine, reader.scale[start:], out=D)
-            for total, part in zip(sums, _two_sums(dy, v[:, lo:]), strict=True):
-                total[lo:] += part
+            sums[0, lo:] += dy.sum(0)
+            sums[1, lo:] += dy.mul_(v[:, lo:]).sum(0)
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         return d_weight, None if sums is None else (sums[0], sums[1])
