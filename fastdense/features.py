@@ -38,16 +38,21 @@ def empty_features(shape: Sequence[int], *, dtype: torch.dtype, device: torch.de
     return torch.empty_strided((n, channels, *spatial), strides, dtype=dtype, device=device)
 
 
+_CHANNELS_TO_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}  # rank: permutation
+_CHANNELS_TO_SECOND = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
+
+
 def as_rows(images: Tensor) -> Tensor:
     """View channels-last ``[N, C, *spatial]`` as rows ``[m, C]``; raises if that would need a copy."""
-    channels_last = images.movedim(1, -1)
-    return channels_last.view(math.prod(channels_last.shape[:-1]), images.shape[1])
+    n, channels, *spatial = images.shape
+    return images.permute(_CHANNELS_TO_LAST[images.dim()]).view(n * math.prod(spatial), channels)
 
 
 def as_images(rows: Tensor, spatial: Sequence[int]) -> Tensor:
     """View rows ``[n*prod(spatial), C]`` as channels-last images ``[n, C, *spatial]``."""
-    images = rows.shape[0] // max(1, math.prod(spatial))
-    return rows.view(images, *spatial, rows.shape[1]).movedim(-1, 1)
+    m, channels = rows.shape
+    images = rows.view(m // max(1, math.prod(spatial)), *spatial, channels)
+    return images.permute(_CHANNELS_TO_SECOND[len(spatial) + 2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from .primitives import Conv, Dropout, Norm, Sums
 
 CHUNK_BYTES = 4 << 20
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
 
 
@@ -43,6 +45,15 @@ class _Reader(NamedTuple):
         return cls(mean, r, gamma * r, beta)
 
 
+# Views cost a microsecond or two each, some ten times for every convolution: these two make none where all is wanted.
+def _cut(rows: Tensor, chunk: slice) -> Tensor:
+    return rows if chunk.stop - chunk.start == rows.shape[0] else rows[chunk]
+
+
+def _from(tensor: Tensor, channel: int) -> Tensor:
+    return tensor if channel == 0 else tensor[..., channel:]
+
+
 class _Kernel:
     """A convolution over rows: stride 1, odd kernel, "same" zero padding.
 
@@ -54,7 +65,7 @@ class _Kernel:
         self.pointwise = weight.shape[2:].numel() == 1
         one_d = len(spatial) == 1
         self.spatial = (1, *spatial) if one_d else spatial
-        weight = weight.to(dtype)
+        weight = weight if weight.dtype is dtype else weight.to(dtype)
         self.weight = weight.unsqueeze(2) if one_d else weight
         self.padding = [size // 2 for size in self.weight.shape[2:]]
 
@@ -72,12 +83,13 @@ class _Kernel:
     @staticmethod
     def _rows(images: Tensor) -> Tensor:
         """A convolution's result as rows; a copy only if it did not come out channels last."""
-        return images.movedim(1, -1).reshape(-1, images.shape[1])
+        return as_rows(images.contiguous(memory_format=_CHANNELS_LAST[images.dim()]))
 
     def d_weight(self, g: Tensor, operand: Tensor, so_far: Tensor | None, acc: torch.dtype) -> Tensor:
         """The gradient of a 1x1 weight, added to that of the chunks before."""
         if so_far is None:
-            return torch.mm(g.t(), operand).to(acc)
+            d_weight = torch.mm(g.t(), operand)
+            return d_weight if d_weight.dtype is acc else d_weight.to(acc)
         return so_far.addmm_(g.t(), operand) if g.dtype == acc else so_far.add_(torch.mm(g.t(), operand))
 
     def backward(self, g: Tensor, operand: Tensor, *, dx: bool, dw: bool) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,7 @@ class TorchBackend:
         self.dtype, self.device = x.dtype, x.device
         self.acc = accumulation_dtype(x.dtype)
         self._scratch: dict[str, Tensor] = {}
+        self._latest: tuple[Norm, _Reader] | None = None
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` for a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
@@ -130,7 +143,13 @@ class TorchBackend:
         flat = self._scratch.get(name)
         if flat is None or flat.numel() < rows * channels:
             flat = self._scratch[name] = torch.empty(rows * channels, dtype=dtype, device=self.device)
-        return flat[: rows * channels].view(rows, channels)
+        return flat.as_strided((rows, channels), (channels, 1))
+
+    def _reader(self, norm: Norm, source: Features) -> _Reader:
+        """The vectors of ``norm``; a backward convolution and the merge that follows it share them."""
+        if self._latest is None or self._latest[0] is not norm:
+            self._latest = norm, _Reader.of(norm, source)
+        return self._latest[1]
 
     def _chunks(self, channels: int, *, whole_images: bool = False) -> Iterator[slice]:
         """Cut ``m`` rows so that ``channels`` of them in the accumulation dtype fit into ``CHUNK_BYTES``."""
@@ -217,12 +236,12 @@ class TorchBackend:
         self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None
     ) -> Partial | None:
         """``out.rows = dropout(conv(relu(bn(source))))`` with partial moments of the stored values."""
-        reader = _Reader.of(conv.norm, source)
+        reader = self._reader(conv.norm, source)
         kernel = _Kernel(conv.weight, self.dtype, self.spatial)
         partial: Partial = []
         for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
-            _, activation = self._normalise(source.rows[chunk], reader, centred="activation")
-            target = out.rows[chunk]
+            _, activation = self._normalise(_cut(source.rows, chunk), reader, centred="activation")
+            target = _cut(out.rows, chunk)
             result = kernel.forward(self._operand("operand", activation), target)
             if dropout is not None:
                 self._drop(result, chunk, dropout)
@@ -234,10 +253,10 @@ class TorchBackend:
 
     def _resolve(self, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
         """``D + a + b*(v - mu)`` of a chunk."""
-        D = grad.D[chunk]
+        D = _cut(grad.D, chunk)
         if grad.a is None or grad.b is None or of.mean is None:
             return D
-        g = torch.sub(of.rows[chunk], of.mean, out=self._buffer("gradient", *D.shape))
+        g = torch.sub(_cut(of.rows, chunk), of.mean, out=self._buffer("gradient", *D.shape))
         return torch.addcmul(grad.a, g, grad.b, out=g).add_(D)
 
     def bn_relu_conv_backward(
@@ -253,60 +272,64 @@ class TorchBackend:
     ) -> tuple[Tensor | None, Sums | None]:
         """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
-        reader = _Reader.of(conv.norm, source)
+        reader = self._reader(conv.norm, source)
         kernel = _Kernel(conv.weight, self.dtype, self.spatial)
         start = 0 if into is None else into.start
         lo = 0 if needs_norm else start  # the first channel whose dy anybody wants
         wanted = needs_norm or into is not None
+        scale = _from(reader.scale, start)
         d_weight: Tensor | None = None
-        sums = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device) if wanted else None
+        sums: Sums | None = None
+        if wanted:
+            zeros = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device)
+            sums = zeros[0], zeros[1]
 
         for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
             g = self._resolve(grad, output, chunk)
             if dropout is not None:
                 g = self._buffer("gradient", *g.shape).copy_(g)
                 self._drop(g, chunk, dropout)
-            v, activation = self._normalise(source.rows[chunk], reader, centred="centred")
+            v, activation = self._normalise(_cut(source.rows, chunk), reader, centred="centred")
             g, operand = self._operand("output gradient", g), self._operand("operand", activation)
             if kernel.pointwise:
                 if needs_weight:
                     d_weight = kernel.d_weight(g, operand, d_weight, self.acc)
                 dy = self._buffer("dy operand", g.shape[0], kernel.in_channels - lo, dtype=self.dtype)
                 if wanted:
-                    torch.mm(g, kernel.matrix[:, lo:], out=dy)
+                    torch.mm(g, _from(kernel.matrix, lo), out=dy)
             else:
                 dy, dw = kernel.backward(g, operand, dx=wanted, dw=needs_weight)
-                dy = dy[:, lo:]
+                dy = _from(dy, lo)
                 if needs_weight:
                     d_weight = dw.to(self.acc) if d_weight is None else d_weight.add_(dw)
             if sums is None:
                 continue
             if dy.dtype != self.acc:
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
-            torch.ops.aten.threshold_backward.grad_input(dy, activation[:, lo:], 0, grad_input=dy)
+            torch.ops.aten.threshold_backward.grad_input(dy, _from(activation, lo), 0, grad_input=dy)
             if into is not None:
-                D, mine = into.D[chunk], dy[:, start - lo :]
+                D, mine = _cut(into.D, chunk), _from(dy, start - lo)
                 if accumulate:
-                    D.addcmul_(mine, reader.scale[start:])
+                    D.addcmul_(mine, scale)
                 else:
-                    torch.mul(mine, reader.scale[start:], out=D)
-            sums[0, lo:] += dy.sum(0)
-            sums[1, lo:] += dy.mul_(v[:, lo:]).sum(0)
+                    torch.mul(mine, scale, out=D)
+            _from(sums[0], lo).add_(dy.sum(0))
+            _from(sums[1], lo).add_(dy.mul_(_from(v, lo)).sum(0))
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
-        return d_weight, None if sums is None else (sums[0], sums[1])
+        return d_weight, sums
 
     def merge_gradients(
         self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None
     ) -> tuple[Tensor, Tensor]:
         """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
         dbeta, centred = sums
-        reader = _Reader.of(norm, source)
+        reader = self._reader(norm, source)
         dgamma = centred * reader.r
         if into is not None and into.a is not None and into.b is not None and norm.frozen is None:
-            mine = slice(into.start, None)
-            into.a.addcmul_(reader.scale[mine], dbeta[mine], value=-1 / max(self.m, 1))
-            into.b.addcmul_((reader.scale * reader.r)[mine], dgamma[mine], value=-1 / max(self.m, 1))
+            weight = -1 / max(self.m, 1)
+            into.a.addcmul_(_from(reader.scale, into.start), _from(dbeta, into.start), value=weight)
+            into.b.addcmul_(_from(reader.scale * reader.r, into.start), _from(dgamma, into.start), value=weight)
         return dgamma, dbeta
 
     def resolve(self, grad: LazyGradient, of: Features) -> Tensor:

@@ -1,0 +1,29 @@
+"""The ``fastdense`` command."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+EXTRAS = ("typer", "rich", "sklearn")
+
+
+def main() -> None:
+    """Run the command line; exits with its status, or with 1 and one line where an extra is missing."""
+    try:
+        # Not above: whoever installed fastdense without the extras reads how to get them, not a traceback.
+        from .commands import app
+
+        app(prog_name="fastdense")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        sys.exit(f"fastdense: this command needs {missing}, which is not installed: pip install 'fastdense[train]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What ``fastdense`` shows: loss curves as they grow, or a few plain lines, and tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .train import CheckEvent, EpochEvent, Event, Experiment, Run, Summary
+
+__all__ = [
+    "Display",
+    "LiveDisplay",
+    "PlainDisplay",
+    "curve",
+    "display",
+    "environment_tables",
+    "introduction",
+    "result_table",
+]
+
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-=+*#@"
+CURVE_WIDTH = 30
+PLAIN_LINES = 20  # epochs that a log reports, however many there are
+HEARTBEAT_SECONDS = 30.0  # longest silence in a log while steps go on
+STEP_TIME_WINDOW = 20  # steps whose median is shown while training
+
+
+class Display(Protocol):
+    """Somebody who is told what happens."""
+
+    def update(self, event: Event) -> None: ...
+
+
+def number(value: float | None, form: str) -> str:
+    """``value`` in the format ``form``; a dash for ``None``."""
+    return "-" if value is None else format(value, form)
+
+
+def _accuracy(run: Run) -> float | None:
+    return run.evaluations[-1].test_accuracy if run.evaluations else None
+
+
+def _step_milliseconds(run: Run) -> float | None:
+    return 1e3 * statistics.median(run.seconds[-STEP_TIME_WINDOW:]) if run.seconds else None
+
+
+def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *, width: int, bars: str) -> str:
+    """A curve of one line: each character is the mean of its share of the ``steps``, on a logarithmic scale.
+
+    Args:
+        losses: so far, positive.
+        steps: that the whole ``width`` stands for.
+        lowest, highest: losses that the first and the last of ``bars`` stand for.
+    """
+    span = math.log(highest / lowest) if highest > lowest else 1.0
+    shown = []
+    for i in range(width):
+        share = losses[i * steps // width : max((i + 1) * steps // width, i * steps // width + 1)]
+        if share:
+            height = math.log(max(statistics.fmean(share), lowest) / lowest) / span
+            shown.append(bars[min(int(height * len(bars)), len(bars) - 1)])
+    return "".join(shown)
+
+
+def introduction(experiment: Experiment) -> str:
+    """What is about to be trained, on what and how."""
+    config, data = experiment.config, experiment.data
+    parameters = sum(parameter.numel() for parameter in experiment.runs[0].model.parameters())
+    where = str(experiment.device)
+    if experiment.device.type == "cpu":
+        where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
+    return (
+        f"{config.architecture.description}: {parameters:,} parameters.\n"
+        f"{data.name}: {len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test on.\n"
+        f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
+        f"SGD, learning rate {config.lr:g}, seed {config.seed}.\n"
+        f"On {where}, implementation {experiment.runs[-1].impl}."
+    )
+
+
+class LiveDisplay:
+    """A progress bar and, for each run, its loss, accuracy, step time and loss curve, redrawn in place."""
+
+    def __init__(self, console: Console, experiment: Experiment) -> None:
+        self.console, self.experiment = console, experiment
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self.check = None
+        if experiment.check_steps:
+            self.check = self.progress.add_task("check in float64", total=experiment.check_steps)
+        self.training = self.progress.add_task("training", total=experiment.steps, start=self.check is None)
+
+    def update(self, event: Event) -> None:
+        if isinstance(event, CheckEvent):
+            assert self.check is not None
+            self.progress.update(self.check, completed=event.step)
+            return
+        self.progress.start_task(self.training)
+        epoch = f"epoch {event.epoch}/{-(-self.experiment.steps // self.experiment.steps_per_epoch)}"
+        self.progress.update(self.training, completed=event.step, description=epoch)
+
+    def __rich__(self) -> Group:
+        return Group(self.progress, self._table())
+
+    def _table(self) -> Table:
+        runs = self.experiment.runs
+        # Losses of 0 have no logarithm; three decades below the highest is as deep as eight bars can show.
+        losses = [max(loss, 1e-12) for run in runs for loss in run.losses]
+        highest = max(losses, default=1.0)
+        lowest = max(min(losses, default=1.0), highest / 1e3)
+        table = Table(box=None, expand=True, pad_edge=False)
+        table.add_column("run", no_wrap=True)
+        for heading in ("loss", "test acc.", "step"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("training loss (log scale)", width=CURVE_WIDTH, no_wrap=True)
+        bars = ASCII_BARS if self.console.options.ascii_only else BARS
+        for run in runs:
+            shape = curve(run.losses, self.experiment.steps, lowest, highest, width=CURVE_WIDTH, bars=bars)
+            table.add_row(
+                run.label,
+                number(run.losses[-1] if run.losses else None, ".4f"),
+                number(_accuracy(run), ".1%"),
+                f"{number(_step_milliseconds(run), '.0f')} ms",
+                Text(shape, style="cyan" if run.name == "reference" else "green"),
+            )
+        return table
+
+
+class PlainDisplay:
+    """Lines for a log: after an epoch, about 20 in all, and a sign of life where an epoch takes long."""
+
+    def __init__(self, console: Console, experiment: Experiment) -> None:
+        self.console, self.experiment = console, experiment
+        self.epochs = -(-experiment.steps // experiment.steps_per_epoch)
+        self.every = -(-self.epochs // PLAIN_LINES)
+        self.last_line = time.monotonic()
+
+    def update(self, event: Event) -> None:
+        if isinstance(event, CheckEvent):
+            if event.step == self.experiment.check_steps:
+                largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
+                self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
+            return
+        if event.run != self.experiment.runs[-1].name:
+            return
+        over = event.step == self.experiment.steps
+        if isinstance(event, EpochEvent):
+            due = over or event.epoch % self.every == 0
+        else:
+            due = not over and time.monotonic() - self.last_line > HEARTBEAT_SECONDS
+        if due:
+            where = f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.experiment.steps}"
+            self._line("; ".join([where, *(self._state(run) for run in self.experiment.runs)]))
+
+    def _state(self, run: Run) -> str:
+        accuracy = f"{number(_accuracy(run), '.1%')} right"
+        return f"{run.label}: loss {run.losses[-1]:.4f}, {accuracy}, {number(_step_milliseconds(run), '.0f')} ms"
+
+    def _line(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def display(console: Console, experiment: Experiment) -> Iterator[Display]:
+    """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield PlainDisplay(console, experiment)
+        return
+    live = LiveDisplay(console, experiment)
+    with Live(live, console=console, refresh_per_second=4):
+        yield live
+
+
+def result_table(summaries: Sequence[Summary]) -> Table:
+    """One row a run."""
+    table = Table()
+    table.add_column("run")
+    for heading in (
+        "train\nloss",
+        "test\nloss",
+        "test\naccuracy",
+        "step time\n(median)",
+        "kept for\nbackward",
+    ):
+        table.add_column(heading, justify="right")
+    for run in summaries:
+        milliseconds = "-" if run.step_seconds is None else f"{1e3 * run.step_seconds:.1f} ms"
+        table.add_row(
+            run.label,
+            number(run.train_loss, ".4f"),
+            number(run.test_loss, ".4f"),
+            number(run.test_accuracy, ".2%"),
+            milliseconds,
+            f"{run.kept_bytes / 1e6:.1f} MB",
+        )
+    return table
+
+
+def environment_tables(found: dict[str, Any]) -> list[Table]:
+    """What ``environment()`` found: versions and settings, then a row for each device."""
+    settings = Table(show_header=False)
+    for package, version in found["versions"].items():
+        settings.add_row(package, version or "not installed")
+    settings.add_row("CUDA (torch's build)", found["cuda"] or "none")
+    settings.add_row("system", found["os"])
+    settings.add_row("CPU threads", str(found["cpu_threads"]))
+    for variable, value in found["variables"].items():
+        settings.add_row(variable, "not set" if value is None else value)
+
+    devices = Table()
+    for heading in ("device", "name", "impl='auto'", "why"):
+        devices.add_column(heading, overflow="fold")
+    for device in found["devices"]:
+        name = device["name"]
+        if "capability" in device:
+            name += f"\ncapability {device['capability']}, {device['memory_bytes'] / 1e9:.0f} GB"
+        devices.add_row(device["device"], name, device["impl"] or "none", device["reason"])
+    return [settings, devices]

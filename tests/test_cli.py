@@ -1,0 +1,342 @@
+"""The commands: what they print, write and exit with."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import fastdense
+from fastdense import display
+from fastdense.commands import MetricsFile, _train, app
+from fastdense.data import digits
+from fastdense.train import Experiment, Run, TrainConfig
+
+TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
+FINAL = re.compile(
+    r"^same loss curve \(largest difference of the training loss over the first 3 steps in float64: \S+; over all 30 "
+    r"steps in float32, where rounding errors grow: \S+\), \S+ times fewer bytes kept for backward, step time \S+ "
+    r"times\.$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("FASTDENSE_IMPL", "TRITON_INTERPRET", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def fastdense_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, prog_name="fastdense")
+
+
+def words(text: str) -> str:
+    """Without colours, frames and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text).split())
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The result table: label to cells."""
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[dict[str, Any]]]:
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    result = fastdense_command(
+        *TINY, "--compare", "--steps", "30", "--check-steps", "3", "--impl", "torch", "--metrics", str(path)
+    )
+    assert result.exit_code == 0, result.output
+    return result, records(path)
+
+
+def test_help_lists_the_commands_and_every_option() -> None:
+    result = fastdense_command("--help")
+    assert result.exit_code == 0
+    assert "train" in result.output and "env" in result.output
+    result = fastdense_command("train", "--help")
+    assert result.exit_code == 0
+    text = words(result.output)
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text, name
+    for default in ("100", "12, or the model's own", "1 below 32 pixels"):
+        assert default in text
+
+
+def test_compare_ends_in_a_table_and_plain_words(compared: tuple[Result, list[dict[str, Any]]]) -> None:
+    result, written = compared
+    summaries = {record["label"]: record for record in written if record["event"] == "summary"}
+    table = rows(result.output)
+    for label in ("textbook torch.cat", "fastdense"):
+        run = summaries[label]
+        assert table[label] == [
+            f"{run['train_loss']:.4f}",
+            f"{run['test_loss']:.4f}",
+            f"{100 * run['test_accuracy']:.2f}%",
+            f"{1000 * run['step_seconds']:.1f} ms",
+            f"{run['kept_bytes'] / 1e6:.1f} MB",
+        ]
+    assert FINAL.search(result.output), result.output
+    assert result.output.rstrip().endswith("times.")
+
+
+def test_log_is_short_and_fits_its_lines(compared: tuple[Result, list[dict[str, Any]]]) -> None:
+    result, _ = compared
+    lines = result.output.splitlines()
+    assert len(lines) < 20
+    assert "\x1b" not in result.output
+    assert [line.split(";")[0] for line in lines if line.startswith("epoch")] == [
+        "epoch 1/2 step 22/30",
+        "epoch 2/2 step 30/30",
+    ]
+    assert "check in float64: losses of 3 steps differ by at most" in result.output
+
+
+def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) -> None:
+    _, written = compared
+    header, *rest = written
+    assert header["event"] == "header"
+    assert header["versions"]["torch"] == torch.__version__
+    assert header["versions"]["fastdense"] == fastdense.__version__
+    assert header["runs"] == {"reference": "reference", "fastdense": "torch"}
+    assert (header["device"], header["seed"], header["threads"]) == ("cpu", 0, 1)
+    assert header["config"]["depth"] == 10 and header["config"]["compare"] is True
+    assert header["command"].startswith("fastdense ")
+    assert header["steps"] == 30
+
+    kinds = [record["event"] for record in rest]
+    assert kinds == [
+        *["check"] * 3,
+        *["step"] * 44,
+        *["epoch"] * 2,
+        *["step"] * 16,
+        *["epoch"] * 2,
+        *["summary"] * 2,
+        "comparison",
+    ]
+    fields = {
+        "check": {"event", "step", "reference", "fastdense"},
+        "step": {"event", "run", "step", "epoch", "loss", "seconds", "images_per_second"},
+        "epoch": {"event", "run", "epoch", "step", "train_loss", "test_loss", "test_accuracy"},
+    }
+    for record in rest:
+        if record["event"] in fields:
+            assert record.keys() == fields[record["event"]]
+    for run in ("reference", "fastdense"):
+        steps = [record for record in rest if record["event"] == "step" and record["run"] == run]
+        assert [record["step"] for record in steps] == list(range(1, 31))
+        assert all(math.isfinite(record["loss"]) and record["seconds"] > 0 for record in steps)
+        (summary,) = (record for record in rest if record["event"] == "summary" and record["run"] == run)
+        assert summary["train_loss"] == pytest.approx(sum(record["loss"] for record in steps[22:]) / 8)
+    assert rest[-1]["same_curve"] is True
+    assert rest[-1]["check_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depth", "101"], "--depth 101 does not fit a DenseNet-BC of three equal blocks"),
+        (["--depth", "101"], "nearest 100 and 106"),
+        (["--depth", "41", "--bn-size", "none"], "nearest 40 and 43"),
+        (["--block-config", "6,x"], "--block-config must be whole numbers, as in 6,12,24, got '6,x'"),
+        (["--bn-size", "four"], "--bn-size must be a whole number, 0 or none, got 'four'"),
+        (["--model", "resnet18"], "--model must be one of densenet121, densenet161, densenet169, densenet201"),
+        (["--model", "densenet121", "--depth", "40"], "--model and --depth contradict each other"),
+        (["--device", "nowhere"], "--device nowhere cannot be used"),
+        (["--batch-size", "5000"], "--batch-size must be at most 1437, the training images, got 5000"),
+        (["--lr", "0"], "--lr must be a positive number, got 0"),
+        (["--compare", "--impl", "reference"], "must be auto, triton or torch, not reference"),
+        (["--metrics", "no/such/folder"], "--metrics no/such/folder cannot be written: No such file"),
+        (["--epochs", "many"], "--epochs"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_options_exit_with_2(arguments: list[str], message: str) -> None:
+    result = fastdense_command("train", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result.output)
+
+
+def test_unknown_variable_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDENSE_IMPL", "fast")
+    result = fastdense_command(*TINY, "--steps", "1")
+    assert result.exit_code == 2
+    assert "the environment variable FASTDENSE_IMPL must be one of" in words(result.output)
+
+
+@pytest.mark.parametrize("bn_size", ["0", "none", "2"])
+def test_layers_with_and_without_bottleneck(bn_size: str) -> None:
+    result = fastdense_command(*TINY, "--steps", "1", "--bn-size", bn_size)
+    assert result.exit_code == 0, result.output
+    assert ("basic layers" in result.output) == (bn_size != "2")
+
+
+def test_divergence_exits_with_1_and_still_reports(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    result = fastdense_command(*TINY, "--compare", "--check-steps", "0", "--lr", "1e30", "--metrics", str(path))
+    assert result.exit_code == 1
+    assert "Stopped: the training loss of run reference is not finite at epoch 1, step 2 (" in words(result.output)
+    assert rows(result.output)["fastdense"][0] == "nan"
+    assert "same loss curve" not in result.output
+    written = records(path)
+    (error,) = (record for record in written if record["event"] == "error")
+    assert (error["run"], error["epoch"], error["step"]) == ("reference", 1, 2)
+    assert [record["train_loss"] for record in written if record["event"] == "summary"] == ["nan", "nan"]
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_interrupt_exits_with_130_and_shows_the_table_so_far(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
+) -> None:
+    step, made = Run.step, 0
+
+    def interrupted(self: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
+        nonlocal made
+        if made == at:
+            raise KeyboardInterrupt
+        made += 1
+        step(self, images, labels)
+
+    monkeypatch.setattr(Run, "step", interrupted)
+    path = tmp_path / "metrics.jsonl"
+    result = fastdense_command(*TINY, "--compare", "--check-steps", "0", "--metrics", str(path))
+    assert result.exit_code == 130
+    # In the fourth step the other run goes first.
+    table = rows(result.output)
+    assert (table["textbook torch.cat"][0] == "-") == (table["fastdense"][0] == "-") == (at == 0)
+    assert f"Interrupted after step {at // 2} of 132." in words(result.output)
+    assert records(path)[-3 if at == 0 else -4]["event"] == "error"
+
+
+def test_metrics_that_cannot_be_written_on_stop_with_a_message() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    result = fastdense_command(*TINY, "--steps", "1", "--metrics", str(full))
+    assert result.exit_code == 1, result.output
+    assert "Stopped: the file of --metrics cannot be written: No space left" in words(result.output)
+
+
+def test_log_gives_a_sign_of_life_in_long_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "HEARTBEAT_SECONDS", -1.0)
+    result = fastdense_command(*TINY, "--steps", "3")
+    assert [line.split(";")[0] for line in result.output.splitlines() if line.startswith("epoch")] == [
+        f"epoch 1/1 step {step}/3" for step in (1, 2, 3)
+    ]
+
+
+def test_log_of_many_epochs_stays_short() -> None:
+    result = fastdense_command(*TINY, "--epochs", "50", "--batch-size", "1400", "--growth-rate", "1")
+    lines = [line for line in result.output.splitlines() if line.startswith("epoch")]
+    assert 10 <= len(lines) <= 20
+    assert lines[-1].startswith("epoch 50/50 step 50/50;")
+
+
+def test_terminal_shows_both_curves_grow() -> None:
+    config = TrainConfig(depth=10, growth_rate=4, steps=12, check_steps=2, compare=True, device="cpu")
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
+    _train(console, Experiment(config, digits()), MetricsFile(None))
+    shown = screen.getvalue()
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden, then shown again"
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "check in float64" in text and "epoch 1/1" in text and "12/12" in text
+    for label in ("textbook torch.cat", "fastdense"):
+        (curve,) = re.findall(rf"{label} .* ms +([▁-█]{{30}}) *$", text.split("12/12")[-1], re.MULTILINE)
+        assert curve[0] == "█" and curve[-1] < "█"
+
+
+def test_curve_is_logarithmic_and_grows_with_the_steps() -> None:
+    def drawn(losses: list[float], steps: int) -> str:
+        return display.curve(losses, steps, 0.01, 1.0, width=4, bars="0123456789")
+
+    assert drawn([1.0, 0.1, 0.01, 0.0], 4) == "9500"
+    assert drawn([1.0, 0.1], 4) == "95"
+    assert drawn([1.0, 1.0, 0.1, 0.1], 8) == "95"
+    assert drawn([1.0], 2) == "99"
+    assert drawn([1.0, 0.1], 2) == "9955"
+    assert drawn([], 4) == ""
+    assert display.curve([2.0], 1, 2.0, 2.0, width=1, bars=display.ASCII_BARS) == "_"
+
+
+def test_env_names_the_implementation_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fastdense_command("env")
+    assert result.exit_code == 0, result.output
+    text = words(result.output)
+    for value in (fastdense.__version__, torch.__version__, "TRITON_INTERPRET not set", "FASTDENSE_IMPL not set"):
+        assert value in text
+    found = json.loads(fastdense_command("env", "--json").output)
+    cpu = found["devices"][0]
+    assert (cpu["device"], cpu["impl"], cpu["reason"]) == ("cpu", *fastdense.backends.explain("cpu"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert len(found["devices"]) == 1 + torch.cuda.device_count()
+    assert found["variables"] == {"FASTDENSE_IMPL": None, "TRITON_INTERPRET": None}
+
+
+def test_env_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDENSE_IMPL", "reference")
+    found = json.loads(fastdense_command("env", "--json").output)
+    assert (found["devices"][0]["impl"], found["devices"][0]["reason"]) == (
+        "reference",
+        "FASTDENSE_IMPL is reference",
+    )
+    monkeypatch.setenv("FASTDENSE_IMPL", "fast")
+    result = fastdense_command("env")
+    assert result.exit_code == 0
+    assert "none" in result.output and "got 'fast'" in words(result.output)
+
+
+def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, total_memory = "NVIDIA H100", 9, 0, 80_000_000_000
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    gpu = json.loads(fastdense_command("env", "--json").output)["devices"][1]
+    assert (gpu["device"], gpu["capability"], gpu["memory_bytes"]) == ("cuda:0", "9.0", 80_000_000_000)
+    output = fastdense_command("env").output
+    assert "NVIDIA H100" in output and "capability 9.0, 80 GB" in output
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "sklearn"])
+def test_missing_extra_is_one_line_with_the_remedy(missing: str) -> None:
+    # None in sys.modules makes an import fail as if the package were not there.
+    code = f"import sys; sys.modules[{missing!r}] = None; from fastdense.cli import main; main()"
+    command = [sys.executable, "-c", code, *TINY, "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == f"fastdense: this command needs {missing}, which is not installed: pip install 'fastdense[train]'"
+
+
+def test_module_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "fastdense.cli", "env", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versions"]["fastdense"] == fastdense.__version__
