@@ -23,7 +23,7 @@ CHUNK_BYTES = 4 << 20
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, M2) of each chunk
+Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, biased variance) of each chunk
 
 
 class _Reader(NamedTuple):
@@ -159,40 +159,42 @@ class TorchBackend:
             yield slice(start, min(start + step, self.m))
 
     def _partial_moments(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
-        count = rows.shape[0]
+        count, channels = rows.shape
         if rows.is_contiguous() and rows.device.type in ("cpu", "cuda"):
             # What F.batch_norm computes its statistics with: one call instead of five passes.
-            running = torch.zeros(2, rows.shape[1], dtype=self.acc, device=self.device)
-            mean, var = torch.batch_norm_update_stats(rows.t()[None, :, :, None], running[0], running[1], 0.0)
-            return count, mean, var.mul_(count)
+            images = rows.as_strided((1, channels, count, 1), (count * channels, 1, channels, channels))
+            running: tuple[Tensor | None, Tensor | None] = (None, None)
+            if rows.dtype is not self.acc:  # their dtype is that of the result
+                zeros = torch.zeros(2, channels, dtype=self.acc, device=self.device)
+                running = zeros[0], zeros[1]
+            return count, *torch.batch_norm_update_stats(images, *running, 0.0)
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
         # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
         shift = centred.sum(0).div_(count)
-        m2 = centred.square_().sum(0).addcmul_(shift, shift, value=-count)
-        return count, mean.add_(shift), m2
+        var = centred.square_().sum(0).div_(count).addcmul_(shift, shift, value=-1)
+        return count, mean.add_(shift), var
 
     def merge_moments(self, partial: Partial, out: Features) -> None:
-        """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)**2``."""
+        """Chan, Golub, LeVeque (1979): ``m*var = sum_i n_i*var_i + sum_i n_i*(mean_i - mean)**2``."""
         assert out.mean is not None and out.var is not None
         if len(partial) == 1:
-            count, mean, m2 = partial[0]
+            _, mean, var = partial[0]
             out.mean.copy_(mean)
-            torch.div(m2, count, out=out.var)
+            out.var.copy_(var)
             return
         if not partial:  # an empty batch: nothing will be normalised, and the gradients of gamma and beta must be 0
             out.mean.zero_()
             out.var.zero_()
             return
-        counts = torch.tensor([[count] for count, _, _ in partial], dtype=self.acc, device=self.device)
+        shares = torch.tensor([[count / self.m] for count, _, _ in partial], dtype=self.acc, device=self.device)
         means = torch.stack([mean for _, mean, _ in partial])
         # Relative to the first chunk, so that a large common mean does not cancel.
         shifted = means - means[0]
-        mean = (shifted * counts).sum(0).div_(self.m)
-        m2 = torch.stack([m2 for _, _, m2 in partial]).sum(0)
-        m2 += (counts * (shifted - mean).square_()).sum(0)
+        mean = (shifted * shares).sum(0)
+        variances = torch.stack([var for _, _, var in partial])
         torch.add(means[0], mean, out=out.mean)
-        torch.div(m2, self.m, out=out.var)
+        torch.sum(variances.add_((shifted - mean).square_()).mul_(shares), 0, out=out.var)
 
     def copy_with_moments(self, x: Tensor, out: Features) -> Partial | None:
         """``out.rows = x``, with partial moments if ``out`` is tracked."""
