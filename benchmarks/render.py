@@ -37,7 +37,8 @@ def speed_table(record: dict[str, Any], file: str) -> str:
         f"{settings['model']}, {settings['batch']} images of {settings['size']} x {settings['size']}, "
         f"{settings['dtype']}, {settings['layout']}; {record['processor']}, {record['threads']} threads, "
         f"PyTorch {record['torch']}, {record['date'][:10]}; medians of {base['step']['repeats']} interleaved steps "
-        f"(forward and backward). Reproduce: `make bench`. Record: [{file}](benchmarks/results/{file})."
+        f"(forward and backward) in {settings['processes']} processes. Reproduce: `make bench`. "
+        f"Record: [{file}](benchmarks/results/{file})."
     )
     return "\n".join([*lines, "", conditions, ""])
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
@@ -37,9 +41,7 @@ class Timing:
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
-def interleave(
-    steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warmup: int = 2
-) -> dict[str, dict[str, Timing]]:
+def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warmup: int = 2) -> Seconds:
     """Run every step in turn, ``repeats`` times over, so that a drifting machine favours none.
 
     Args:
@@ -48,16 +50,31 @@ def interleave(
         warmup: rounds that are not counted.
 
     Returns:
-        For each provider and phase the timing over the counted rounds.
+        For each provider and phase the seconds of every counted round.
     """
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    seconds: Seconds = {name: {} for name in steps}
     for round_ in range(warmup + repeats):
         for name, step in steps.items():
             phases = step()
             if round_ >= warmup:
                 for phase, duration in phases.items():
                     seconds[name].setdefault(phase, []).append(duration)
-    return {name: {phase: Timing.of(values) for phase, values in found.items()} for name, found in seconds.items()}
+    return seconds
+
+
+def in_fresh_processes(measure: Callable[..., Seconds], *arguments: Any, processes: int) -> Seconds:
+    """``measure(*arguments)`` in one new process after another, all seconds pooled.
+
+    Where a process's memory comes to lie moves a whole run by several percent either way: one process is one sample.
+    """
+    pooled: Seconds = {}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            for name, phases in pool.submit(measure, *arguments).result().items():
+                for phase, values in phases.items():
+                    pooled.setdefault(name, {}).setdefault(phase, []).extend(values)
+    return pooled
 
 
 def training_step(

@@ -1,6 +1,6 @@
 """How long a training step takes, and how many bytes it keeps: fastdense against torchvision, on this machine's CPU.
 
-    python -m benchmarks.speed [--model densenet121] [--batch 8] [--size 128] [--repeats 15] [--threads 2] [--json FILE]
+    python -m benchmarks.speed [--model densenet121] [--batch 8] [--size 128] [--threads 2] [--json FILE]
 
 A provider whose output or gradients differ from torchvision's is reported and not timed.
 """
@@ -19,7 +19,16 @@ from rich.table import Table
 import fastdense
 
 from .peers import torchvision_densenet
-from .runner import RESULTS, Timing, environment, interleave, training_step, write_record
+from .runner import (
+    RESULTS,
+    Seconds,
+    Timing,
+    environment,
+    in_fresh_processes,
+    interleave,
+    training_step,
+    write_record,
+)
 
 TOLERANCE = 1e-9  # relative 2-norm of output and all gradients together, in float64
 
@@ -54,26 +63,39 @@ def step_in_float64(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in found])
 
 
-def run(name: str, batch: int, size: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Check, count bytes, time; returns the record."""
+def inputs(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images, channels last, and a random cotangent of the class scores."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 3, size, size, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last), torch.randn(batch, 1000, generator=generator)
+
+
+def measure(name: str, labels: list[str], batch: int, size: int, repeats: int, threads: int) -> Seconds:
+    """Seconds of interleaved training steps of the providers named by ``labels``, in this process."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    cotangent = torch.randn(batch, 1000)
+    x, cotangent = inputs(batch, size)
+    steps = {label: training_step(model, x, cotangent) for label, model in providers(name).items() if label in labels}
+    return interleave(steps, repeats=repeats)
+
+
+def run(name: str, batch: int, size: int, repeats: int, threads: int, processes: int) -> dict[str, Any]:
+    """Check, count bytes, time in ``processes`` fresh processes; returns the record."""
+    torch.set_num_threads(threads)
+    x, _ = inputs(batch, size)
     models = providers(name)
     want = step_in_float64(models["torchvision"])
-    steps, found = {}, {}
+    results: dict[str, dict[str, Any]] = {}
     for label, model in models.items():
         error = ((step_in_float64(model) - want).norm() / want.norm()).item()
         with fastdense.memory.saved_bytes(model) as kept:
             model(x)
-        found[label] = {"relative_difference": error, "checked": error <= TOLERANCE, "bytes_kept": kept.bytes}
-        if error <= TOLERANCE:
-            steps[label] = training_step(model, x, cotangent)
-    timings = interleave(steps, repeats=repeats)
+        results[label] = {"relative_difference": error, "checked": error <= TOLERANCE, "bytes_kept": kept.bytes}
+    right = [label for label, row in results.items() if row["checked"]]
+    seconds = in_fresh_processes(measure, name, right, batch, size, repeats, threads, processes=processes)
+    for label, phases in seconds.items():
+        results[label] |= {phase: Timing.of(values) for phase, values in phases.items()}
     settings = {"model": name, "batch": batch, "size": size, "dtype": "float32", "layout": "channels_last"}
-    results = {label: {**figures, **timings.get(label, {})} for label, figures in found.items()}
-    return {**environment(), "settings": settings, "results": results}
+    return {**environment(), "settings": {**settings, "processes": processes}, "results": results}
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -101,13 +123,14 @@ def main() -> None:
     parser.add_argument("--model", default="densenet121", choices=[f"densenet{n}" for n in (121, 161, 169, 201)])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each provider in each process")
+    parser.add_argument("--processes", type=int, default=5, help="fresh processes, one after another")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/speed-MODEL-BATCHxSIZE.json")
     options = parser.parse_args()
     console = Console()
     with console.status("checking, then timing"):
-        record = run(options.model, options.batch, options.size, options.repeats, options.threads)
+        record = run(options.model, options.batch, options.size, options.repeats, options.threads, options.processes)
     show(record, console)
     path = options.json or RESULTS / "cpu" / f"speed-{options.model}-{options.batch}x{options.size}.json"
     write_record(path, record)

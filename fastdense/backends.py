@@ -10,16 +10,16 @@ from .torch_backend import TorchBackend
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on ``device``, with the remedy; ``None`` if they can."""
+    """Why the Triton kernels cannot run on ``device``; ``None`` if they can."""
     del device  # the kernels' needs (a CUDA GPU of capability 8.0, or the interpreter) come with the kernels
-    return "this version of fastdense has no Triton kernels yet: use impl='auto' or impl='torch'"
+    return "this version of fastdense has no Triton kernels yet"
 
 
 def explain(device: torch.device | str) -> tuple[str, str]:
     """What ``impl="auto"`` takes on ``device``, and the reason.
 
     Returns:
-        ``(name, reason)``, for instance ``("torch", "this version of fastdense has no Triton kernels yet: ...")``.
+        ``(name, reason)``, for instance ``("torch", "this version of fastdense has no Triton kernels yet")``.
     """
     obstacle = triton_obstacle(torch.device(device))
     return ("triton", "a GPU that the Triton kernels support") if obstacle is None else ("torch", obstacle)
@@ -34,7 +34,9 @@ def resolve(impl: str, device: torch.device) -> str:
     if impl == "auto":
         return explain(device)[0]
     if impl == "triton" and (obstacle := triton_obstacle(device)) is not None:
-        raise RuntimeError(f"impl='triton' cannot run on device {str(device)!r}: {obstacle}")
+        raise RuntimeError(
+            f"impl='triton' cannot run on device {str(device)!r}: {obstacle}; use impl='auto' or impl='torch'"
+        )
     return impl
 
 

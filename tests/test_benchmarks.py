@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,18 @@ def test_rounds_are_interleaved_and_warm_up_is_not_counted() -> None:
 
     found = runner.interleave({name: lambda name=name: step(name) for name in "ab"}, repeats=3, warmup=1)
     assert calls == ["a", "b"] * 4
-    assert (found["a"]["step"].median, found["b"]["step"].repeats) == (5.0, 3)
+    assert found == {"a": {"step": [3.0, 5.0, 7.0]}, "b": {"step": [4.0, 6.0, 8.0]}}
+
+
+def test_fresh_processes_are_pooled() -> None:
+    found = runner.in_fresh_processes(_process, 3.0, processes=2)
+    first, second = found["a"].pop("process")
+    assert first != second
+    assert found == {"a": {"step": [3.0, 3.0]}}
+
+
+def _process(value: float) -> runner.Seconds:
+    return {"a": {"step": [value], "process": [float(os.getpid())]}}
 
 
 def test_speed_times_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,7 +61,8 @@ def test_speed_times_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPa
         return {"torchvision": first, "right": first, "wrong": second}
 
     monkeypatch.setattr(speed, "providers", networks)
-    record = speed.run("densenet121", batch=2, size=16, repeats=2, threads=1)
+    monkeypatch.setattr(speed, "in_fresh_processes", lambda measure, *arguments, processes: measure(*arguments))
+    record = speed.run("densenet121", batch=2, size=16, repeats=2, threads=1, processes=1)
     assert record["results"]["right"]["step"].repeats == 2
     assert not record["results"]["wrong"]["checked"]
     assert "step" not in record["results"]["wrong"]
