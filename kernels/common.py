@@ -1,0 +1,90 @@
+"""What the kernels share: the matrix product, BN-ReLU, positions of pixels, dropout's mask, moments of a tile."""
+
+import triton
+import triton.language as tl
+
+# Interpreted, 16-bit brain floats are raw bit patterns: operands of a product are widened there.
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32."""
+    if INTERPRET:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def to_storage(x, dtype: tl.constexpr):
+    """``x``, fp32, rounded to the nearest value of ``dtype``; the interpreter would truncate to bfloat16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, channels, mask, eps):
+    """One BatchNorm's ``mu, gamma/sqrt(var + eps), beta`` of some channels, in fp32."""
+    mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    return mean, gamma * (1.0 / tl.sqrt(var + eps)), beta
+
+
+@triton.jit
+def relu(y):
+    """``max(y, 0)`` that keeps NaN, as PyTorch's."""
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def neighbours(rows, tap, m, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr):
+    """Rows that lie ``SIGN`` times one tap's offset away, and which of them are inside their image."""
+    if KD * KH * KW == 1:
+        there = rows
+        inside = rows < m
+    else:
+        dz = SIGN * (tap // (KH * KW) - KD // 2)
+        dy = SIGN * (tap // KW % KH - KH // 2)
+        dx = SIGN * (tap % KW - KW // 2)
+        pixel = rows.to(tl.int32)  # m < 2**31, and a 64-bit division is slow
+        x = pixel % W + dx
+        y = pixel // W % H + dy
+        z = pixel // (W * H) % D + dz
+        inside = (rows < m) & (x >= 0) & (x < W) & (y >= 0) & (y < H) & (z >= 0) & (z < D)
+        there = rows + ((dz * H + dy) * W + dx)
+    return there, inside
+
+
+@triton.jit
+def dropout_scale(seed_ptr, rows, channels, C, pixels, layer, threshold, scale, PER_CHANNEL: tl.constexpr):
+    """``scale`` where an element is kept, else 0: Philox-4x32-10 on the element's index, as in philox.py."""
+    if PER_CHANNEL:
+        rows = rows // pixels
+    index = rows[:, None] * C + channels[None, :]  # [BLOCK_M, BLOCK_N], int64
+    counter = index >> 2
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    third = (low * 0 + layer).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), low, high, third, tl.zeros_like(low))
+    word = index & 3
+    first = tl.where(word == 0, w0, w1)
+    second = tl.where(word == 2, w2, w3)
+    drawn = tl.where(word < 2, first, second)
+    return tl.where(drawn.to(tl.int64) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def tile_moments(stored, row_mask, count):
+    """Mean and ``M2`` of a tile's columns, in fp32; ``stored`` [BLOCK_M, BLOCK_N] is 0 outside ``row_mask``."""
+    mean = tl.sum(stored, 0) / count
+    centred = tl.where(row_mask[:, None], stored - mean[None, :], 0.0)
+    # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
+    shift = tl.sum(centred, 0) / count
+    return mean + shift, tl.sum(centred * centred, 0) - count * shift * shift
