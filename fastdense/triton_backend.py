@@ -24,7 +24,7 @@ NO_DROPOUT = (0, 0, 0.0)  # layer, threshold, scale
 
 
 class _Partial(NamedTuple):
-    """Mean and M2 ``[tiles, 2, C]`` of each tile of ``rows`` rows."""
+    """Mean (as two numbers) and M2 ``[tiles, 3, C]`` of each tile of ``rows`` rows."""
 
     moments: Tensor
     rows: int
@@ -144,7 +144,7 @@ class TritonBackend:
         channels, tracked = x.shape[1], out.mean is not None
         config = self._choose("copy", channels, channels)
         tiles, column_tiles = -(-self.m // config.block_m), -(-channels // config.block_c)
-        partial = self._empty(tiles if tracked else 0, 2, channels)
+        partial = self._empty(tiles if tracked else 0, 3, channels)
         if self.m:
             spatial_strides = (0,) * (3 - len(self.spatial)) + x.stride()[2:]
             with self._guard():
@@ -184,7 +184,7 @@ class TritonBackend:
         tracked = out.mean is not None
         config = self._choose("bn_relu_conv", reads, writes, weight.taps)
         tiles = -(-self.m // config.block_m)
-        partial = self._empty(tiles if tracked else 0, 2, writes)
+        partial = self._empty(tiles if tracked else 0, 3, writes)
         if self.m:
             with self._guard():
                 bn_relu_conv.bn_relu_conv_kernel[(tiles * -(-writes // config.block_k),)](
@@ -396,27 +396,26 @@ class _Backward(NamedTuple):
 
     def reduce(self, dw_partial: Tensor | None, sums_partial: Tensor | None) -> tuple[Tensor | None, Sums | None]:
         """Both kinds of partial results added up, in one launch."""
-        be, conv, reads = self.be, self.conv, self.source.rows.shape[1]
-        taps = self.weight.taps
-        dw, strides, weight_rows = None, (0, 0, 0), 0
+        be, weight, reads = self.be, self.conv.weight, self.source.rows.shape[1]
+        dw, strides, weights, weight_splits = None, (0, 0, 0), 0, 0
         if dw_partial is not None:
-            dw = torch.empty_like(conv.weight, dtype=torch.float32)
+            dw = torch.empty_like(weight, dtype=torch.float32)
             if (tap := _tap_stride(dw)) is None:
-                dw = torch.empty(conv.weight.shape, dtype=torch.float32, device=be.device)
-                tap = 1
-            strides, weight_rows = (dw.stride(0), dw.stride(1), tap), self.writes * taps
+                dw, tap = torch.empty(weight.shape, dtype=torch.float32, device=be.device), 1
+            strides = (dw.stride(0), dw.stride(1), tap)
+            weights, weight_splits = dw.numel(), dw_partial.shape[0]
         sums = None
         if sums_partial is not None:
             allocate = torch.zeros if self.first else torch.empty  # below ``first`` nobody writes
             sums = allocate(2, reads, dtype=torch.float32, device=be.device)
-        config = be._choose("merge", reads, self.writes)
-        rows = weight_rows + (0 if sums is None else 2)
-        bn_relu_conv_backward.reduce_partials_kernel[(rows * -(-reads // config.block_c),)](
+        config = be._choose("reduce", reads, self.writes)
+        blocks = -(-weights // config.block_c) + (0 if sums is None else -(-2 * reads // config.block_c))
+        bn_relu_conv_backward.reduce_partials_kernel[(blocks,)](
             dw, sums, dw_partial, sums_partial,
-            reads, taps, self.first, weight_rows, rows - weight_rows,
-            0 if dw_partial is None else dw_partial.shape[0], 0 if sums_partial is None else sums_partial.shape[0],
-            strides[0], strides[1], strides[2],
-            BLOCK_S=config.block_m, BLOCK_C=config.block_c,
+            reads, self.weight.taps, self.first, weights, 0 if sums is None else 2 * reads,
+            weight_splits, 0 if sums_partial is None else sums_partial.shape[0],
+            *strides,
+            BLOCK_S=config.block_m, BLOCK_E=config.block_c,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return dw, None if sums is None else (sums[0], sums[1])

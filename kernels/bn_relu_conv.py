@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dropout_scale, load_reader, neighbours, relu, tile_moments, to_storage
+from .common import dot, dropout_scale, load_reader, neighbours, relu, store_moments, to_storage
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
@@ -19,7 +19,7 @@ def bn_relu_conv_kernel(
     """``out = dropout(conv(relu((x - mean)*gamma/sqrt(var + eps) + beta)))``, padded with 0 after the ReLU.
 
     out [m, K, feature dtype, rows ``stride_om`` apart]
-    partial [ceil(m/BLOCK_M), 2, K, fp32, contiguous]: mean and M2 of a tile of ``out`` as stored
+    partial [ceil(m/BLOCK_M), 3, K, fp32, contiguous]: mean (as two numbers) and M2 of a tile of ``out`` as stored
     x [m, C, feature dtype, rows ``stride_xm`` apart]; m runs over [N, D, H, W]
     mean, var, gamma, beta [C]; w [K, C, KD*KH*KW, feature dtype, any strides]; seed [1, int64]
     Grid: (row tiles * output-channel tiles), channels fastest.
@@ -53,6 +53,4 @@ def bn_relu_conv_kernel(
     tl.store(out_ptr + rows[:, None] * stride_om + k[None, :], stored, mask=mask)
     if HAS_MOMENTS:
         count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, m2 = tile_moments(tl.where(mask, stored.to(tl.float32), 0.0), row_mask, count)
-        tl.store(partial_ptr + tile * 2 * K + k, mean, mask=k_mask)
-        tl.store(partial_ptr + (tile * 2 + 1) * K + k, m2, mask=k_mask)
+        store_moments(partial_ptr, tile, tl.where(mask, stored.to(tl.float32), 0.0), row_mask, count, k, K, k_mask)

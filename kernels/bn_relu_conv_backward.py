@@ -213,39 +213,41 @@ def weight_gradient_kernel(
     tl.store(dw_ptr + dw_offset, dw, mask=k_mask[:, None] & c_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "weight_rows", "sum_rows", "weight_splits", "sum_splits"])
+@triton.jit
+def _add_up(partial_ptr, e, mask, n, splits, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The sum over ``splits`` of elements ``e`` of partial [splits, n]."""
+    total = tl.zeros([BLOCK_S, BLOCK_E], tl.float32)
+    for begin in range(0, splits, BLOCK_S):
+        s = begin + tl.arange(0, BLOCK_S).to(tl.int64)
+        both = (s < splits)[:, None] & mask[None, :]
+        total += tl.load(partial_ptr + (s * n)[:, None] + e[None, :], mask=both, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["first", "weights", "sums", "weight_splits", "sum_splits"])
 def reduce_partials_kernel(
     dw_ptr, sums_ptr, dw_partial_ptr, sums_partial_ptr,
-    C, taps, first, weight_rows, sum_rows, weight_splits, sum_splits,
+    C, taps, first, weights, sums, weight_splits, sum_splits,
     stride_wk, stride_wc, stride_wt,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Adds up what the splits of the rows found, always in the same order: two runs agree bit for bit.
 
-    dw [K, C, taps, fp32, any strides] from dw_partial [weight_splits, K*taps = weight_rows, C, fp32]
-    sums [2, C, fp32], from channel ``first`` on, from sums_partial [sum_splits, 2, C, fp32]; sum_rows is 2, or 0
-    Grid: ((weight_rows + sum_rows) * column tiles), columns fastest.
+    dw [K, C, taps, fp32, any strides] from dw_partial [weight_splits, K, taps, C, fp32]; weights = K*taps*C, or 0
+    sums [2, C, fp32], from channel ``first`` on, from sums_partial [sum_splits, 2, C, fp32]; sums = 2*C, or 0
+    Grid: (blocks of the weights + blocks of the sums).
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C, BLOCK_C)
-    row = pid // column_tiles
-    c = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    if row < weight_rows:
-        for begin in range(0, weight_splits, BLOCK_S):
-            s = begin + tl.arange(0, BLOCK_S).to(tl.int64)
-            mask = (s < weight_splits)[:, None] & c_mask[None, :]
-            offset = (s * weight_rows + row)[:, None] * C + c[None, :]
-            total += tl.load(dw_partial_ptr + offset, mask=mask, other=0.0)
-        out = dw_ptr + row // taps * stride_wk + row % taps * stride_wt + c * stride_wc
-        tl.store(out, tl.sum(total, 0), mask=c_mask)
+    block = tl.program_id(0).to(tl.int64)
+    weight_blocks = tl.cdiv(weights, BLOCK_E)
+    if block < weight_blocks:
+        e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+        mask = e < weights
+        total = _add_up(dw_partial_ptr, e, mask, weights, weight_splits, BLOCK_S, BLOCK_E)
+        row = e // C
+        out = dw_ptr + row // taps * stride_wk + row % taps * stride_wt + e % C * stride_wc
+        tl.store(out, total, mask=mask)
     else:
-        row -= weight_rows
-        c_mask = c_mask & (c >= first)
-        for begin in range(0, sum_splits, BLOCK_S):
-            s = begin + tl.arange(0, BLOCK_S).to(tl.int64)
-            mask = (s < sum_splits)[:, None] & c_mask[None, :]
-            offset = (s * sum_rows + row)[:, None] * C + c[None, :]
-            total += tl.load(sums_partial_ptr + offset, mask=mask, other=0.0)
-        tl.store(sums_ptr + row * C + c, tl.sum(total, 0), mask=c_mask)
+        e = (block - weight_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+        mask = (e < sums) & (e % C >= first)
+        total = _add_up(sums_partial_ptr, e, mask, sums, sum_splits, BLOCK_S, BLOCK_E)
+        tl.store(sums_ptr + e, total, mask=mask)

@@ -81,10 +81,16 @@ def dropout_scale(seed_ptr, rows, channels, C, pixels, layer, threshold, scale, 
 
 
 @triton.jit
-def tile_moments(stored, row_mask, count):
-    """Mean and ``M2`` of a tile's columns, in fp32; ``stored`` [BLOCK_M, BLOCK_N] is 0 outside ``row_mask``."""
+def store_moments(partial_ptr, tile, stored, row_mask, count, c, C, c_mask):
+    """Mean and ``M2`` of a tile's columns in fp32; ``stored`` [BLOCK_M, BLOCK_N] is 0 outside ``row_mask``.
+
+    The mean is kept as two numbers, what one pass finds and what that lost to rounding: where |mean| is thousands of
+    deviations, the difference between two tiles' means would not survive in one.
+    """
     mean = tl.sum(stored, 0) / count
     centred = tl.where(row_mask[:, None], stored - mean[None, :], 0.0)
-    # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
-    shift = tl.sum(centred, 0) / count
-    return mean + shift, tl.sum(centred * centred, 0) - count * shift * shift
+    rest = tl.sum(centred, 0) / count
+    m2 = tl.sum(centred * centred, 0) - count * rest * rest
+    tl.store(partial_ptr + tile * 3 * C + c, mean, mask=c_mask)
+    tl.store(partial_ptr + (tile * 3 + 1) * C + c, rest, mask=c_mask)
+    tl.store(partial_ptr + (tile * 3 + 2) * C + c, m2, mask=c_mask)

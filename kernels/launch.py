@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = ("bn_relu_conv", "pointwise_backward", "data_gradient", "weight_gradient", "copy", "resolve", "merge")
+OPERATIONS = (
+    "bn_relu_conv",
+    "pointwise_backward",
+    "data_gradient",
+    "weight_gradient",
+    "copy",
+    "resolve",
+    "merge",
+    "reduce",
+)
 
 MAX_POINTWISE_OUTPUT = 256  # output channels that one program of the one-pass 1x1 backward can hold
 MAX_LAZY_COLUMN_TILES = 4  # beyond, forming the lazy gradient once is cheaper than in every column tile
@@ -66,6 +75,7 @@ _SM80 = {
     ("copy", False): LaunchConfig(64, 64, 64, 4, 1),
     ("resolve", False): LaunchConfig(64, 64, 64, 4, 1),
     ("merge", False): LaunchConfig(32, 32, 32, 4, 1),
+    ("reduce", False): LaunchConfig(16, 128, 16, 4, 1),
 }
 _SM90 = _SM80 | {
     ("bn_relu_conv", False): LaunchConfig(128, 64, 128, 8, 3),
@@ -83,7 +93,7 @@ _FP32 = {
 # 100 KB of shared memory a multiprocessor instead of 164: shallower pipelines.
 _SM86 = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
 # The interpreter pays for each step of a loop, not for each element.
-_INTERPRETER = dict.fromkeys(_SM80, LaunchConfig(128, 64, 64)) | {("merge", False): LaunchConfig(32, 64, 32)}
+_INTERPRETER = dict.fromkeys(_SM80, LaunchConfig(128, 64, 64)) | {("reduce", False): LaunchConfig(16, 4096, 16)}
 
 TABLES = {0: _INTERPRETER, 80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90, 100: _SM90, 120: _SM86}
 
@@ -116,7 +126,7 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
     if op == "pointwise_backward":  # all output channels at once: fewer columns where there are many
         block_k = _covering(shape.writes)
         block_c = max(16, block_c * 128 // max(block_k, 128))
-    elif op != "merge":
+    elif op not in ("merge", "reduce"):
         block_k = min(block_k, _covering(shape.writes))
         block_c = min(block_c, _covering(shape.reads))
         # Halve the rows while that still gives idle multiprocessors something to do.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import load_reader, tile_moments
+from .common import load_reader, store_moments
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def copy_with_moments_kernel(
     """``out = x``, channels last, with each tile's mean and ``M2``.
 
     out [m, C, feature dtype, rows ``stride_om`` apart]
-    partial [ceil(m/BLOCK_M), 2, C, fp32, contiguous]: mean and M2 of a tile's rows
+    partial [ceil(m/BLOCK_M), 3, C, fp32, contiguous]: mean (as two numbers) and M2 of a tile's rows
     x [N, C, D, H, W, feature dtype, any strides]
     Grid: (row tiles * column tiles), columns fastest.
     """
@@ -36,9 +36,20 @@ def copy_with_moments_kernel(
     tl.store(out_ptr + rows[:, None] * stride_om + c[None, :], v, mask=mask)
     if HAS_MOMENTS:
         count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, m2 = tile_moments(v.to(tl.float32), row_mask, count)
-        tl.store(partial_ptr + tile * 2 * C + c, mean, mask=c_mask)
-        tl.store(partial_ptr + (tile * 2 + 1) * C + c, m2, mask=c_mask)
+        store_moments(partial_ptr, tile, v.to(tl.float32), row_mask, count, c, C, c_mask)
+
+
+@triton.jit
+def _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T: tl.constexpr):
+    """Some tiles' ``mean - origin``, number of rows (0 beyond the last tile) and ``M2``."""
+    t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
+    mask = (t < tiles)[:, None] & c_mask[None, :]
+    offset = (t * 3 * C)[:, None] + c[None, :]
+    mean = tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    rest = tl.load(partial_ptr + offset + C, mask=mask, other=0.0)
+    m2 = tl.load(partial_ptr + offset + 2 * C, mask=mask, other=0.0)
+    count = tl.maximum(tl.minimum(m - t * tile_rows, tile_rows), 0).to(tl.float32)
+    return (mean - origin[None, :]) + rest, count[:, None], m2
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -50,7 +61,7 @@ def merge_moments_kernel(
     """Chan, Golub, LeVeque (1979): ``m*var = sum_i M2_i + sum_i n_i*(mean_i - mean)^2``.
 
     mean, var [C, fp32]: var is biased
-    partial [tiles, 2, C, fp32, contiguous]: tile i has n_i = min(tile_rows, m - i*tile_rows) rows
+    partial [tiles, 3, C, fp32, contiguous]: tile i has n_i = min(tile_rows, m - i*tile_rows) rows
     Grid: (column tiles).
     """
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -58,22 +69,15 @@ def merge_moments_kernel(
     # Relative to the first tile, so that a large common mean does not cancel.
     origin = tl.load(partial_ptr + c, mask=c_mask, other=0.0)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        mask = (t < tiles)[:, None] & c_mask[None, :]
-        count = tl.maximum(tl.minimum(m - t * tile_rows, tile_rows), 0).to(tl.float32)
-        mean = tl.load(partial_ptr + (t * 2 * C)[:, None] + c[None, :], mask=mask, other=0.0)
-        total += tl.where(mask, (mean - origin[None, :]) * count[:, None], 0.0)
+    for begin in range(0, tiles, BLOCK_T):
+        mean, count, _ = _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T)
+        total += mean * count
     shift = tl.sum(total, 0) / m
     m2 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        mask = (t < tiles)[:, None] & c_mask[None, :]
-        count = tl.maximum(tl.minimum(m - t * tile_rows, tile_rows), 0).to(tl.float32)
-        mean = tl.load(partial_ptr + (t * 2 * C)[:, None] + c[None, :], mask=mask, other=0.0)
-        away = mean - origin[None, :] - shift[None, :]
-        m2 += tl.load(partial_ptr + ((t * 2 + 1) * C)[:, None] + c[None, :], mask=mask, other=0.0)
-        m2 += tl.where(mask, away * away * count[:, None], 0.0)
+    for begin in range(0, tiles, BLOCK_T):
+        mean, count, own = _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T)
+        away = mean - shift[None, :]
+        m2 += own + away * away * count
     tl.store(mean_ptr + c, origin + shift, mask=c_mask)
     tl.store(var_ptr + c, tl.sum(m2, 0) / m, mask=c_mask)
 
