@@ -3,15 +3,18 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dropout_scale, load_reader, neighbours, relu, to_storage
+from .common import dot, dropout_scale, load_reader, neighbours, offsets, relu, to_storage
 
 
 @triton.jit
-def load_lazy(D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, rows, k, mask, k_mask, stride_Dm, stride_vm, LAZY: tl.constexpr):
+def load_lazy(
+    D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, first_row, local, k, mask, k_mask, stride_Dm, stride_vm, LAZY: tl.constexpr
+):
     """``D + a + b*(v - mu)`` in fp32, 0 outside ``mask``; ``D`` itself where nothing is lazy."""
-    g = tl.load(D_ptr + rows[:, None] * stride_Dm + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(D_ptr + first_row * stride_Dm + offsets(local, k, stride_Dm), mask=mask, other=0.0).to(tl.float32)
     if LAZY:
-        v = tl.load(v_ptr + rows[:, None] * stride_vm + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        v_tile = v_ptr + first_row * stride_vm
+        v = tl.load(v_tile + offsets(local, k, stride_vm), mask=mask, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + k, mask=k_mask, other=0.0)
         b = tl.load(b_ptr + k, mask=k_mask, other=0.0)
         mean = tl.load(mean_ptr + k, mask=k_mask, other=0.0)
@@ -21,7 +24,18 @@ def load_lazy(D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, rows, k, mask, k_mask, strid
 
 @triton.jit
 def masked_gradient(
-    D_ptr, product, x, reader, rows, c, mask, start, stride_Dm, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr
+    D_ptr,
+    product,
+    x,
+    reader,
+    first_row,
+    local,
+    c,
+    mask,
+    start,
+    stride_Dm,
+    HAS_INTO: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     """``dy, x - mu, y`` from the convolution's ``product``; ``D (+)= gamma*r*dy`` for channels from ``start`` on."""
     mean, scale, beta = reader
@@ -30,11 +44,11 @@ def masked_gradient(
     dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
     if HAS_INTO:
         D_mask = mask & (c >= start)[None, :]
-        D_offset = rows[:, None] * stride_Dm + (c - start)[None, :]
+        D_tile = D_ptr + first_row * stride_Dm + offsets(local, c - start, stride_Dm)
         share = dy * scale[None, :]
         if ACCUMULATE:
-            share += tl.load(D_ptr + D_offset, mask=D_mask, other=0.0).to(tl.float32)
-        tl.store(D_ptr + D_offset, to_storage(share, D_ptr.dtype.element_ty), mask=D_mask)
+            share += tl.load(D_tile, mask=D_mask, other=0.0).to(tl.float32)
+        tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=D_mask)
     return dy, centred, y
 
 
@@ -55,14 +69,16 @@ def resolve_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     column_tiles = tl.cdiv(K, BLOCK_C)
-    rows = pid // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_row, local = pid // column_tiles * BLOCK_M, tl.arange(0, BLOCK_M)
+    k = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     k_mask = k < K
-    mask = (rows < m)[:, None] & k_mask[None, :]
-    g = load_lazy(D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, rows, k, mask, k_mask, stride_Dm, stride_vm, LAZY)
+    mask = (first_row + local < m)[:, None] & k_mask[None, :]
+    g = load_lazy(D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, first_row, local, k, mask, k_mask, stride_Dm, stride_vm, LAZY)
     if HAS_DROPOUT:
-        g *= dropout_scale(seed_ptr, rows, k, K, pixels, layer, threshold, keep_scale, PER_CHANNEL)
-    tl.store(g_ptr + rows[:, None] * stride_gm + k[None, :], to_storage(g, g_ptr.dtype.element_ty), mask=mask)
+        g *= dropout_scale(seed_ptr, first_row + local, k, K, pixels, layer, threshold, keep_scale, PER_CHANNEL)
+    tl.store(
+        g_ptr + first_row * stride_gm + offsets(local, k, stride_gm), to_storage(g, g_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["first", "start", "tiles_per_split"])
@@ -86,28 +102,32 @@ def pointwise_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     column_tiles = tl.cdiv(C - first, BLOCK_C)
     split = pid // column_tiles
-    c = first + pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = first + (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     c_mask, k_mask = c < C, k < K
     reader = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
-    w_offset = k[:, None].to(tl.int64) * stride_wk + c[None, :] * stride_wc
+    w_offset = k[:, None] * stride_wk + c[None, :] * stride_wc
     w = tl.load(w_ptr + w_offset, mask=k_mask[:, None] & c_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
+    local = tl.arange(0, BLOCK_M)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     dw = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
     for i in range(tiles_per_split):
-        rows = (split * tiles_per_split + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = rows < m
+        first_row = (split * tiles_per_split + i) * BLOCK_M
+        row_mask = first_row + local < m
         g_mask = row_mask[:, None] & k_mask[None, :]
-        g = load_lazy(G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, rows, k, g_mask, k_mask, stride_Gm, stride_vm, LAZY)
+        g = load_lazy(
+            G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, first_row, local, k, g_mask, k_mask, stride_Gm, stride_vm, LAZY
+        )
         g = to_storage(g, x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_K]
         mask = row_mask[:, None] & c_mask[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_tile = x_ptr + first_row * stride_xm
+        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
         product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if NEEDS_DY:
             product = dot(g, w, product, INPUT_PRECISION)
         dy, centred, y = masked_gradient(
-            D_ptr, product, x, reader, rows, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
+            D_ptr, product, x, reader, first_row, local, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
         )
         sum_dy += dy
         sum_centred += dy * centred
@@ -142,30 +162,33 @@ def data_gradient_kernel(
     pid = tl.program_id(0).to(tl.int64)
     column_tiles = tl.cdiv(C - first, BLOCK_C)
     split = pid // column_tiles
-    c = first + pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = first + (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     reader = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
     k_blocks = tl.cdiv(K, BLOCK_K)
+    local = tl.arange(0, BLOCK_M)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for i in range(tiles_per_split):
-        rows = (split * tiles_per_split + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_row = (split * tiles_per_split + i) * BLOCK_M
         product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for step in range(KD * KH * KW * k_blocks):
             tap = step // k_blocks
             k = (step % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
             k_mask = k < K
             # A pixel was read through a tap by the pixel on the tap's other side.
-            there, inside = neighbours(rows, tap, m, D, H, W, KD, KH, KW, -1)
+            distance, inside = neighbours(first_row, local, tap, m, D, H, W, KD, KH, KW, -1)
             g_mask = inside[:, None] & k_mask[None, :]
-            g = tl.load(g_ptr + there[:, None] * stride_gm + k[None, :], mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-            w_offset = k[:, None].to(tl.int64) * stride_wk + c[None, :] * stride_wc + tap * stride_wt
+            g_tile = g_ptr + (first_row + distance) * stride_gm
+            g = tl.load(g_tile + offsets(local, k, stride_gm), mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+            w_offset = k[:, None] * stride_wk + c[None, :] * stride_wc + tap * stride_wt
             w = tl.load(w_ptr + w_offset, mask=k_mask[:, None] & c_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
             product = dot(g, w, product, INPUT_PRECISION)
-        mask = (rows < m)[:, None] & c_mask[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = (first_row + local < m)[:, None] & c_mask[None, :]
+        x_tile = x_ptr + first_row * stride_xm
+        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
         dy, centred, _ = masked_gradient(
-            D_ptr, product, x, reader, rows, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
+            D_ptr, product, x, reader, first_row, local, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
         )
         sum_dy += dy
         sum_centred += dy * centred
@@ -192,20 +215,23 @@ def weight_gradient_kernel(
     pid = tl.program_id(0).to(tl.int64)
     column_tiles = tl.cdiv(C, BLOCK_C)
     k_tiles = tl.cdiv(K, BLOCK_K)
-    c = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = pid // column_tiles % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = (pid // column_tiles % k_tiles).to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
     tap = (pid // (column_tiles * k_tiles) % TAPS).to(tl.int32)
     split = pid // (column_tiles * k_tiles * TAPS)
     c_mask, k_mask = c < C, k < K
     mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    local = tl.arange(0, BLOCK_M)
     dw = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
     for i in range(tiles_per_split):
-        rows = (split * tiles_per_split + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        g_mask = (rows < m)[:, None] & k_mask[None, :]
-        g = tl.load(g_ptr + rows[:, None] * stride_gm + k[None, :], mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        there, inside = neighbours(rows, tap, m, D, H, W, KD, KH, KW, 1)
+        first_row = (split * tiles_per_split + i) * BLOCK_M
+        g_mask = (first_row + local < m)[:, None] & k_mask[None, :]
+        g_tile = g_ptr + first_row * stride_gm
+        g = tl.load(g_tile + offsets(local, k, stride_gm), mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        distance, inside = neighbours(first_row, local, tap, m, D, H, W, KD, KH, KW, 1)
         mask = inside[:, None] & c_mask[None, :]
-        x = tl.load(x_ptr + there[:, None] * stride_xm + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_tile = x_ptr + (first_row + distance) * stride_xm
+        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
         activation = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
         activation = to_storage(tl.where(mask, activation, 0.0), x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_C]
         dw = dot(tl.trans(g), activation, dw, INPUT_PRECISION)

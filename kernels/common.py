@@ -44,22 +44,30 @@ def relu(y):
 
 
 @triton.jit
-def neighbours(rows, tap, m, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr):
-    """Rows that lie ``SIGN`` times one tap's offset away, and which of them are inside their image."""
+def neighbours(
+    first_row, local, tap, m, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr
+):
+    """How many rows away ``SIGN`` times one tap's offset lies, and for which rows that is inside their image."""
+    row = first_row.to(tl.int32) + local  # m < 2**31, and a 64-bit division is slow
     if KD * KH * KW == 1:
-        there = rows
-        inside = rows < m
+        distance = 0
+        inside = row < m
     else:
         dz = SIGN * (tap // (KH * KW) - KD // 2)
         dy = SIGN * (tap // KW % KH - KH // 2)
         dx = SIGN * (tap % KW - KW // 2)
-        pixel = rows.to(tl.int32)  # m < 2**31, and a 64-bit division is slow
-        x = pixel % W + dx
-        y = pixel // W % H + dy
-        z = pixel // (W * H) % D + dz
-        inside = (rows < m) & (x >= 0) & (x < W) & (y >= 0) & (y < H) & (z >= 0) & (z < D)
-        there = rows + ((dz * H + dy) * W + dx)
-    return there, inside
+        x = row % W + dx
+        y = row // W % H + dy
+        z = row // (W * H) % D + dz
+        inside = (row < m) & (x >= 0) & (x < W) & (y >= 0) & (y < H) & (z >= 0) & (z < D)
+        distance = (dz * H + dy) * W + dx
+    return distance, inside
+
+
+@triton.jit
+def offsets(local, columns, stride_m):
+    """Of a tile's elements from its first row: 32 bits, because the first row's own offset is a 64-bit scalar."""
+    return local[:, None] * stride_m + columns[None, :]
 
 
 @triton.jit

@@ -67,9 +67,9 @@ class LaunchConfig:
 _SM80 = {
     ("bn_relu_conv", False): LaunchConfig(128, 32, 128, 8, 3),
     ("bn_relu_conv", True): LaunchConfig(128, 32, 64, 4, 3),
-    ("pointwise_backward", False): LaunchConfig(64, 64, 128, 8, 2),
-    ("data_gradient", False): LaunchConfig(64, 64, 32, 4, 2),
-    ("data_gradient", True): LaunchConfig(64, 64, 32, 4, 2),
+    ("pointwise_backward", False): LaunchConfig(64, 32, 128, 8, 1),
+    ("data_gradient", False): LaunchConfig(64, 64, 32, 8, 2),
+    ("data_gradient", True): LaunchConfig(64, 64, 32, 8, 2),
     ("weight_gradient", False): LaunchConfig(64, 64, 64, 4, 2),
     ("weight_gradient", True): LaunchConfig(64, 64, 64, 4, 2),
     ("copy", False): LaunchConfig(64, 64, 64, 4, 1),
@@ -79,6 +79,7 @@ _SM80 = {
 }
 _SM90 = _SM80 | {
     ("bn_relu_conv", False): LaunchConfig(128, 64, 128, 8, 3),
+    ("pointwise_backward", False): LaunchConfig(64, 32, 128, 8, 2),
 }
 # fp32 features: half the tile for the same registers and shared memory.
 _FP32 = {
