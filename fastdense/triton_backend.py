@@ -182,7 +182,8 @@ class TritonBackend:
         weight = _Weight.of(conv.weight, self.dtype)
         writes, reads = conv.weight.shape[:2]
         tracked = out.mean is not None
-        config = self._choose("bn_relu_conv", reads, writes, weight.taps)
+        op = "bn_relu_conv" if dropout is None else "bn_relu_conv_dropout"
+        config = self._choose(op, reads, writes, weight.taps)
         tiles = -(-self.m // config.block_m)
         partial = self._empty(tiles if tracked else 0, 3, writes)
         if self.m:

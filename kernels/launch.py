@@ -16,6 +16,7 @@ import torch
 
 OPERATIONS = (
     "bn_relu_conv",
+    "bn_relu_conv_dropout",
     "pointwise_backward",
     "data_gradient",
     "weight_gradient",
@@ -67,6 +68,7 @@ class LaunchConfig:
 _SM80 = {
     ("bn_relu_conv", False): LaunchConfig(128, 32, 128, 8, 3),
     ("bn_relu_conv", True): LaunchConfig(128, 32, 64, 4, 3),
+    ("bn_relu_conv_dropout", False): LaunchConfig(64, 32, 64, 8, 3),
     ("pointwise_backward", False): LaunchConfig(64, 32, 128, 8, 1),
     ("data_gradient", False): LaunchConfig(64, 64, 32, 8, 2),
     ("data_gradient", True): LaunchConfig(64, 64, 32, 8, 2),
@@ -85,6 +87,7 @@ _SM90 = _SM80 | {
 _FP32 = {
     ("bn_relu_conv", False): LaunchConfig(64, 32, 64, 4, 2),
     ("bn_relu_conv", True): LaunchConfig(64, 32, 32, 4, 2),
+    ("bn_relu_conv_dropout", False): LaunchConfig(64, 32, 32, 4, 2),
     ("pointwise_backward", False): LaunchConfig(32, 32, 128, 8, 1),
     ("data_gradient", False): LaunchConfig(32, 32, 32, 4, 2),
     ("data_gradient", True): LaunchConfig(32, 32, 32, 4, 2),
@@ -126,12 +129,13 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
     block_m, block_c, block_k = config.block_m, config.block_c, config.block_k
     if op == "pointwise_backward":  # all output channels at once: fewer columns where there are many
         block_k = _covering(shape.writes)
-        block_c = max(16, block_c * 128 // max(block_k, 128))
+        if block_k > 128:
+            block_m, block_c = min(block_m, 32), max(16, block_c * 128 // block_k)
     elif op not in ("merge", "reduce"):
         block_k = min(block_k, _covering(shape.writes))
         block_c = min(block_c, _covering(shape.reads))
         # Halve the rows while that still gives idle multiprocessors something to do.
-        columns = -(-shape.writes // block_k) if op == "bn_relu_conv" else -(-shape.reads // block_c)
+        columns = -(-shape.writes // block_k) if op.startswith("bn_relu_conv") else -(-shape.reads // block_c)
         while block_m > 64 and arch and -(-shape.m // block_m) * columns < sm_count:
             block_m //= 2
     return replace(config, block_m=block_m, block_c=block_c, block_k=block_k)
