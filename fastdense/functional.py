@@ -77,7 +77,7 @@ def dense_block(
     x = _autocast(x)
     _check_layers(x, layers)
     _check_moments(x, moments)
-    return _fused(x, layers, recompute, backends.resolve(impl, x.device), moments, return_moments)
+    return _fused(x, layers, recompute, backends.resolve(impl, x.device, x.dtype), moments, return_moments)
 
 
 def _reference(x: Tensor, layers: list[nn.Module], return_moments: bool) -> Any:

@@ -1,0 +1,112 @@
+"""Which backend serves a tensor: capability, dtype, a missing or broken Triton, the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from common import block_pair, random_input
+
+from fastdense import backends
+from fastdense.torch_backend import TorchBackend
+from fastdense.triton_backend import TritonBackend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NO_TRITON = "Triton cannot be used (ModuleNotFoundError: gone): install it with `pip install 'triton>=3.6'`"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine that says that it has an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    backends._warn_once.cache_clear()
+    yield monkeypatch
+    backends._warn_once.cache_clear()
+
+
+def test_a_gpu_runs_triton_when_asked_to(gpu: pytest.MonkeyPatch) -> None:
+    """Not by itself yet: the kernels have only been interpreted and compiled."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert backends.resolve("triton", CUDA, dtype) == "triton"
+        assert backends.resolve("auto", CUDA, dtype) == "torch"
+    assert "impl='triton'" in backends.explain(CUDA)[1]
+    assert backends.resolve("torch", CUDA, torch.float16) == "torch"
+
+
+def test_an_old_gpu_takes_torch(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert backends.resolve("auto", CUDA, torch.float16) == "torch"
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run.*7\.5.*8\.0.*impl='torch'"):
+        backends.resolve("triton", CUDA, torch.float16)
+
+
+def test_float64_takes_torch(gpu: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", CUDA, torch.float64) == "torch"
+    for device in (CUDA, CPU):
+        with pytest.raises(RuntimeError, match=r"float32, not torch.float64.*impl='torch'"):
+            backends.resolve("triton", device, torch.float64)
+
+
+def test_a_broken_triton_warns_once_and_names_the_remedy(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(backends, "_broken_triton", lambda: NO_TRITON)
+    with pytest.warns(UserWarning, match=r"pip install 'triton>=3\.6'") as caught:
+        assert [backends.resolve("auto", CUDA, torch.float16) for _ in range(3)] == ["torch"] * 3
+    assert len(caught) == 1
+    with pytest.raises(RuntimeError, match=r"pip install 'triton>=3\.6'"):
+        backends.resolve("triton", CUDA, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "breakage", ['sys.modules["triton"] = None', 'sys.modules["triton"] = types.ModuleType("triton")']
+)
+def test_whatever_is_broken_about_triton(breakage: str) -> None:
+    """Not installed, and installed but empty: in a fresh process."""
+    code = f"""
+import os, sys, types, warnings
+os.environ["TRITON_INTERPRET"] = "1"
+{breakage}
+import torch
+from fastdense import backends
+print(backends.explain("cpu", torch.float32)[0])
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(backends.resolve("auto", torch.device("cuda"), torch.float32), len(caught))
+try:
+    backends.resolve("triton", torch.device("cpu"), torch.float32)
+except RuntimeError as error:
+    print("pip install" in str(error) and "impl='torch'" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["torch", "torch", "1", "True"], done.stdout + done.stderr
+
+
+def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.triton_obstacle(CPU, torch.float32) is None
+    assert backends.resolve("triton", CPU, torch.float32) == "triton"
+    name, reason = backends.explain(CPU)
+    assert name == backends.resolve("auto", CPU, torch.float32) == "torch" and "impl='triton'" in reason
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"capability 8\.0.*TRITON_INTERPRET=1"):
+        backends.resolve("triton", CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="CUDA GPU"):
+        backends.resolve("triton", torch.device("meta"), torch.float32)
+
+
+def test_create() -> None:
+    x = torch.zeros(1, 2, 3, 3)
+    assert isinstance(backends.create("torch", x), TorchBackend)
+    assert isinstance(backends.create("triton", x), TritonBackend)
+
+
+def test_float64_block_under_an_explicit_choice() -> None:
+    _, fast = block_pair(2, 6, 4, 4, impl="triton")
+    with pytest.raises(RuntimeError, match="float64"):
+        fast(random_input((2, 6, 4, 4)))

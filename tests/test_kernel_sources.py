@@ -1,0 +1,179 @@
+"""The kernels' sources keep the rules that no test on small features would catch, and launches are a pure function."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdense.kernels
+from fastdense.kernels import launch
+from fastdense.kernels.launch import LaunchConfig, Shape
+
+SOURCES = sorted(Path(path) for folder in fastdense.kernels.__path__ for path in Path(folder).glob("*.py"))
+ARCHITECTURES = (0, 80, 86, 89, 90, 100, 120)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def _defects(source: str) -> list[str]:
+    """What breaks a rule, as ``line: rule``."""
+    tree, found = ast.parse(source), []
+    widened = {
+        id(node.func.value)
+        for name, node in _calls(tree)
+        if name.endswith(".to") and isinstance(node.func, ast.Attribute) and "int64" in ast.unparse(node.args[0])
+    }
+    for name, call in _calls(tree):
+        keywords = {keyword.arg for keyword in call.keywords}
+        if name == "tl.load" and ("mask" in keywords) != ("other" in keywords):
+            found.append(f"{call.lineno}: a masked load without other= reads garbage on a GPU")
+        elif name == "tl.load" and "mask" not in keywords and ast.unparse(call.args[0]) != "seed_ptr":
+            found.append(f"{call.lineno}: a load without mask=")
+        elif name == "tl.store" and "mask" not in keywords:
+            found.append(f"{call.lineno}: a store without mask=")
+        elif name == "tl.program_id" and id(call) not in widened:
+            found.append(f"{call.lineno}: a program id that is not widened to int64")
+        elif name == "tl.maximum" and any(_is_zero(a) for a in call.args) and not _keeps_nan(call):
+            found.append(f"{call.lineno}: a ReLU that loses NaN")
+        elif name.startswith("tl.atomic"):
+            found.append(f"{call.lineno}: an atomic: two runs would differ")
+        elif name == "tl.dot" and "dot" not in _function_of(tree, call):
+            found.append(f"{call.lineno}: tl.dot outside of dot()")
+    return found + [
+        f"{node.lineno}: an autotuner"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "autotune"
+    ]
+
+
+def _is_zero(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value == 0
+
+
+def _keeps_nan(call: ast.Call) -> bool:
+    return any(k.arg == "propagate_nan" and ast.unparse(k.value) == "tl.PropagateNan.ALL" for k in call.keywords)
+
+
+def _function_of(tree: ast.AST, call: ast.Call) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and any(child is call for child in ast.walk(node)):
+            return node.name
+    return ""
+
+
+def test_there_are_kernels_to_check() -> None:
+    assert {"common.py", "moments.py", "bn_relu_conv.py", "bn_relu_conv_backward.py"} <= {p.name for p in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_rules(path: Path) -> None:
+    assert _defects(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tl.load(p, mask=m)",
+        "tl.load(p)",
+        "tl.store(p, x)",
+        "i = tl.program_id(0) * stride",
+        "tl.maximum(y, 0.0)",
+        "tl.atomic_add(p, x)",
+        "tl.dot(a, b)",
+        "f = triton.autotune(configs)(g)",
+    ],
+)
+def test_the_rules_can_fail(line: str) -> None:
+    assert _defects(f"def kernel():\n    {line}\n")
+
+
+def test_kernel_docstrings_are_short_and_name_the_grid() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                text = ast.get_docstring(node) or ""
+                assert "Grid:" in text and len(text.splitlines()) <= 12, node.name
+
+
+SHAPES = [
+    Shape(m, reads, writes, taps)
+    for m in (1, 49, 12544, 802816)
+    for reads, writes, taps in (
+        (64, 128, 1),
+        (1888, 128, 1),
+        (156, 48, 1),
+        (300, 192, 1),
+        (128, 32, 9),
+        (48, 12, 27),
+        (5, 1, 9),
+    )
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_choose_is_pure_and_fits_every_shape(arch: int) -> None:
+    for op in launch.OPERATIONS:
+        for shape in SHAPES:
+            for dtype in DTYPES:
+                launch.choose.cache_clear()
+                config = launch.choose(op, shape, dtype, arch, 108)
+                launch.choose.cache_clear()
+                assert config == launch.choose(op, shape, dtype, arch, 108)
+                if op == "pointwise_backward" and shape.writes <= launch.MAX_POINTWISE_OUTPUT:
+                    assert config.block_k >= shape.writes
+                if op not in ("merge", "reduce", "copy", "resolve"):
+                    assert min(config.block_m, config.block_c, config.block_k) >= 16  # what a matrix product takes
+
+
+def test_an_architecture_that_is_newer_takes_the_nearest_older_table() -> None:
+    for newer, known in ((87, 86), (103, 100), (121, 120)):
+        for op in launch.OPERATIONS:
+            chosen = (launch.choose(op, SHAPES[2], torch.bfloat16, arch, 100) for arch in (newer, known))
+            assert len(set(chosen)) == 1
+
+
+def test_override_is_undone_and_nests() -> None:
+    arguments = ("bn_relu_conv", SHAPES[2], torch.float16, 80, 108)
+    before = launch.configuration(*arguments)
+    with launch.override("bn_relu_conv", block_m=32):
+        with launch.override("bn_relu_conv", num_warps=2):
+            inner = launch.configuration(*arguments)
+        assert launch.configuration(*arguments).num_warps == before.num_warps
+        with (
+            pytest.raises(ValueError, match=r"block_m.*power of two, got 48"),
+            launch.override("bn_relu_conv", block_m=48),
+        ):
+            launch.configuration(*arguments)
+    assert (inner.block_m, inner.num_warps) == (32, 2)
+    assert launch.configuration(*arguments) == before
+    assert launch.choose(*arguments) == before
+
+
+def test_an_unknown_operation_is_named() -> None:
+    with pytest.raises(ValueError, match="'conv'"):
+        launch.choose("conv", SHAPES[0], torch.float16, 80, 108)
+    with pytest.raises(ValueError, match="'conv'"), launch.override("conv", block_m=32):
+        pass
+
+
+@pytest.mark.parametrize("m", [1, 31, 32, 33, 1000, 12544, 802816, 2**31 - 1])
+@pytest.mark.parametrize("programs", [1, 3, 30, 500])
+def test_splits_cover_every_row_and_stay_bounded(m: int, programs: int) -> None:
+    for block_m in (16, 64, 128):
+        count, each = launch.splits(m, block_m, programs, 132)
+        assert (count - 1) * each * block_m < m <= count * each * block_m  # all rows, and no split is empty
+        assert (count - 1) * programs < 2 * 132
+
+
+def test_a_tile_is_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match=r"num_warps.*3"):
+        LaunchConfig(64, 64, 64, num_warps=3)
