@@ -152,8 +152,7 @@ def test_bfloat16(name: str) -> None:
     check_budget(tuple(arguments), shape, BF16)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("layout", ["contiguous", "slice"])
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)])
 def test_layouts_with_small_tiles(layout: str, dtype: torch.dtype) -> None:
     with tiles(16):
         check_budget((1, 19, 5, 4), (2, 19, 5, 7), dtype, layout=layout)
