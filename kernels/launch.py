@@ -1,6 +1,7 @@
 """Tile sizes and how the rows are split over programs: small tables, one pure function, no search.
 
-The tables hold what the compile reports allow without spills; a tile that covers a short dimension is cut down to it.
+The tables are a first choice, to be settled by measurement on a GPU; a tile that covers a short dimension is cut down
+to it.
 Importing this module needs neither Triton nor a GPU.
 """
 

@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_a_gpu_runs_triton_when_asked_to(gpu: pytest.MonkeyPatch) -> None:
-    """Not by itself yet: the kernels have only been interpreted and compiled."""
+    """Not by itself yet: the kernels have only been interpreted."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert backends.resolve("triton", CUDA, dtype) == "triton"
         assert backends.resolve("auto", CUDA, dtype) == "torch"

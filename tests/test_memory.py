@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,7 @@ def test_saved_tensor_hooks_see_everything() -> None:
 
 def test_the_graph_does_not_keep_itself_alive() -> None:
     block = fastdense.DenseBlock(3, 8, 4, 4)
+    block(torch.randn(2, 8, 5, 5, requires_grad=True))  # PyTorch's first call of an operator leaves cycles of its own
     gc.disable()
     try:
         output = block(torch.randn(2, 8, 5, 5, requires_grad=True))
@@ -96,6 +98,37 @@ def test_the_graph_does_not_keep_itself_alive() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_counting_does_not_keep_the_graph_alive() -> None:
+    block = fastdense.DenseBlock(3, 8, 4, 4)
+    block(torch.randn(2, 8, 5, 5, requires_grad=True))  # PyTorch's first call of an operator leaves cycles of its own
+    gc.disable()
+    try:
+        with fastdense.memory.saved_bytes(block):
+            output = block(torch.randn(2, 8, 5, 5, requires_grad=True))
+        alive = weakref.ref(output.untyped_storage())
+        node = weakref.ref(output.grad_fn)
+        del output
+        assert node() is None and alive() is None
+    finally:
+        gc.enable()
+
+
+def test_gradient_scratch_covers_only_the_channels_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fastdense.DenseBlock(8, 16, 4, 8)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name.startswith("denselayer8"))
+    starts = []
+    original = fastdense.ops.schedule.backward
+
+    def spy(be: Any, G: Any, *rest: Any, **named: Any) -> Any:
+        starts.append((G.start, G.D.shape[1]))
+        return original(be, G, *rest, **named)
+
+    monkeypatch.setattr(fastdense.ops.schedule, "backward", spy)
+    block(torch.randn(2, 16, 5, 5)).square().sum().backward()
+    assert starts == [(16 + 7 * 8, 8)]  # the last layer's own output
 
 
 def test_saved_bytes_counts_a_shared_storage_once() -> None:

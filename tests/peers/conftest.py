@@ -1,22 +1,18 @@
-"""torchvision on a CPU build of PyTorch: define the two operators that its import registers fakes for."""
-
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import pytest
-import torch
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def pytest_configure() -> None:
-    pass
-
-
-if not hasattr(torch.ops.torchvision, "nms"):
-    for _name in ("nms", "qnms"):
-        _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from benchmarks.peers import torchvision_densenet
 
 
 @pytest.fixture(scope="session")
-def torchvision_models() -> object:
-    return pytest.importorskip("torchvision.models", exc_type=ImportError)
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``, also on a CPU build of PyTorch."""
+    try:
+        torchvision_densenet()
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    return importlib.import_module("torchvision.models")
