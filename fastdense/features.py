@@ -23,6 +23,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_stride(channels: int, dtype: torch.dtype) -> int:
+    """``channels``, rounded up so that rows fill whole 16-byte words."""
+    per_word = max(1, ROW_ALIGNMENT_BYTES // dtype.itemsize)
+    return (channels + per_word - 1) // per_word * per_word
+
+
 def empty_features(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised ``[N, C, *spatial]`` tensor, channels last, every pixel's row aligned to 16 bytes.
 
@@ -31,8 +37,7 @@ def empty_features(shape: Sequence[int], *, dtype: torch.dtype, device: torch.de
     user may modify it in place like the output of any other operator.
     """
     n, channels, *spatial = shape
-    per_word = max(1, ROW_ALIGNMENT_BYTES // dtype.itemsize)
-    row = (channels + per_word - 1) // per_word * per_word
+    row = row_stride(channels, dtype)
     strides = [row * math.prod(spatial), 1]
     strides += [row * math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
     return torch.empty_strided((n, channels, *spatial), strides, dtype=dtype, device=device)

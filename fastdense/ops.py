@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, schedule
-from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
+from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
 from .primitives import Conv, Dropout, Layer, Norm
 
 NOT_TWICE = (
@@ -233,7 +233,8 @@ def _incoming_gradient(
     ``D`` is a copy: autograd owns ``grad_X``.
     """
     m, channels = X.rows.shape
-    D = X.rows.new_empty(m, channels - start)
+    stride = row_stride(channels - start, X.rows.dtype)
+    D = X.rows.new_empty_strided((m, channels - start), (stride, 1))
     if grad_X is None:
         D.zero_()
     else:

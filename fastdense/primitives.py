@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from .features import Features, LazyGradient
 
-Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the accumulation dtype
+Gradients = list[Tensor | None]
 
 
 class Norm(NamedTuple):
@@ -58,23 +59,25 @@ class Layer(NamedTuple):
 
 
 class Backend(Protocol):
-    """Five primitives over rows of pixels, channels last, for one call of one block.
+    """What the schedule asks of a backend, over rows of pixels, channels last, for one call of one block.
 
-    The two merges are apart from their producers so that other processes' shares can be added in between.
+    Batch moments and BatchNorm's gradients belong to whoever produces the values: each primitive merges its own partial
+    sums. Another process's share of a channel's moments is merged with ``out.mean, out.var`` after the call, its share
+    of ``a`` and ``b`` (linear in the sums) before they are read.
     """
 
     @property
     def m(self) -> int:
         """Values per channel."""
 
-    def copy_with_moments(self, x: Tensor, out: Features) -> Any:
-        """``out = x``; returns partial moments of ``out`` (``None`` if it is not tracked)."""
+    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """The layers with their weights as this backend reads them: all of a block's casts in one call."""
 
-    def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> Any:
-        """``out = dropout(conv(relu(bn(source))))``; returns partial moments of ``out`` as stored, or ``None``."""
+    def copy_with_moments(self, x: Tensor, out: Features) -> None:
+        """``out = x``, with the moments of ``out`` if it is tracked."""
 
-    def merge_moments(self, partial: Any, out: Features) -> None:
-        """Partial moments into ``out.mean, out.var``, by Chan's formula."""
+    def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
+        """``out = dropout(conv(relu(bn(source))))``, with the moments of ``out`` as stored if it is tracked."""
 
     def bn_relu_conv_backward(
         self,
@@ -86,19 +89,18 @@ class Backend(Protocol):
         dropout: Dropout | None = None,
         *,
         accumulate: bool,
-    ) -> tuple[Tensor | None, Sums | None]:
-        """With ``dy = conv^T(grad) * (relu's mask)``, add ``gamma*r*dy`` to ``into.D``, or write it there.
+    ) -> Gradients:
+        """``[dgamma, dbeta, dweight]``, each ``None`` if nobody needs it, from ``grad`` of ``output``.
 
-        Returns the weight's gradient and the sums ``sum(dy), sum(dy*(v - mu))``, each ``None`` if nobody needs it.
+        With ``dy = conv^T(grad) * (relu's mask)``, adds ``gamma*r*dy`` to ``into.D`` and the batch statistics' share to
+        ``into.a`` and ``into.b``, or writes them there.
         """
 
-    def merge_gradients(
-        self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None
-    ) -> tuple[Tensor, Tensor]:
-        """``dgamma, dbeta`` from the sums; the batch statistics' share goes to ``into.a`` and ``into.b``."""
-
     def gradient_buffer(self, of: Features) -> LazyGradient:
-        """``(D, a, b)`` of a bottleneck: ``D`` unwritten and shared by all of them, ``a`` and ``b`` zero."""
+        """``(D, a, b)`` of a bottleneck, unwritten; ``D`` is shared by all of them."""
 
     def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
         """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]``."""
+
+    def finish(self) -> None:
+        """Complete what was put off: the weights' gradients are whole only now."""

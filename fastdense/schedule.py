@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .features import Features, LazyGradient
-from .primitives import Backend, Conv, Dropout, Layer
-
-Gradients = list[Tensor | None]
+from .primitives import Backend, Gradients, Layer
 
 
 def forward(
@@ -33,17 +31,16 @@ def forward(
     ``Z`` may name one buffer several times: what nobody keeps, the next layer overwrites. With ``given_moments`` the
     moments of ``x`` are in ``X`` already.
     """
+    layers = be.prepare(layers)
     H_0 = X[: x.shape[1]]
-    partial = be.copy_with_moments(x, out=H_0.without_moments() if given_moments else H_0)
-    if partial is not None:
-        be.merge_moments(partial, out=H_0)
+    be.copy_with_moments(x, out=H_0.without_moments() if given_moments else H_0)
 
     for l, layer in enumerate(layers):
         H, new = X[layer.earlier], X[layer.new]
         if layer.conv1x1 is not None:
-            bn_relu_conv(be, H, layer.conv1x1, out=Z[l])
+            be.bn_relu_conv(H, layer.conv1x1, out=Z[l])
             H = Z[l]
-        bn_relu_conv(be, H, layer.conv3x3, out=new, dropout=layer.dropout)
+        be.bn_relu_conv(H, layer.conv3x3, out=new, dropout=layer.dropout)
 
 
 def backward(
@@ -62,6 +59,7 @@ def backward(
     Layers below ``first`` need no gradient and are not visited. With ``recompute``, ``Z_l`` holds its moments only:
     its rows are scratch, filled again here.
     """
+    layers = be.prepare(layers)
     gradients: list[Gradients] = [[] for _ in layers]
     for l in reversed(range(first, len(layers))):
         layer = layers[l]
@@ -70,40 +68,18 @@ def backward(
         G_new = G[layer.new]
 
         if layer.conv1x1 is None:
-            gradients[l] = bn_relu_conv_backward(be, G_new, new, layer.conv3x3, H, G_H, layer.dropout, accumulate=True)
+            gradients[l] = be.bn_relu_conv_backward(
+                G_new, new, layer.conv3x3, H, G_H, layer.dropout, accumulate=True
+            )
             continue
 
         if recompute:
             be.bn_relu_conv(H, layer.conv1x1, out=Z[l].without_moments())
         G_Z = be.gradient_buffer(Z[l]) if G_H is not None or any(layer.conv1x1.needs) else None
-        d3x3 = bn_relu_conv_backward(be, G_new, new, layer.conv3x3, Z[l], G_Z, layer.dropout, accumulate=False)
+        d3x3 = be.bn_relu_conv_backward(G_new, new, layer.conv3x3, Z[l], G_Z, layer.dropout, accumulate=False)
         d1x1: Gradients = [None, None, None]
         if G_Z is not None:
-            d1x1 = bn_relu_conv_backward(be, G_Z, Z[l], layer.conv1x1, H, G_H, accumulate=True)
+            d1x1 = be.bn_relu_conv_backward(G_Z, Z[l], layer.conv1x1, H, G_H, accumulate=True)
         gradients[l] = d1x1 + d3x3
+    be.finish()
     return gradients
-
-
-def bn_relu_conv(be: Backend, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-    """``out = dropout(conv(relu(bn(source))))``, with the moments of ``out`` if anyone will ask for them."""
-    partial = be.bn_relu_conv(source, conv, out, dropout)
-    if partial is not None:
-        be.merge_moments(partial, out)
-
-
-def bn_relu_conv_backward(
-    be: Backend,
-    grad: LazyGradient,
-    output: Features,
-    conv: Conv,
-    source: Features,
-    into: LazyGradient | None,
-    dropout: Dropout | None = None,
-    *,
-    accumulate: bool,
-) -> Gradients:
-    """``[dgamma, dbeta, dweight]`` from ``grad`` of ``output``; ``source``'s own gradient goes into ``into``."""
-    d_weight, sums = be.bn_relu_conv_backward(grad, output, conv, source, into, dropout, accumulate=accumulate)
-    if sums is None:
-        return [None, None, d_weight]
-    return [*be.merge_gradients(sums, conv.norm, source, into), d_weight]

@@ -8,7 +8,7 @@ in the accumulation dtype; a matrix product takes operands in the feature dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
 from .philox import keep_mask
-from .primitives import Conv, Dropout, Norm, Sums
+from .primitives import Conv, Dropout, Gradients, Layer, Norm
 
 CHUNK_BYTES = 4 << 20
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
+Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the accumulation dtype
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, biased variance) of each chunk
 
 
@@ -128,13 +129,20 @@ class TorchBackend:
         self._scratch: dict[str, Tensor] = {}
         self._latest: tuple[Norm, _Reader] | None = None
 
+    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """The layers as they are: weights are cast one by one, when they are used."""
+        return layers
+
+    def finish(self) -> None:
+        """Nothing is put off."""
+
     def gradient_buffer(self, of: Features) -> LazyGradient:
-        """``(D, a, b)`` for a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
+        """``(D, a, b)`` of a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
         channels = of.rows.shape[1]
         D = self._buffer("D", self.m, channels, self.dtype)
         if of.mean is None:
             return LazyGradient(D, None, None)
-        a, b = torch.zeros(2, channels, dtype=self.acc, device=self.device)
+        a, b = torch.empty(2, channels, dtype=self.acc, device=self.device)
         return LazyGradient(D, a, b)
 
     def _buffer(self, name: str, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -175,7 +183,7 @@ class TorchBackend:
         var = centred.square_().sum(0).div_(count).addcmul_(shift, shift, value=-1)
         return count, mean.add_(shift), var
 
-    def merge_moments(self, partial: Partial, out: Features) -> None:
+    def _merge_moments(self, partial: Partial, out: Features) -> None:
         """Chan, Golub, LeVeque (1979): ``m*var = sum_i n_i*var_i + sum_i n_i*(mean_i - mean)**2``."""
         assert out.mean is not None and out.var is not None
         if len(partial) == 1:
@@ -196,12 +204,11 @@ class TorchBackend:
         torch.add(means[0], mean, out=out.mean)
         torch.sum(variances.add_((shifted - mean).square_()).mul_(shares), 0, out=out.var)
 
-    def copy_with_moments(self, x: Tensor, out: Features) -> Partial | None:
-        """``out.rows = x``, with partial moments if ``out`` is tracked."""
+    def copy_with_moments(self, x: Tensor, out: Features) -> None:
+        """``out.rows = x``, with moments if ``out`` is tracked."""
         as_images(out.rows, self.spatial).copy_(x)
-        if out.mean is None:
-            return None
-        return [self._partial_moments(out.rows[chunk]) for chunk in self._chunks(x.shape[1])]
+        if out.mean is not None:
+            self._merge_moments([self._partial_moments(out.rows[chunk]) for chunk in self._chunks(x.shape[1])], out)
 
     def _normalise(self, rows: Tensor, reader: _Reader, *, centred: str) -> tuple[Tensor, Tensor]:
         """``v - mu`` and ``relu((v - mu)*scale + beta)`` of a chunk; the first lies in the buffer named ``centred``.
@@ -234,10 +241,8 @@ class TorchBackend:
         else:
             rows.mul_(scale.view(count, channels))
 
-    def bn_relu_conv(
-        self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None
-    ) -> Partial | None:
-        """``out.rows = dropout(conv(relu(bn(source))))`` with partial moments of the stored values."""
+    def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
+        """``out.rows = dropout(conv(relu(bn(source))))`` with the moments of the stored values."""
         reader = self._reader(conv.norm, source)
         kernel = _Kernel(conv.weight, self.dtype, self.spatial)
         partial: Partial = []
@@ -251,7 +256,8 @@ class TorchBackend:
                 partial.append(self._partial_moments(result))
             if result is not target:
                 target.copy_(result)
-        return partial if out.mean is not None else None
+        if out.mean is not None:
+            self._merge_moments(partial, out)
 
     def _resolve(self, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
         """``D + a + b*(v - mu)`` of a chunk."""
@@ -271,7 +277,7 @@ class TorchBackend:
         dropout: Dropout | None = None,
         *,
         accumulate: bool,
-    ) -> tuple[Tensor | None, Sums | None]:
+    ) -> Gradients:
         """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
         reader = self._reader(conv.norm, source)
@@ -319,19 +325,25 @@ class TorchBackend:
             _from(sums[1], lo).add_(dy.mul_(_from(v, lo)).sum(0))
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
-        return d_weight, sums
+        if sums is None:
+            return [None, None, d_weight]
+        return [*self._merge_gradients(sums, conv.norm, source, into, accumulate), d_weight]
 
-    def merge_gradients(
-        self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None
+    def _merge_gradients(
+        self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None, accumulate: bool
     ) -> tuple[Tensor, Tensor]:
         """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
         dbeta, centred = sums
         reader = self._reader(norm, source)
         dgamma = centred * reader.r
-        if into is not None and into.a is not None and into.b is not None and norm.frozen is None:
-            weight = -1 / max(self.m, 1)
-            into.a.addcmul_(_from(reader.scale, into.start), _from(dbeta, into.start), value=weight)
-            into.b.addcmul_(_from(reader.scale * reader.r, into.start), _from(dgamma, into.start), value=weight)
+        if into is not None and into.a is not None and into.b is not None:
+            if not accumulate:
+                into.a.zero_()
+                into.b.zero_()
+            if norm.frozen is None:
+                weight = -1 / max(self.m, 1)
+                into.a.addcmul_(_from(reader.scale, into.start), _from(dbeta, into.start), value=weight)
+                into.b.addcmul_(_from(reader.scale * reader.r, into.start), _from(dgamma, into.start), value=weight)
         return dgamma, dbeta
 
     def resolve(self, grad: LazyGradient, of: Features) -> Tensor:

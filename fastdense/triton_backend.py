@@ -7,27 +7,22 @@ workspaces come from PyTorch's allocator within one call, so that streams, threa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Features, LazyGradient, as_rows, empty_features
-from .kernels import bn_relu_conv, bn_relu_conv_backward, launch, moments
+from .features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
+from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
 from .kernels.launch import LaunchConfig, Shape
-from .primitives import Conv, Dropout, Norm, Sums
+from .primitives import Conv, Dropout, Gradients, Layer, Norm
 
 NO_DROPOUT = (0, 0, 0.0)  # layer, threshold, scale
-
-
-class _Partial(NamedTuple):
-    """Mean (as two numbers) and M2 ``[tiles, 3, C]`` of each tile of ``rows`` rows."""
-
-    moments: Tensor
-    rows: int
+COUNTERS = 1024
 
 
 class _Weight(NamedTuple):
@@ -42,13 +37,23 @@ class _Weight(NamedTuple):
         return math.prod(self.kernel)
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> _Weight:
-        values = weight.detach().to(dtype)
-        tap = _tap_stride(values)
+    def of(cls, weight: Tensor) -> _Weight:
+        tap = _tap_stride(weight)
         if tap is None:
-            values = values.contiguous()
-            tap = 1
-        return cls(values, (values.stride(0), values.stride(1), tap), _three(weight.shape[2:]))
+            weight, tap = weight.contiguous(), 1
+        return cls(weight, (weight.stride(0), weight.stride(1), tap), _three(weight.shape[2:]))
+
+    def unit(self, itemsize: int) -> int:
+        """What divides the number of input channels and every stride but theirs, for wide loads."""
+        wk, wc, wt = self.strides
+        return _unit(itemsize, self.values.shape[1], wk, wt if self.taps > 1 else 0) if wc == 1 else 1
+
+
+class _Pending(NamedTuple):
+    """Partial weight gradients ``[splits, elements]`` that the next backward kernel adds up into ``out``."""
+
+    out: Tensor
+    partial: Tensor
 
 
 def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
@@ -69,6 +74,17 @@ def _tap_stride(weight: Tensor) -> int | None:
             return None
         taps *= size
     return tap
+
+
+def _unit(itemsize: int, *numbers: int) -> int:
+    """The largest power of two, up to 16 bytes of elements, that divides all ``numbers``."""
+    return math.gcd(16 // itemsize, *numbers)
+
+
+def _dense_like(weight: Tensor) -> Tensor:
+    """Uninitialised fp32 with the layout of ``weight``, without gaps."""
+    out = torch.empty_like(weight, dtype=torch.float32)
+    return out if _tap_stride(out) is not None else torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
 
 @lru_cache(maxsize=64)
@@ -111,122 +127,182 @@ class TritonBackend:
         self.arch, self.sm_count = _architecture(x.device)
         self.precision = _fp32_precision() if x.dtype == torch.float32 else "ieee"
         self._scratch: dict[str, Tensor] = {}
+        self._counters = torch.empty(0, dtype=torch.int32)
+        self._pending: _Pending | None = None
 
-    def _guard(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    def launch(self, kernel: Any, programs: int, *arguments: Any, config: LaunchConfig, **constants: Any) -> None:
+        """Every kernel goes through here: ``programs`` programs of ``kernel`` on this backend's device."""
+        guard: AbstractContextManager[Any] = nullcontext()
+        if self.device.type == "cuda":  # Triton launches on the current device
+            guard = torch.cuda.device(self.device)
+        with guard:
+            kernel[(programs,)](
+                *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+            )  # fmt: skip
 
-    def _choose(self, op: str, reads: int, writes: int, taps: int = 1) -> LaunchConfig:
-        return launch.configuration(op, Shape(self.m, reads, writes, taps), self.dtype, self.arch, self.sm_count)
+    def _choose(self, op: str, reads: int, writes: int, taps: int = 1, dropout: bool = False) -> LaunchConfig:
+        shape = Shape(self.m, reads, writes, taps, dropout)
+        return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
 
     def _empty(self, *shape: int) -> Tensor:
         """Uninitialised fp32."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def _counter(self, count: int) -> Tensor:
+        """Zeros to count arrivals with: who arrives last leaves them at 0 for the next launch."""
+        if self._counters.numel() < count:
+            self._counters = torch.zeros(max(count, COUNTERS), dtype=torch.int32, device=self.device)
+        return self._counters
+
     def _buffer(self, name: str, channels: int) -> Tensor:
-        """Uninitialised scratch ``[m, channels]`` that the next request under the same name overwrites."""
+        """Uninitialised scratch ``[m, channels]`` that the next request under the same name overwrites.
+
+        Its rows are aligned to 16 bytes.
+        """
+        stride = row_stride(channels, self.dtype)
         flat = self._scratch.get(name)
-        if flat is None or flat.numel() < self.m * channels:
-            flat = self._scratch[name] = torch.empty(self.m * channels, dtype=self.dtype, device=self.device)
-        return flat[: self.m * channels].view(self.m, channels)
+        if flat is None or flat.numel() < self.m * stride:
+            flat = self._scratch[name] = torch.empty(self.m * stride, dtype=self.dtype, device=self.device)
+        return flat.as_strided((self.m, channels), (stride, 1))
+
+    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """The layers with their weights in the feature dtype: one cast for all of them."""
+        weights = [conv.weight.detach() for layer in layers for conv in (layer.conv1x1, layer.conv3x3) if conv]
+        other = [weight for weight in weights if weight.dtype != self.dtype]
+        if not other:
+            return layers
+        casts = [torch.empty_like(weight, dtype=self.dtype) for weight in other]
+        torch._foreach_copy_(casts, other)
+        found = {id(weight): cast for weight, cast in zip(other, casts, strict=True)}
+        ready = iter(found.get(id(weight), weight) for weight in weights)
+        return [
+            layer._replace(
+                conv1x1=layer.conv1x1 and layer.conv1x1._replace(weight=next(ready)),
+                conv3x3=layer.conv3x3._replace(weight=next(ready)),
+            )
+            for layer in layers
+        ]
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
-        """``(D, a, b)`` for a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
+        """``(D, a, b)`` of a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
         channels = of.rows.shape[1]
         D = self._buffer("D", channels)
         if of.mean is None:
             return LazyGradient(D, None, None)
-        a, b = torch.zeros(2, channels, dtype=torch.float32, device=self.device)
+        a, b = self._empty(2, channels)
         return LazyGradient(D, a, b)
 
-    def copy_with_moments(self, x: Tensor, out: Features) -> _Partial | None:
-        """``out.rows = x``, with partial moments if ``out`` is tracked."""
-        channels, tracked = x.shape[1], out.mean is not None
-        config = self._choose("copy", channels, channels)
-        tiles, column_tiles = -(-self.m // config.block_m), -(-channels // config.block_c)
-        partial = self._empty(tiles if tracked else 0, 3, channels)
-        if self.m:
-            spatial_strides = (0,) * (3 - len(self.spatial)) + x.stride()[2:]
-            with self._guard():
-                moments.copy_with_moments_kernel[(tiles * column_tiles,)](
-                    out.rows, partial, x,
-                    self.m, channels, *self.depth_height_width,
-                    out.rows.stride(0), x.stride(0), x.stride(1), *spatial_strides,
-                    HAS_MOMENTS=tracked,
-                    BLOCK_M=config.block_m, BLOCK_C=config.block_c,
-                    num_warps=config.num_warps, num_stages=config.num_stages,
-                )  # fmt: skip
-        return _Partial(partial, config.block_m) if tracked else None
+    def _moments_workspace(self, out: Features, programs: int, columns: int) -> tuple[Any, Any, Any, Any]:
+        """``mean, var, partial, counter`` for kernels that end in finish_moments."""
+        if out.mean is None:
+            return None, None, None, None
+        groups = -(-programs // moments.GROUP.value)
+        partial = self._empty(programs + groups, 3, out.rows.shape[1])
+        return out.mean, out.var, partial, self._counter(columns * (1 + groups))
 
-    def merge_moments(self, partial: _Partial, out: Features) -> None:
-        """Partial moments into ``out.mean, out.var``; zeros for an empty batch."""
-        assert out.mean is not None and out.var is not None
-        if not self.m:
+    def _no_pixels(self, out: Features) -> bool:
+        """Whether the batch is empty: then nothing is launched, and the moments are zeros."""
+        if self.m:
+            return False
+        if out.mean is not None and out.var is not None:
             out.mean.zero_()
             out.var.zero_()
+        return True
+
+    def copy_with_moments(self, x: Tensor, out: Features) -> None:
+        """``out.rows = x``, with moments if ``out`` is tracked."""
+        if self._no_pixels(out):
             return
-        channels = out.rows.shape[1]
-        config = self._choose("merge", channels, channels)
-        with self._guard():
-            moments.merge_moments_kernel[(-(-channels // config.block_c),)](
-                out.mean, out.var, partial.moments,
-                self.m, channels, partial.moments.shape[0], partial.rows,
-                BLOCK_T=config.block_m, BLOCK_C=config.block_c,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+        if x.stride(1) != 1:  # PyTorch transposes fast
+            images = as_images(out.rows, self.spatial)
+            x = images.copy_(x)
+            if out.mean is None:
+                return
+        channels, itemsize = x.shape[1], self.dtype.itemsize
+        config = self._choose("copy", channels, channels)
+        columns = -(-channels // config.block_c)
+        programs, each = launch.share(-(-self.m // config.block_m), columns, self.sm_count)
+        strides = (x.stride(0), 1, *(0,) * (3 - len(self.spatial)), *x.stride()[2:])
+        self.launch(
+            moments.copy_with_moments_kernel, programs * columns,
+            out.rows, *self._moments_workspace(out, programs, columns), x,
+            self.m, channels, *self.depth_height_width, each,
+            out.rows.stride(0), *strides,
+            HAS_MOMENTS=out.mean is not None,
+            UNIT=_unit(itemsize, channels, out.rows.stride(0), strides[0], *strides[2:]),
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
+        )  # fmt: skip
 
-    def bn_relu_conv(
-        self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None
-    ) -> _Partial | None:
-        """``out.rows = dropout(conv(relu(bn(source))))`` with partial moments of the stored values."""
-        weight = _Weight.of(conv.weight, self.dtype)
+    def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
+        """``out.rows = dropout(conv(relu(bn(source))))`` with the moments of the stored values."""
+        if self._no_pixels(out):
+            return
+        weight = _Weight.of(conv.weight)
         writes, reads = conv.weight.shape[:2]
-        tracked = out.mean is not None
-        op = "bn_relu_conv" if dropout is None else "bn_relu_conv_dropout"
-        config = self._choose(op, reads, writes, weight.taps)
-        tiles = -(-self.m // config.block_m)
-        partial = self._empty(tiles if tracked else 0, 3, writes)
-        if self.m:
-            with self._guard():
-                bn_relu_conv.bn_relu_conv_kernel[(tiles * -(-writes // config.block_k),)](
-                    out.rows, partial, source.rows, *_reader(conv.norm, source), weight.values,
-                    dropout.seed if dropout else None,
-                    self.m, reads, writes, *self.depth_height_width,
-                    out.rows.stride(0), source.rows.stride(0), *weight.strides,
-                    conv.norm.eps, *_dropout_arguments(dropout),
-                    *weight.kernel,
-                    HAS_MOMENTS=tracked, HAS_DROPOUT=dropout is not None,
-                    PER_CHANNEL=dropout is not None and dropout.per_channel, INPUT_PRECISION=self.precision,
-                    BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c,
-                    num_warps=config.num_warps, num_stages=config.num_stages,
-                )  # fmt: skip
-        return _Partial(partial, config.block_m) if tracked else None
+        config = self._choose("bn_relu_conv", reads, writes, weight.taps, dropout is not None)
+        if config.form == "scratch" and weight.taps > 1 and dropout is None:
+            self._through_scratch(source, conv, out)
+            return
+        shifts = weight.kernel[2] if config.form == "rows" else 1
+        columns = -(-writes // config.block_k)
+        programs, each = launch.share(-(-self.m // (config.block_m - shifts + 1)), columns, self.sm_count)
+        x = source.rows
+        self.launch(
+            bn_relu_conv.bn_relu_conv_kernel, programs * columns,
+            out.rows, *self._moments_workspace(out, programs, columns),
+            x, *_reader(conv.norm, source), weight.values, dropout.seed if dropout else None,
+            self.m, reads, writes, *self.depth_height_width, each,
+            out.rows.stride(0), x.stride(0), *weight.strides,
+            conv.norm.eps, *_dropout_arguments(dropout),
+            *weight.kernel, shifts,
+            HAS_MOMENTS=out.mean is not None, HAS_DROPOUT=dropout is not None,
+            PER_CHANNEL=dropout is not None and dropout.per_channel, INPUT_PRECISION=self.precision,
+            X_UNIT=_readable(x), W_UNIT=weight.unit(self.dtype.itemsize),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c, config=config,
+        )  # fmt: skip
 
-    def _resolve(self, grad: LazyGradient, of: Features, out: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """``out = (D + a + b*(v - mu)) * dropout's mask``; ``out`` may be ``D``."""
+    def _through_scratch(self, source: Features, conv: Conv, out: Features) -> None:
+        """``relu(bn(source))`` written once, and PyTorch's convolution: what the fused kernel is measured against."""
+        channels = source.rows.shape[1]
+        scratch = self._buffer("activation", channels)
+        config = self._choose("activation", channels, channels)
+        self.launch(
+            activation.activation_kernel, -(-self.m // config.block_m) * -(-channels // config.block_c),
+            scratch, source.rows, *_reader(conv.norm, source),
+            self.m, channels, scratch.stride(0), source.rows.stride(0), conv.norm.eps,
+            UNIT=_unit(self.dtype.itemsize, channels, scratch.stride(0), source.rows.stride(0)),
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
+        )  # fmt: skip
+        images = scratch.unflatten(0, (self.images, *self.spatial)).movedim(-1, 1)
+        convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.spatial) - 1]
+        padding = [size // 2 for size in conv.weight.shape[2:]]
+        self.copy_with_moments(convolve(images, conv.weight, padding=padding), out)
+
+    def _resolve(
+        self, grad: LazyGradient, of: Features, out: Tensor, width: int, dropout: Dropout | None = None
+    ) -> Tensor:
+        """``out = (D + a + b*(v - mu)) * dropout's mask``, and zeros up to column ``width``."""
         channels = of.rows.shape[1]
         config = self._choose("resolve", channels, channels)
-        lazy = grad.a is not None and of.mean is not None
-        tiles = -(-self.m // config.block_m) * -(-channels // config.block_c)
+        tiles = -(-self.m // config.block_m) * -(-width // config.block_c)
         if tiles:
-            with self._guard():
-                bn_relu_conv_backward.resolve_kernel[(tiles,)](
-                    out, grad.D, of.rows, grad.a, grad.b, of.mean, dropout.seed if dropout else None,
-                    self.m, channels, self.pixels,
-                    out.stride(0), grad.D.stride(0), of.rows.stride(0),
-                    *_dropout_arguments(dropout),
-                    LAZY=lazy, HAS_DROPOUT=dropout is not None,
-                    PER_CHANNEL=dropout is not None and dropout.per_channel,
-                    BLOCK_M=config.block_m, BLOCK_C=config.block_c,
-                    num_warps=config.num_warps, num_stages=config.num_stages,
-                )  # fmt: skip
+            self.launch(
+                bn_relu_conv_backward.resolve_kernel, tiles,
+                out, grad.D, of.rows, grad.a, grad.b, of.mean, dropout.seed if dropout else None,
+                self.m, channels, width, self.pixels,
+                out.stride(0), grad.D.stride(0), of.rows.stride(0),
+                *_dropout_arguments(dropout),
+                LAZY=grad.a is not None and of.mean is not None, HAS_DROPOUT=dropout is not None,
+                PER_CHANNEL=dropout is not None and dropout.per_channel,
+                BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
+            )  # fmt: skip
         return out
 
     def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
         """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]`` in the feature dtype."""
         shape = (self.images, of.rows.shape[1], *self.spatial)
         out = empty_features(shape, dtype=self.dtype, device=self.device)
-        self._resolve(grad, of, as_rows(out))
+        self._resolve(grad, of, as_rows(out), shape[1])
         return out
 
     def bn_relu_conv_backward(
@@ -239,53 +315,34 @@ class TritonBackend:
         dropout: Dropout | None = None,
         *,
         accumulate: bool,
-    ) -> tuple[Tensor | None, Sums | None]:
+    ) -> Gradients:
         """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
-        task = _Backward(self, grad, output, conv, source, into, accumulate)
-        needs_weight = conv.needs[2]
-        reads = source.rows.shape[1]
+        reads, writes = source.rows.shape[1], conv.weight.shape[0]
+        needs_dy = into is not None or any(conv.needs[:2])
+        if not (conv.needs[2] or needs_dy):
+            return [None, None, None]
         if not self.m:
-            dw = torch.zeros_like(conv.weight, dtype=torch.float32) if needs_weight else None
-            zeros = torch.zeros(2, reads, dtype=torch.float32, device=self.device)
-            return dw, (zeros[0], zeros[1]) if task.needs_dy else None
-        if not (needs_weight or task.needs_dy):
-            return None, None
+            dgamma, dbeta = (torch.zeros(reads, dtype=torch.float32, device=self.device) for _ in range(2))
+            return [dgamma, dbeta, torch.zeros_like(conv.weight, dtype=torch.float32)]
+        lazy = grad.a is not None and output.mean is not None
+        many_taps = conv.weight.shape[2:].numel() > 1 and self.m * writes >= launch.MATERIALISE_ELEMENTS
+        padded = dropout is not None or (lazy and many_taps)
+        if padded:
+            g = self._buffer("gradient", writes)
+            self._resolve(grad, output, g, g.stride(0), dropout)
+            grad = LazyGradient(g, None, None)
+        return _Backward(self, grad, output, conv, source, into, accumulate, needs_dy, padded).run()
 
-        pointwise = task.weight.taps == 1 and task.writes <= launch.MAX_POINTWISE_OUTPUT
-        config = self._choose("pointwise_backward", reads, task.writes)
-        column_tiles = -(-reads // config.block_c)
-        if dropout is not None or not pointwise or column_tiles > launch.MAX_LAZY_COLUMN_TILES:
-            # Several programs would form the same values: form them once, in place where the buffer is our own.
-            own = self._scratch.get("D")
-            mine = own is not None and own.data_ptr() == grad.D.data_ptr()
-            g = self._resolve(grad, output, grad.D if mine else self._buffer("gradient", task.writes), dropout)
-            task = task._replace(grad=LazyGradient(g, None, None))
-        with self._guard():
-            if pointwise:
-                dw_partial, sums_partial = task.pointwise(config)
-            else:
-                sums_partial = task.data_gradient() if task.needs_dy else None
-                dw_partial = task.weight_gradient() if needs_weight else None
-            return task.reduce(dw_partial, sums_partial)
-
-    def merge_gradients(
-        self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None
-    ) -> tuple[Tensor, Tensor]:
-        """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
-        dbeta, centred = sums
-        channels = source.rows.shape[1]
-        dgamma = torch.empty_like(dbeta)
-        a, b = (None, None) if into is None else (into.a, into.b)
-        mean, var, gamma, _ = _reader(norm, source)
-        config = self._choose("merge", channels, channels)
-        with self._guard():
-            moments.merge_gradients_kernel[(-(-channels // config.block_c),)](
-                dgamma, a, b, dbeta, centred, mean, var, gamma,
-                channels, 0 if into is None else into.start, -1 / max(self.m, 1), norm.eps,
-                HAS_BATCH=a is not None and norm.frozen is None,
-                BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages,
+    def finish(self) -> None:
+        """Add up the last weight's gradient."""
+        if self._pending is not None:
+            out, partial = self._pending
+            config = self._choose("add_up", 1, 1)
+            self.launch(
+                bn_relu_conv_backward.add_up_kernel, -(-out.numel() // config.block_c),
+                out, partial, out.numel(), partial.shape[0], BLOCK_E=config.block_c, config=config,
             )  # fmt: skip
-        return dgamma, dbeta
+            self._pending = None
 
 
 def _reader(norm: Norm, source: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,8 +352,16 @@ def _reader(norm: Norm, source: Features) -> tuple[Tensor, Tensor, Tensor, Tenso
     return mean, var, norm.gamma, norm.beta
 
 
+def _readable(rows: Tensor) -> int:
+    """In units of how many channels rows may be read beyond their last one: there is memory, of whatever content."""
+    (m, channels), stride, itemsize = rows.shape, rows.stride(0), rows.element_size()
+    unit = _unit(itemsize, stride, rows.storage_offset() % stride)
+    end = rows.storage_offset() + (m - 1) * stride + -(-channels // unit) * unit
+    return unit if end * itemsize <= rows.untyped_storage().nbytes() else _unit(itemsize, stride, channels)
+
+
 class _Backward(NamedTuple):
-    """One convolution's backward: what its kernels have in common."""
+    """One convolution's backward."""
 
     be: TritonBackend
     grad: LazyGradient
@@ -305,118 +370,98 @@ class _Backward(NamedTuple):
     source: Features
     into: LazyGradient | None
     accumulate: bool
-
-    @property
-    def weight(self) -> _Weight:
-        return _Weight.of(self.conv.weight, self.be.dtype)
-
-    @property
-    def writes(self) -> int:
-        return self.conv.weight.shape[0]
-
-    @property
-    def needs_dy(self) -> bool:
-        return self.into is not None or any(self.conv.needs[:2])
+    needs_dy: bool
+    padded: bool  # rows of the gradient are filled up with zeros to their stride
 
     @property
     def start(self) -> int:
         return 0 if self.into is None else self.into.start
 
-    @property
-    def first(self) -> int:
-        """The first channel whose ``dy`` anybody wants."""
-        return 0 if any(self.conv.needs[:2]) else self.start
-
-    def _split(self, config: LaunchConfig, programs: int) -> tuple[int, int]:
-        return launch.splits(self.be.m, config.block_m, programs, self.be.sm_count)
-
-    def pointwise(self, config: LaunchConfig) -> tuple[Tensor | None, Tensor | None]:
-        """Partial weight gradients ``[splits, K, C]`` and sums ``[splits, 2, C]``, in one pass."""
-        be, x, weight, grad = self.be, self.source.rows, self.weight, self.grad
-        reads, needs_weight = x.shape[1], self.conv.needs[2]
-        first = 0 if needs_weight else self.first
-        column_tiles = -(-(reads - first) // config.block_c)
-        splits, each = self._split(config, column_tiles)
-        dw = be._empty(splits, self.writes, reads) if needs_weight else None
-        sums = be._empty(splits, 2, reads) if self.needs_dy else None
-        D = None if self.into is None else self.into.D
-        bn_relu_conv_backward.pointwise_backward_kernel[(splits * column_tiles,)](
-            D, dw, sums, grad.D, self.output.rows, grad.a, grad.b, self.output.mean,
-            x, *_reader(self.conv.norm, self.source), weight.values,
-            be.m, reads, self.writes, first, self.start, each,
-            0 if D is None else D.stride(0), grad.D.stride(0), self.output.rows.stride(0), x.stride(0),
-            *weight.strides[:2],
-            self.conv.norm.eps,
-            LAZY=grad.a is not None and self.output.mean is not None, HAS_INTO=D is not None,
-            ACCUMULATE=self.accumulate, NEEDS_DY=self.needs_dy, NEEDS_WEIGHT=needs_weight,
-            INPUT_PRECISION=be.precision,
+    def run(self) -> Gradients:
+        """Launch the kernel; its weight gradient is whole after the next launch, or after ``finish``."""
+        be, conv, x, (needs_gamma, needs_beta, needs_weight) = self.be, self.conv, self.source.rows, self.conv.needs
+        weight = _Weight.of(conv.weight)
+        reads, writes = x.shape[1], conv.weight.shape[0]
+        config = be._choose("bn_relu_conv_backward", reads, writes, weight.taps)
+        blocks = -(-writes // config.block_k)
+        together = weight.taps == 1 and config.group >= blocks
+        groups = -(-weight.taps * blocks // config.group)
+        # The first column tile whose dy anybody wants.
+        first = 0 if needs_gamma or needs_beta or (needs_weight and together) else self.start // config.block_c
+        columns = -(-reads // config.block_c) - first
+        at_least = launch.MIN_TILES_PER_SPLIT if together and needs_weight else 1
+        splits, each = launch.share(-(-be.m // config.block_m), columns, be.sm_count, at_least)
+        data_programs = splits * columns if self.needs_dy or together else 0
+        weight_splits, weight_each, weight_programs = splits, each, 0
+        if needs_weight and not together:
+            weight_columns = -(-reads // config.weight_block_c)
+            tiles = -(-be.m // config.weight_block_m)
+            weight_splits, weight_each = launch.share(
+                tiles, weight_columns * groups, be.sm_count, launch.MIN_TILES_PER_SPLIT
+            )
+            weight_programs = weight_splits * weight_columns * groups
+        dw = _dense_like(conv.weight) if needs_weight else None
+        partial = dw
+        if dw is not None and weight_splits > 1:
+            partial = be._empty(weight_splits, dw.numel())
+        dgamma, dbeta = (be._empty(reads), be._empty(reads)) if self.needs_dy else (None, None)
+        pending, be._pending = be._pending, None
+        be.launch(
+            bn_relu_conv_backward.bn_relu_conv_backward_kernel, data_programs + weight_programs,
+            *self._pointers(weight, partial, dgamma, dbeta, splits, columns, pending),
+            be.m, reads, writes, *be.depth_height_width, self.start, first, each, weight_each, data_programs,
+            0 if dw is None else dw.numel(), *((pending.out.numel(), pending.partial.shape[0]) if pending else (0, 0)),
+            *self._strides(weight, dw),
+            conv.norm.eps,
+            *weight.kernel, blocks, config.group,
+            **self._flags(weight, together), HAS_PENDING=pending is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            WEIGHT_BLOCK_M=config.weight_block_m, WEIGHT_BLOCK_C=config.weight_block_c,
+            BLOCK_E=be._choose("add_up", 1, 1).block_c, config=config,
         )  # fmt: skip
-        return dw, sums
+        if dw is not None and partial is not None and partial is not dw:
+            be._pending = _Pending(dw, partial)
+        return [dgamma, dbeta, dw]
 
-    def data_gradient(self) -> Tensor:
-        """Adds to ``into.D``, or writes it; partial sums ``[splits, 2, C]``."""
-        be, x, g, weight = self.be, self.source.rows, self.grad.D, self.weight
-        reads = x.shape[1]
-        config = be._choose("data_gradient", reads, self.writes, weight.taps)
-        column_tiles = -(-(reads - self.first) // config.block_c)
-        splits, each = self._split(config, column_tiles)
-        sums = be._empty(splits, 2, reads)
-        D = None if self.into is None else self.into.D
-        bn_relu_conv_backward.data_gradient_kernel[(splits * column_tiles,)](
-            D, sums, g, x, *_reader(self.conv.norm, self.source), weight.values,
-            be.m, reads, self.writes, *be.depth_height_width, self.first, self.start, each,
-            0 if D is None else D.stride(0), g.stride(0), x.stride(0), *weight.strides,
-            self.conv.norm.eps,
-            *weight.kernel,
-            HAS_INTO=D is not None, ACCUMULATE=self.accumulate, INPUT_PRECISION=be.precision,
-            BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    def _pointers(
+        self,
+        weight: _Weight,
+        dw: Tensor | None,
+        dgamma: Tensor | None,
+        dbeta: Tensor | None,
+        splits: int,
+        columns: int,
+        pending: _Pending | None,
+    ) -> tuple[Tensor | None, ...]:
+        be, grad, into = self.be, self.grad, self.into
+        sums = be._empty(splits, 2, self.source.rows.shape[1]) if self.needs_dy else None
+        D, da, db = (None, None, None) if into is None else (into.D, into.a, into.b)
+        return (
+            D, dw, dgamma, dbeta, da, db, pending.out if pending else None, sums, be._counter(columns),
+            pending.partial if pending else None,
+            grad.D, self.output.rows, grad.a, grad.b, self.output.mean,
+            self.source.rows, *_reader(self.conv.norm, self.source), weight.values,
         )  # fmt: skip
-        return sums
 
-    def weight_gradient(self) -> Tensor:
-        """Partial weight gradients ``[splits, K, taps, C]``."""
-        be, x, g, weight = self.be, self.source.rows, self.grad.D, self.weight
-        reads = x.shape[1]
-        config = be._choose("weight_gradient", reads, self.writes, weight.taps)
-        programs = -(-reads // config.block_c) * -(-self.writes // config.block_k) * weight.taps
-        splits, each = self._split(config, programs)
-        dw = be._empty(splits, self.writes, weight.taps, reads)
-        bn_relu_conv_backward.weight_gradient_kernel[(splits * programs,)](
-            dw, g, x, *_reader(self.conv.norm, self.source),
-            be.m, reads, self.writes, *be.depth_height_width, each,
-            g.stride(0), x.stride(0),
-            self.conv.norm.eps,
-            *weight.kernel, INPUT_PRECISION=be.precision,
-            BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    def _strides(self, weight: _Weight, dw: Tensor | None) -> tuple[int, ...]:
+        d_strides = (0, 0, 0) if dw is None else (dw.stride(0), dw.stride(1), _tap_stride(dw) or 0)
+        return (
+            0 if self.into is None else self.into.D.stride(0), self.grad.D.stride(0), self.output.rows.stride(0),
+            self.source.rows.stride(0), *weight.strides, *d_strides,
         )  # fmt: skip
-        return dw
 
-    def reduce(self, dw_partial: Tensor | None, sums_partial: Tensor | None) -> tuple[Tensor | None, Sums | None]:
-        """Both kinds of partial results added up, in one launch."""
-        be, weight, reads = self.be, self.conv.weight, self.source.rows.shape[1]
-        dw, strides, weights, weight_splits = None, (0, 0, 0), 0, 0
-        if dw_partial is not None:
-            dw = torch.empty_like(weight, dtype=torch.float32)
-            if (tap := _tap_stride(dw)) is None:
-                dw, tap = torch.empty(weight.shape, dtype=torch.float32, device=be.device), 1
-            strides = (dw.stride(0), dw.stride(1), tap)
-            weights, weight_splits = dw.numel(), dw_partial.shape[0]
-        sums = None
-        if sums_partial is not None:
-            allocate = torch.zeros if self.first else torch.empty  # below ``first`` nobody writes
-            sums = allocate(2, reads, dtype=torch.float32, device=be.device)
-        config = be._choose("reduce", reads, self.writes)
-        blocks = -(-weights // config.block_c) + (0 if sums is None else -(-2 * reads // config.block_c))
-        bn_relu_conv_backward.reduce_partials_kernel[(blocks,)](
-            dw, sums, dw_partial, sums_partial,
-            reads, self.weight.taps, self.first, weights, 0 if sums is None else 2 * reads,
-            weight_splits, 0 if sums_partial is None else sums_partial.shape[0],
-            *strides,
-            BLOCK_S=config.block_m, BLOCK_E=config.block_c,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        return dw, None if sums is None else (sums[0], sums[1])
+    def _flags(self, weight: _Weight, together: bool) -> dict[str, Any]:
+        be, grad, into, itemsize = self.be, self.grad, self.into, self.be.dtype.itemsize
+        lazy = grad.a is not None and self.output.mean is not None
+        reads, writes = self.source.rows.shape[1], weight.values.shape[0]
+        D, v = grad.D, self.output.rows
+        g_unit = _unit(itemsize, D.stride(0), v.stride(0) if lazy else 0, 0 if self.padded else writes)
+        return {
+            "LAZY": lazy, "HAS_INTO": into is not None, "ACCUMULATE": self.accumulate,
+            "HAS_BATCH": into is not None and into.a is not None and self.conv.norm.frozen is None,
+            "NEEDS_DY": self.needs_dy, "NEEDS_WEIGHT": self.conv.needs[2], "TOGETHER": together,
+            "INPUT_PRECISION": be.precision,
+            "X_UNIT": _readable(self.source.rows),
+            "D_UNIT": 1 if into is None else _unit(itemsize, into.D.stride(0), reads, self.start),
+            "G_UNIT": g_unit, "W_UNIT": weight.unit(itemsize),
+        }  # fmt: skip

@@ -3,55 +3,123 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dropout_scale, load_reader, neighbours, offsets, relu, store_moments, to_storage
+from .common import dot, dropout_scale, in_units, load_reader, neighbour, offsets, pixel, relu, to_storage, zero_of
+from .moments import add_tile, finish_moments
 
 
-@triton.jit(do_not_specialize=["layer", "threshold"])
+@triton.jit
+def _load_activation(
+    x_ptr, reader_ptrs, first_row, local, place, tap, c, m, C, D, H, W, stride_xm, eps,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+):  # fmt: skip
+    """``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` of the pixels that lie one tap away (one row of taps if ``SHIFTS > 1``)."""
+    c_mask = c < in_units(C, W_UNIT)
+    dx = 0 if SHIFTS > 1 else tap % KW - KW // 2
+    dz, dy = tap // (KH * KW) - KD // 2, tap // KW % KH - KH // 2
+    distance, inside = neighbour(place, dz, dy, dx, m, D, H, W, KD * KH * KW)
+    mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
+    stride = in_units(stride_xm, X_UNIT)
+    x = tl.load(x_ptr + (first_row + distance) * stride + offsets(local, c, stride), mask=mask, other=0.0)
+    mean, scale, beta = load_reader(
+        reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps
+    )
+    # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
+    activation = relu((x.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :])
+    if KD * KH * KW > 1:  # padding comes after the ReLU
+        activation = tl.where(inside[:, None], activation, 0.0)
+    if X_UNIT > W_UNIT:  # the columns beyond C hold whatever the row holds there
+        activation = tl.where(c_mask[None, :], activation, 0.0)
+    return to_storage(activation, x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _add_shifted(products, x, W, KW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``out[p] = sum_j products[j][p + j - KW//2]`` over neighbours in the same image row; right but at the tile's rim.
+
+    What the taps of one row found at a pixel belongs to its neighbours: shifting narrow products once is cheaper than
+    loading and normalising wide inputs for every tap.
+    """
+    out = products[KW // 2]
+    for j in tl.static_range(KW):
+        if j != KW // 2:
+            at = tl.arange(0, BLOCK_M) + (j - KW // 2)
+            index = tl.minimum(tl.maximum(at, 0), BLOCK_M - 1)
+            shifted = tl.gather(products[j], tl.broadcast_to(index[:, None], [BLOCK_M, BLOCK_N]), 0)
+            inside = (x + (j - KW // 2) >= 0) & (x + (j - KW // 2) < W)
+            out += tl.where(inside[:, None], shifted, 0.0)
+    return out
+
+
+@triton.jit(do_not_specialize=["layer", "threshold", "tiles_per_program"])
 def bn_relu_conv_kernel(
-    out_ptr, partial_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr, seed_ptr,
-    m, C, K, D, H, W,
+    out_ptr, out_mean_ptr, out_var_ptr, partial_ptr, counter_ptr,
+    x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr, seed_ptr,
+    m, C, K, D, H, W, tiles_per_program,
     stride_om, stride_xm, stride_wk, stride_wc, stride_wt,
     eps, layer, threshold, keep_scale,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
     HAS_MOMENTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out = dropout(conv(relu((x - mean)*gamma/sqrt(var + eps) + beta)))``, padded with 0 after the ReLU.
 
-    out [m, K, feature dtype, rows ``stride_om`` apart]
-    partial [ceil(m/BLOCK_M), 3, K, fp32, contiguous]: mean (as two numbers) and M2 of a tile of ``out`` as stored
-    x [m, C, feature dtype, rows ``stride_xm`` apart]; m runs over [N, D, H, W]
-    mean, var, gamma, beta [C]; w [K, C, KD*KH*KW, feature dtype, any strides]; seed [1, int64]
-    Grid: (row tiles * output-channel tiles), channels fastest.
+    out [m, K, feature dtype, rows ``stride_om`` apart], m over [N, D, H, W]; its moments out_mean, out_var [K, fp32]
+    partial, counter: see finish_moments
+    x [m, C, feature dtype, rows ``stride_xm`` apart, readable up to a multiple of X_UNIT]; mean, var, gamma, beta [C]
+    w [K, C, KD*KH*KW, feature dtype, any strides; W_UNIT divides C and all but the smallest]; seed [1, int64]
+    SHIFTS is KW: x is loaded once for each row of taps, whose products are shifted; or 1: once for each tap.
+    Grid: (programs * output-channel tiles), channels fastest; a tile yields ROWS = BLOCK_M - SHIFTS + 1 rows of out.
     """
+    HALO: tl.constexpr = SHIFTS // 2
+    ROWS: tl.constexpr = BLOCK_M - SHIFTS + 1
     pid = tl.program_id(0).to(tl.int64)
-    k_tiles = tl.cdiv(K, BLOCK_N)
-    tile = pid // k_tiles
-    first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
-    k = (pid % k_tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, k_mask = first_row + local < m, k < K
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(KD * KH * KW * c_blocks):
-        tap = step // c_blocks
-        c = (step % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        c_mask = c < C
-        distance, inside = neighbours(first_row, local, tap, m, D, H, W, KD, KH, KW, 1)
-        mask = inside[:, None] & c_mask[None, :]
-        x_tile = x_ptr + (first_row + distance) * stride_xm
-        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
-        mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
-        # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
-        activation = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
-        activation = to_storage(tl.where(mask, activation, 0.0), x_ptr.dtype.element_ty)
-        w_offset = c[:, None] * stride_wc + k[None, :] * stride_wk + tap * stride_wt
-        w = tl.load(w_ptr + w_offset, mask=c_mask[:, None] & k_mask[None, :], other=0.0)  # [BLOCK_C, BLOCK_N]
-        acc = dot(activation, w, acc, INPUT_PRECISION)
-    if HAS_DROPOUT:
-        acc *= dropout_scale(seed_ptr, first_row + local, k, K, D * H * W, layer, threshold, keep_scale, PER_CHANNEL)
-    stored = to_storage(acc, out_ptr.dtype.element_ty)
-    mask = row_mask[:, None] & k_mask[None, :]
-    tl.store(out_ptr + first_row * stride_om + offsets(local, k, stride_om), stored, mask=mask)
+    k_tiles, tiles, c_blocks = tl.cdiv(K, BLOCK_N), tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)
+    program, column = pid // k_tiles, (pid % k_tiles).to(tl.int32)
+    first_tile = program * tiles_per_program
+    sums = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for i in range(tl.minimum(tiles_per_program, tiles - first_tile)):
+        tile = first_tile + i
+        first_row, local = tile * ROWS - HALO, tl.arange(0, BLOCK_M) + zero_of(tile)
+        k = column * BLOCK_N + tl.arange(0, BLOCK_N) + zero_of(tile)
+        place = pixel(first_row, local, D, H, W, KD * KH * KW)
+        products = ()
+        for _ in tl.static_range(SHIFTS):
+            products += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        for step in range(KD * KH * KW // SHIFTS * c_blocks):
+            tap = step // c_blocks * SHIFTS
+            c = step % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+            activation = _load_activation(
+                x_ptr, (mean_ptr, var_ptr, gamma_ptr, beta_ptr), first_row, local, place, tap, c,
+                m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
+            )  # fmt: skip
+            w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * in_units(stride_wk, W_UNIT)
+            w_mask = (c < in_units(C, W_UNIT))[:, None] & (k < K)[None, :]
+            added = ()
+            for j in tl.static_range(SHIFTS):
+                w = tl.load(w_tile + (tap + j) * in_units(stride_wt, W_UNIT), mask=w_mask, other=0.0)
+                added += (dot(activation, w, products[j], INPUT_PRECISION),)
+            products = added
+        out = _add_shifted(products, place[3], W, SHIFTS, BLOCK_M, BLOCK_N)
+        if HAS_DROPOUT:
+            rows = first_row + local
+            out *= dropout_scale(seed_ptr, rows, k, K, D * H * W, layer, threshold, keep_scale, PER_CHANNEL)
+        stored = to_storage(out, out_ptr.dtype.element_ty)
+        mine = (local >= HALO) & (local < BLOCK_M - HALO) & (first_row + local < m)
+        out_tile = out_ptr + first_row * stride_om + offsets(local, k, stride_om)
+        out_mask = mine[:, None] & (k < K)[None, :]
+        tl.store(out_tile, stored, mask=out_mask)
+        if HAS_MOMENTS:
+            # Read again, in the layout of the store: its threads hold whole pieces of columns, the product's do not.
+            tl.debug_barrier()
+            stored = tl.load(out_tile, mask=out_mask, other=0.0)
+            count = tl.minimum(m - tile * ROWS, ROWS).to(tl.float32)
+            origin_ptr = partial_ptr + program * 3 * K
+            sums = add_tile(sums, origin_ptr, stored.to(tl.float32), mine, count, i == 0, k, K, BLOCK_N)
     if HAS_MOMENTS:
-        count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        store_moments(partial_ptr, tile, tl.where(mask, stored.to(tl.float32), 0.0), row_mask, count, k, K, k_mask)
+        k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        finish_moments(
+            out_mean_ptr, out_var_ptr, partial_ptr, counter_ptr, sums, program, tl.cdiv(tiles, tiles_per_program),
+            tiles_per_program * ROWS, m, column, k, K,
+        )  # fmt: skip

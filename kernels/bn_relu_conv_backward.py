@@ -1,61 +1,69 @@
-"""The backward kernels: data gradient with ReLU's mask and BatchNorm's sums, weight gradient, and their reduction."""
+"""The backward kernel: lazy gradient in, data gradient, weight gradient, ReLU's mask and BatchNorm's sums in one pass."""
 
 import triton
 import triton.language as tl
 
-from .common import dot, dropout_scale, load_reader, neighbours, offsets, relu, to_storage
+from .common import (
+    dot,
+    dropout_scale,
+    in_units,
+    last_to_arrive,
+    load_reader,
+    neighbour,
+    offsets,
+    pixel,
+    relu,
+    to_storage,
+    zero_of,
+)
+
+SPLITS = tl.constexpr(32)  # partial results that one step of a sum takes
 
 
 @triton.jit
-def load_lazy(
-    D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, first_row, local, k, mask, k_mask, stride_Dm, stride_vm, LAZY: tl.constexpr
+def _add_up(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.constexpr):
+    """``out[e] = sum_s partial[s, e]``, both dense; ``programs`` programs share the elements."""
+    for block in range(program, tl.cdiv(elements, BLOCK), programs):
+        e = block * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([SPLITS, BLOCK], tl.float32)
+        for begin in range(0, splits, SPLITS):
+            s = begin + tl.arange(0, SPLITS).to(tl.int64)
+            mask = (s < splits)[:, None] & (e < elements)[None, :]
+            total += tl.load(partial_ptr + s[:, None] * elements + e[None, :], mask=mask, other=0.0)
+        tl.store(out_ptr + e, tl.sum(total, 0), mask=e < elements)
+
+
+@triton.jit(do_not_specialize=["elements", "splits"])
+def add_up_kernel(out_ptr, partial_ptr, elements, splits, BLOCK_E: tl.constexpr):
+    """``out = partial.sum(0)``, always in the same order.
+
+    out [elements, fp32]; partial [splits, elements, fp32]
+    Grid: (blocks of elements).
+    """
+    _add_up(out_ptr, partial_ptr, elements, splits, tl.program_id(0).to(tl.int64), tl.num_programs(0), BLOCK_E)
+
+
+@triton.jit
+def _load_gradient(
+    lazy_ptrs, first_row, local, k, mask, K, stride_Gm, stride_vm, dtype: tl.constexpr, LAZY: tl.constexpr
 ):
-    """``D + a + b*(v - mu)`` in fp32, 0 outside ``mask``; ``D`` itself where nothing is lazy."""
-    g = tl.load(D_ptr + first_row * stride_Dm + offsets(local, k, stride_Dm), mask=mask, other=0.0).to(tl.float32)
+    """``G + a + b*(v - mu)`` as ``dtype``, 0 outside ``mask``; ``G`` itself where nothing is lazy."""
+    g = tl.load(lazy_ptrs[0] + first_row * stride_Gm + offsets(local, k, stride_Gm), mask=mask, other=0.0)
     if LAZY:
-        v_tile = v_ptr + first_row * stride_vm
-        v = tl.load(v_tile + offsets(local, k, stride_vm), mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(a_ptr + k, mask=k_mask, other=0.0)
-        b = tl.load(b_ptr + k, mask=k_mask, other=0.0)
-        mean = tl.load(mean_ptr + k, mask=k_mask, other=0.0)
-        g = tl.where(mask, g + a[None, :] + b[None, :] * (v - mean[None, :]), 0.0)
+        v_tile = lazy_ptrs[1] + first_row * stride_vm + offsets(local, k, stride_vm)
+        v = tl.load(v_tile, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(lazy_ptrs[2] + k, mask=k < K, other=0.0)
+        b = tl.load(lazy_ptrs[3] + k, mask=k < K, other=0.0)
+        mean = tl.load(lazy_ptrs[4] + k, mask=k < K, other=0.0)
+        lazy = g.to(tl.float32) + a[None, :] + b[None, :] * (v - mean[None, :])
+        g = to_storage(tl.where(mask, lazy, 0.0), dtype)
     return g
-
-
-@triton.jit
-def masked_gradient(
-    D_ptr,
-    product,
-    x,
-    reader,
-    first_row,
-    local,
-    c,
-    mask,
-    start,
-    stride_Dm,
-    HAS_INTO: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
-    """``dy, x - mu, y`` from the convolution's ``product``; ``D (+)= gamma*r*dy`` for channels from ``start`` on."""
-    mean, scale, beta = reader
-    centred = x - mean[None, :]
-    y = centred * scale[None, :] + beta[None, :]
-    dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
-    if HAS_INTO:
-        D_mask = mask & (c >= start)[None, :]
-        D_tile = D_ptr + first_row * stride_Dm + offsets(local, c - start, stride_Dm)
-        share = dy * scale[None, :]
-        if ACCUMULATE:
-            share += tl.load(D_tile, mask=D_mask, other=0.0).to(tl.float32)
-        tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=D_mask)
-    return dy, centred, y
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def resolve_kernel(
     g_ptr, D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, seed_ptr,
-    m, K, pixels,
+    m, K, width, pixels,
     stride_gm, stride_Dm, stride_vm,
     layer, threshold, keep_scale,
     LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr,
@@ -63,217 +71,249 @@ def resolve_kernel(
 ):  # fmt: skip
     """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once.
 
-    g, D, v [m, K, feature dtype, rows ``stride_*m`` apart]; g may be D
+    g [m, width, feature dtype, rows ``stride_gm`` apart]: 0 from column K on; D, v [m, K, feature dtype, rows apart]
     a, b, mean [K, fp32]; seed [1, int64]
     Grid: (row tiles * column tiles), columns fastest.
     """
     pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(K, BLOCK_C)
+    column_tiles = tl.cdiv(width, BLOCK_C)
     first_row, local = pid // column_tiles * BLOCK_M, tl.arange(0, BLOCK_M)
     k = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k_mask = k < K
-    mask = (first_row + local < m)[:, None] & k_mask[None, :]
-    g = load_lazy(D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, first_row, local, k, mask, k_mask, stride_Dm, stride_vm, LAZY)
+    row_mask = first_row + local < m
+    mask = row_mask[:, None] & (k < K)[None, :]
+    g = _load_gradient(
+        (D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr), first_row, local, k, mask, K, stride_Dm, stride_vm, tl.float32, LAZY
+    ).to(tl.float32)
     if HAS_DROPOUT:
         g *= dropout_scale(seed_ptr, first_row + local, k, K, pixels, layer, threshold, keep_scale, PER_CHANNEL)
-    tl.store(
-        g_ptr + first_row * stride_gm + offsets(local, k, stride_gm), to_storage(g, g_ptr.dtype.element_ty), mask=mask
-    )
-
-
-@triton.jit(do_not_specialize=["first", "start", "tiles_per_split"])
-def pointwise_backward_kernel(
-    D_ptr, dw_ptr, sums_ptr, G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr,
-    x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr,
-    m, C, K, first, start, tiles_per_split,
-    stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc,
-    eps,
-    LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """1x1: ``dy = (g @ w) * mask``, ``D (+)= gamma*r*dy``, ``dw = g^T @ relu(bn(x))``; g is lazy, read once.
-
-    D [m, C - start, feature dtype]; dw [splits, K, C, fp32]; sums [splits, 2, C, fp32]: sum(dy), sum(dy*(x - mean))
-    G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean)
-    x [m, C, feature dtype]; mean, var, gamma, beta [C]; w [K, C, feature dtype, any strides]; K <= BLOCK_K
-    Grid: (splits of the rows * column tiles from channel ``first`` on), columns fastest.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C - first, BLOCK_C)
-    split = pid // column_tiles
-    c = first + (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.arange(0, BLOCK_K)
-    c_mask, k_mask = c < C, k < K
-    reader = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
-    w_offset = k[:, None] * stride_wk + c[None, :] * stride_wc
-    w = tl.load(w_ptr + w_offset, mask=k_mask[:, None] & c_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
-    local = tl.arange(0, BLOCK_M)
-    sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    dw = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    for i in range(tiles_per_split):
-        first_row = (split * tiles_per_split + i) * BLOCK_M
-        row_mask = first_row + local < m
-        g_mask = row_mask[:, None] & k_mask[None, :]
-        g = load_lazy(
-            G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, first_row, local, k, g_mask, k_mask, stride_Gm, stride_vm, LAZY
-        )
-        g = to_storage(g, x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_K]
-        mask = row_mask[:, None] & c_mask[None, :]
-        x_tile = x_ptr + first_row * stride_xm
-        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
-        product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        if NEEDS_DY:
-            product = dot(g, w, product, INPUT_PRECISION)
-        dy, centred, y = masked_gradient(
-            D_ptr, product, x, reader, first_row, local, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
-        )
-        sum_dy += dy
-        sum_centred += dy * centred
-        if NEEDS_WEIGHT:
-            activation = to_storage(tl.where(mask, relu(y), 0.0), x_ptr.dtype.element_ty)
-            dw = dot(tl.trans(g), activation, dw, INPUT_PRECISION)
-    if NEEDS_DY:
-        tl.store(sums_ptr + split * 2 * C + c, tl.sum(sum_dy, 0), mask=c_mask)
-        tl.store(sums_ptr + (split * 2 + 1) * C + c, tl.sum(sum_centred, 0), mask=c_mask)
-    if NEEDS_WEIGHT:
-        dw_offset = (split * K + k)[:, None] * C + c[None, :]
-        tl.store(dw_ptr + dw_offset, dw, mask=k_mask[:, None] & c_mask[None, :])
-
-
-@triton.jit(do_not_specialize=["first", "start", "tiles_per_split"])
-def data_gradient_kernel(
-    D_ptr, sums_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr,
-    m, C, K, D, H, W, first, start, tiles_per_split,
-    stride_Dm, stride_gm, stride_xm, stride_wk, stride_wc, stride_wt,
-    eps,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``dy = conv^T(g) * mask``, ``D (+)= gamma*r*dy``, and the sums of ``dy`` and ``dy*(x - mean)``.
-
-    D [m, C - start, feature dtype]; sums [splits, 2, C, fp32]
-    g [m, K, feature dtype]; x [m, C, feature dtype]; m runs over [N, D, H, W]
-    mean, var, gamma, beta [C]; w [K, C, KD*KH*KW, feature dtype, any strides]
-    Grid: (splits of the rows * column tiles from channel ``first`` on), columns fastest.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C - first, BLOCK_C)
-    split = pid // column_tiles
-    c = first + (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    reader = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
-    k_blocks = tl.cdiv(K, BLOCK_K)
-    local = tl.arange(0, BLOCK_M)
-    sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for i in range(tiles_per_split):
-        first_row = (split * tiles_per_split + i) * BLOCK_M
-        product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for step in range(KD * KH * KW * k_blocks):
-            tap = step // k_blocks
-            k = (step % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-            k_mask = k < K
-            # A pixel was read through a tap by the pixel on the tap's other side.
-            distance, inside = neighbours(first_row, local, tap, m, D, H, W, KD, KH, KW, -1)
-            g_mask = inside[:, None] & k_mask[None, :]
-            g_tile = g_ptr + (first_row + distance) * stride_gm
-            g = tl.load(g_tile + offsets(local, k, stride_gm), mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-            w_offset = k[:, None] * stride_wk + c[None, :] * stride_wc + tap * stride_wt
-            w = tl.load(w_ptr + w_offset, mask=k_mask[:, None] & c_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
-            product = dot(g, w, product, INPUT_PRECISION)
-        mask = (first_row + local < m)[:, None] & c_mask[None, :]
-        x_tile = x_ptr + first_row * stride_xm
-        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
-        dy, centred, _ = masked_gradient(
-            D_ptr, product, x, reader, first_row, local, c, mask, start, stride_Dm, HAS_INTO, ACCUMULATE
-        )
-        sum_dy += dy
-        sum_centred += dy * centred
-    tl.store(sums_ptr + split * 2 * C + c, tl.sum(sum_dy, 0), mask=c_mask)
-    tl.store(sums_ptr + (split * 2 + 1) * C + c, tl.sum(sum_centred, 0), mask=c_mask)
-
-
-@triton.jit(do_not_specialize=["tiles_per_split"])
-def weight_gradient_kernel(
-    dw_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-    m, C, K, D, H, W, tiles_per_split,
-    stride_gm, stride_xm,
-    eps,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``dw[k, tap, c] = sum_p g[p, k] * relu(bn(x[p + tap, c]))``.
-
-    dw [splits, K, KD*KH*KW, C, fp32, contiguous]
-    g [m, K, feature dtype]; x [m, C, feature dtype]; mean, var, gamma, beta [C]
-    Grid: (splits of the rows * taps * k tiles * column tiles), columns fastest.
-    """
-    TAPS: tl.constexpr = KD * KH * KW
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C, BLOCK_C)
-    k_tiles = tl.cdiv(K, BLOCK_K)
-    c = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = (pid // column_tiles % k_tiles).to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
-    tap = (pid // (column_tiles * k_tiles) % TAPS).to(tl.int32)
-    split = pid // (column_tiles * k_tiles * TAPS)
-    c_mask, k_mask = c < C, k < K
-    mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
-    local = tl.arange(0, BLOCK_M)
-    dw = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    for i in range(tiles_per_split):
-        first_row = (split * tiles_per_split + i) * BLOCK_M
-        g_mask = (first_row + local < m)[:, None] & k_mask[None, :]
-        g_tile = g_ptr + first_row * stride_gm
-        g = tl.load(g_tile + offsets(local, k, stride_gm), mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        distance, inside = neighbours(first_row, local, tap, m, D, H, W, KD, KH, KW, 1)
-        mask = inside[:, None] & c_mask[None, :]
-        x_tile = x_ptr + (first_row + distance) * stride_xm
-        x = tl.load(x_tile + offsets(local, c, stride_xm), mask=mask, other=0.0).to(tl.float32)
-        activation = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
-        activation = to_storage(tl.where(mask, activation, 0.0), x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_C]
-        dw = dot(tl.trans(g), activation, dw, INPUT_PRECISION)
-    dw_offset = ((split * K + k) * TAPS + tap)[:, None] * C + c[None, :]
-    tl.store(dw_ptr + dw_offset, dw, mask=k_mask[:, None] & c_mask[None, :])
+    g_mask = row_mask[:, None] & (k < width)[None, :]
+    g_tile = g_ptr + first_row * stride_gm + offsets(local, k, stride_gm)
+    tl.store(g_tile, to_storage(tl.where(mask, g, 0.0), g_ptr.dtype.element_ty), mask=g_mask)
 
 
 @triton.jit
-def _add_up(partial_ptr, e, mask, n, splits, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The sum over ``splits`` of elements ``e`` of partial [splits, n]."""
-    total = tl.zeros([BLOCK_S, BLOCK_E], tl.float32)
-    for begin in range(0, splits, BLOCK_S):
-        s = begin + tl.arange(0, BLOCK_S).to(tl.int64)
-        both = (s < splits)[:, None] & mask[None, :]
-        total += tl.load(partial_ptr + (s * n)[:, None] + e[None, :], mask=both, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=["first", "weights", "sums", "weight_splits", "sum_splits"])
-def reduce_partials_kernel(
-    dw_ptr, sums_ptr, dw_partial_ptr, sums_partial_ptr,
-    C, taps, first, weights, sums, weight_splits, sum_splits,
-    stride_wk, stride_wc, stride_wt,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+def _unit_gradient(
+    unit, place, lazy_ptrs, first_row, local, m, K, D, H, W, stride_Gm, stride_vm,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr,
+    dtype: tl.constexpr, LAZY: tl.constexpr, G_UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds up what the splits of the rows found, always in the same order: two runs agree bit for bit.
+    """The output gradient ``[BLOCK_M, BLOCK_K]`` of those pixels that read this tile through one tap."""
+    tap = unit // K_BLOCKS
+    k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    # A pixel was read through a tap by the pixel on the tap's other side.
+    dz, dy, dx = KD // 2 - tap // (KH * KW), KH // 2 - tap // KW % KH, KW // 2 - tap % KW
+    distance, inside = neighbour(place, dz, dy, dx, m, D, H, W, KD * KH * KW)
+    limit = tl.where(tap < KD * KH * KW, tl.cdiv(K, G_UNIT) * G_UNIT, 0)  # the last group may not be full
+    mask = inside[:, None] & (k < limit)[None, :]
+    strides = in_units(stride_Gm, G_UNIT), in_units(stride_vm, G_UNIT)
+    return _load_gradient(lazy_ptrs, first_row + distance, local, k, mask, K, strides[0], strides[1], dtype, LAZY)
 
-    dw [K, C, taps, fp32, any strides] from dw_partial [weight_splits, K, taps, C, fp32]; weights = K*taps*C, or 0
-    sums [2, C, fp32], from channel ``first`` on, from sums_partial [sum_splits, 2, C, fp32]; sums = 2*C, or 0
-    Grid: (blocks of the weights + blocks of the sums).
+
+@triton.jit
+def _unit_weight(
+    unit, w_ptr, c, C, K, stride_wk, stride_wc, stride_wt,
+    K_BLOCKS: tl.constexpr, W_UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tap's weights ``[BLOCK_K, BLOCK_C]``."""
+    k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    offset = k[:, None] * in_units(stride_wk, W_UNIT) + c[None, :] * stride_wc
+    mask = (k < K)[:, None] & (c < in_units(C, W_UNIT))[None, :]
+    return tl.load(w_ptr + unit // K_BLOCKS * in_units(stride_wt, W_UNIT) + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_to_gradient(
+    D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE: tl.constexpr, D_UNIT: tl.constexpr
+):
+    """``D (+)= share`` from channel ``start`` on."""
+    mask &= (c >= start)[None, :]
+    stride = in_units(stride_Dm, D_UNIT)
+    D_tile = D_ptr + first_row * stride + offsets(local, c - in_units(start, D_UNIT), stride)
+    if ACCUMULATE:
+        share += tl.load(D_tile, mask=mask, other=0.0).to(tl.float32)
+    tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish_sums(
+    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, reader_ptrs,
+    m, C, start, eps, split, splits, column, c, HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``dbeta = sum(dy)``, ``dgamma = r*sum(dy*(x - mu))``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``.
+
+    The last program of a column tile to arrive adds up what all splits of the rows found, in their order.
     """
-    block = tl.program_id(0).to(tl.int64)
-    weight_blocks = tl.cdiv(weights, BLOCK_E)
-    if block < weight_blocks:
-        e = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        mask = e < weights
-        total = _add_up(dw_partial_ptr, e, mask, weights, weight_splits, BLOCK_S, BLOCK_E)
-        row = e // C
-        out = dw_ptr + row // taps * stride_wk + row % taps * stride_wt + e % C * stride_wc
-        tl.store(out, total, mask=mask)
-    else:
-        e = (block - weight_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-        mask = (e < sums) & (e % C >= first)
-        total = _add_up(sums_partial_ptr, e, mask, sums, sum_splits, BLOCK_S, BLOCK_E)
-        tl.store(sums_ptr + e, total, mask=mask)
+    c_mask = c < C
+    tl.store(sums_ptr + split * 2 * C + c, sum_dy, mask=c_mask)
+    tl.store(sums_ptr + (split * 2 + 1) * C + c, sum_centred, mask=c_mask)
+    if last_to_arrive(counter_ptr + column, splits):
+        total_dy = tl.zeros([SPLITS, BLOCK_C], tl.float32)
+        total_centred = tl.zeros([SPLITS, BLOCK_C], tl.float32)
+        for begin in range(0, splits, SPLITS):
+            s = begin + tl.arange(0, SPLITS).to(tl.int64)
+            mask = (s < splits)[:, None] & c_mask[None, :]
+            tile = sums_ptr + s[:, None] * 2 * C + c[None, :]
+            # .cg: from L2, where other multiprocessors' stores are.
+            total_dy += tl.load(tile, mask=mask, other=0.0, cache_modifier=".cg")
+            total_centred += tl.load(tile + C, mask=mask, other=0.0, cache_modifier=".cg")
+        r = tl.rsqrt(tl.load(reader_ptrs[1] + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
+        scale = tl.load(reader_ptrs[2] + c, mask=c_mask, other=0.0).to(tl.float32) * r
+        dbeta = tl.sum(total_dy, 0)
+        dgamma = tl.sum(total_centred, 0) * r
+        tl.store(dbeta_ptr + c, dbeta, mask=c_mask)
+        tl.store(dgamma_ptr + c, dgamma, mask=c_mask)
+        if HAS_BATCH:
+            mine = c_mask & (c >= start)
+            a = -scale * dbeta / m
+            b = -scale * r * dgamma / m
+            if ACCUMULATE:
+                a += tl.load(a_ptr + c - start, mask=mine, other=0.0)
+                b += tl.load(b_ptr + c - start, mask=mine, other=0.0)
+            tl.store(a_ptr + c - start, a, mask=mine)
+            tl.store(b_ptr + c - start, b, mask=mine)
+
+
+@triton.jit
+def _pass_over_rows(
+    D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+    m, C, K, D, H, W, start, first_column, tiles_per_split, program, weights,
+    stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
+    NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
+    UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
+    BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
+    splits = tl.cdiv(tiles, tiles_per_split)
+    column = (program % column_tiles).to(tl.int32)
+    split, group = program // column_tiles % splits, (program // (column_tiles * splits)).to(tl.int32)
+    columns = (first_column + column) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    dw = ()
+    w = ()
+    for i in tl.static_range(GROUP):
+        if NEEDS_WEIGHT:
+            dw += (tl.zeros([BLOCK_C, BLOCK_K], tl.float32),)
+        if BOTH:
+            w += (_unit_weight(i, w_ptr, columns, C, K, stride_wk, stride_wc, stride_wt, K_BLOCKS, W_UNIT, BLOCK_K),)
+    first_tile = split * tiles_per_split
+    for step in range(tl.minimum(tiles_per_split, tiles - first_tile)):
+        tile = first_tile + step
+        first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M) + zero_of(tile)
+        c = columns + zero_of(tile)
+        place = pixel(first_row, local, D, H, W, KD * KH * KW)
+        product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        g = ()
+        if NEEDS_WEIGHT:
+            for i in tl.static_range(GROUP):
+                g += (_unit_gradient(
+                    group * GROUP + i, place, lazy_ptrs, first_row, local, m, K, D, H, W, stride_Gm, stride_vm,
+                    KD, KH, KW, K_BLOCKS, dtype, LAZY, G_UNIT, BLOCK_K,
+                ),)  # fmt: skip
+                if BOTH:
+                    product = dot(g[i], w[i], product, INPUT_PRECISION)
+        else:
+            for unit in range(UNITS):
+                g_unit = _unit_gradient(
+                    unit, place, lazy_ptrs, first_row, local, m, K, D, H, W, stride_Gm, stride_vm,
+                    KD, KH, KW, K_BLOCKS, dtype, LAZY, G_UNIT, BLOCK_K,
+                )  # fmt: skip
+                w_unit = _unit_weight(unit, w_ptr, c, C, K, stride_wk, stride_wc, stride_wt, K_BLOCKS, W_UNIT, BLOCK_K)
+                product = dot(g_unit, w_unit, product, INPUT_PRECISION)
+        row_mask, c_mask = first_row + local < m, c < in_units(C, W_UNIT)
+        x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
+        stride = in_units(stride_xm, X_UNIT)
+        x = tl.load(x_ptr + first_row * stride + offsets(local, c, stride), mask=x_mask, other=0.0)
+        mean, scale, beta = load_reader(
+            reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps
+        )
+        mask = row_mask[:, None] & c_mask[None, :]
+        centred = x.to(tl.float32) - mean[None, :]
+        y = centred * scale[None, :] + beta[None, :]
+        if NEEDS_DY:
+            dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
+            sum_dy += dy
+            sum_centred += dy * centred
+            if HAS_INTO:
+                share = dy * scale[None, :]
+                _add_to_gradient(D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
+        if NEEDS_WEIGHT:
+            activation = tl.trans(to_storage(tl.where(mask, relu(y), 0.0), dtype))  # [BLOCK_C, BLOCK_M]
+            added = ()
+            for i in tl.static_range(GROUP):
+                added += (dot(activation, g[i], dw[i], INPUT_PRECISION),)
+            dw = added
+    if NEEDS_DY:
+        _finish_sums(
+            dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), reader_ptrs,
+            m, C, start, eps, split, splits, column, columns, HAS_BATCH, ACCUMULATE, BLOCK_C,
+        )  # fmt: skip
+    if NEEDS_WEIGHT:
+        for i in tl.static_range(GROUP):
+            unit = group * GROUP + i
+            k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = (columns < C)[:, None] & (k < tl.where(unit < UNITS, K, 0))[None, :]
+            dw_tile = dw_ptr + split * weights + columns[:, None] * stride_dc + k[None, :] * stride_dk
+            tl.store(dw_tile + unit // K_BLOCKS * stride_dt, dw[i], mask=mask)
+
+
+@triton.jit(do_not_specialize=[
+    "first_column", "tiles_per_split", "weight_tiles_per_split", "data_programs", "pending_elements", "pending_splits",
+])  # fmt: skip
+def bn_relu_conv_backward_kernel(
+    D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, pending_out_ptr, sums_ptr, counter_ptr, pending_ptr,
+    G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr,
+    m, C, K, D, H, W, start, first_column, tiles_per_split, weight_tiles_per_split, data_programs,
+    weights, pending_elements, pending_splits,
+    stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt,
+    eps,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
+    NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, TOGETHER: tl.constexpr, HAS_PENDING: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHT_BLOCK_M: tl.constexpr, WEIGHT_BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``dy = conv^T(g) * mask``, ``D (+)= gamma*r*dy``, ``dw[k, c, t] = sum_p g[p - t, k]*relu(bn(x[p, c]))``.
+
+    D [m, C - start, feature dtype]; dw [splits, weights = K*C*taps, fp32]; dgamma, dbeta [C]; da, db [C - start, fp32]
+    sums [splits, 2, C, fp32], counter [column tiles, int32, zeros]: see _finish_sums; pending: see add_up_kernel
+    G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean) if LAZY, else G, 0 up to G_UNIT
+    x [m, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
+    A unit is BLOCK_K output channels of one tap. One pass over x serves data and weights TOGETHER, or else the first
+    ``data_programs`` programs form the data gradient, the others GROUP units of the weight gradient each.
+    Grid: (groups of units * splits of the rows * column tiles, from ``first_column`` on for data), columns fastest.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    lazy_ptrs = (G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr)
+    reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    if HAS_PENDING:
+        _add_up(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
+    if pid < data_programs:
+        if NEEDS_DY or TOGETHER:
+            _pass_over_rows(
+                D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
+                lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+                m, C, K, D, H, W, start, first_column, tiles_per_split, pid, weights, stride_Dm, stride_Gm, stride_vm,
+                stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
+                KD, KH, KW, K_BLOCKS, GROUP, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, NEEDS_DY, NEEDS_WEIGHT and TOGETHER,
+                INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, BLOCK_M, BLOCK_C, BLOCK_K,
+            )  # fmt: skip
+    elif NEEDS_WEIGHT and not TOGETHER:
+        _pass_over_rows(
+            D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
+            lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+            m, C, K, D, H, W, start, 0, weight_tiles_per_split, pid - data_programs, weights,
+            stride_Dm, stride_Gm, stride_vm,
+            stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
+            KD, KH, KW, K_BLOCKS, GROUP, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, False, True,
+            INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels share: the matrix product, BN-ReLU, positions of pixels, dropout's mask, moments of a tile."""
+"""What the kernels share: the matrix product, BN-ReLU, pixels and their neighbours, dropout's mask, arrival."""
 
 import triton
 import triton.language as tl
@@ -28,13 +28,28 @@ def to_storage(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def in_units(x, UNIT: tl.constexpr):
+    """``x``, a multiple of ``UNIT``, in a form from which the compiler sees that it is one: loads become wide."""
+    return (x // UNIT) * UNIT
+
+
+@triton.jit
+def zero_of(tile):
+    """0, but the compiler cannot know: index arithmetic with it is done where it is used, not kept for all tiles.
+
+    Hoisted out of the loop over tiles, addresses and masks of every layout would fill the registers, and spill.
+    """
+    return (tile >> 40).to(tl.int32) * 16  # in units of 16, so that alignment stays visible
+
+
+@triton.jit
 def load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, channels, mask, eps):
-    """One BatchNorm's ``mu, gamma/sqrt(var + eps), beta`` of some channels, in fp32."""
+    """One BatchNorm's ``mu, gamma/sqrt(var + eps), beta`` of some channels, in fp32; zeros outside ``mask``."""
     mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    return mean, gamma * (1.0 / tl.sqrt(var + eps)), beta
+    return mean, gamma * tl.rsqrt(var + eps), beta
 
 
 @triton.jit
@@ -44,24 +59,22 @@ def relu(y):
 
 
 @triton.jit
-def neighbours(
-    first_row, local, tap, m, D, H, W, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr
-):
-    """How many rows away ``SIGN`` times one tap's offset lies, and for which rows that is inside their image."""
+def pixel(first_row, local, D, H, W, TAPS: tl.constexpr):
+    """Row number and ``z, y, x`` of a tile's pixels within their images; nobody asks where there is one tap."""
     row = first_row.to(tl.int32) + local  # m < 2**31, and a 64-bit division is slow
-    if KD * KH * KW == 1:
-        distance = 0
-        inside = row < m
-    else:
-        dz = SIGN * (tap // (KH * KW) - KD // 2)
-        dy = SIGN * (tap // KW % KH - KH // 2)
-        dx = SIGN * (tap % KW - KW // 2)
-        x = row % W + dx
-        y = row // W % H + dy
-        z = row // (W * H) % D + dz
-        inside = (row < m) & (x >= 0) & (x < W) & (y >= 0) & (y < H) & (z >= 0) & (z < D)
-        distance = (dz * H + dy) * W + dx
-    return distance, inside
+    if TAPS == 1:
+        return row, row, row, row
+    return row, row // (W * H) % D, row // W % H, row % W
+
+
+@triton.jit
+def neighbour(place, dz, dy, dx, m, D, H, W, TAPS: tl.constexpr):
+    """How many rows away the pixel ``(dz, dy, dx)`` further lies, and for which rows that is inside their image."""
+    row, z, y, x = place
+    inside = (row >= 0) & (row < m)
+    if TAPS > 1:
+        inside &= (x + dx >= 0) & (x + dx < W) & (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < D)
+    return (dz * H + dy) * W + dx, inside
 
 
 @triton.jit
@@ -89,16 +102,13 @@ def dropout_scale(seed_ptr, rows, channels, C, pixels, layer, threshold, scale, 
 
 
 @triton.jit
-def store_moments(partial_ptr, tile, stored, row_mask, count, c, C, c_mask):
-    """Mean and ``M2`` of a tile's columns in fp32; ``stored`` [BLOCK_M, BLOCK_N] is 0 outside ``row_mask``.
+def last_to_arrive(counter_ptr, expected):
+    """Whether this program is the last of ``expected`` here; it then sees all that the others stored before.
 
-    The mean is kept as two numbers, what one pass finds and what that lost to rounding: where |mean| is thousands of
-    deviations, the difference between two tiles' means would not survive in one.
+    Only who comes last depends on the timing, not what is added up in which order. The counter is left at 0.
     """
-    mean = tl.sum(stored, 0) / count
-    centred = tl.where(row_mask[:, None], stored - mean[None, :], 0.0)
-    rest = tl.sum(centred, 0) / count
-    m2 = tl.sum(centred * centred, 0) - count * rest * rest
-    tl.store(partial_ptr + tile * 3 * C + c, mean, mask=c_mask)
-    tl.store(partial_ptr + (tile * 3 + 1) * C + c, rest, mask=c_mask)
-    tl.store(partial_ptr + (tile * 3 + 2) * C + c, m2, mask=c_mask)
+    tl.debug_barrier()  # every thread has stored before one of them counts
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last

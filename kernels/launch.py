@@ -1,7 +1,7 @@
 """Tile sizes and how the rows are split over programs: small tables, one pure function, no search.
 
-The tables are a first choice, to be settled by measurement on a GPU; a tile that covers a short dimension is cut down
-to it.
+The tables hold the largest tiles that compile without spills (``python -m benchmarks.kernels`` lists every row); they
+are to be settled by measurement on a GPU. A tile that covers a short dimension is cut down to it.
 Importing this module needs neither Triton nor a GPU.
 """
 
@@ -15,29 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = (
-    "bn_relu_conv",
-    "bn_relu_conv_dropout",
-    "pointwise_backward",
-    "data_gradient",
-    "weight_gradient",
-    "copy",
-    "resolve",
-    "merge",
-    "reduce",
-)
+OPERATIONS = ("bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "add_up", "activation")
+FORMS = ("rows", "taps", "scratch")
 
-MAX_POINTWISE_OUTPUT = 256  # output channels that one program of the one-pass 1x1 backward can hold
-MAX_LAZY_COLUMN_TILES = 4  # beyond, forming the lazy gradient once is cheaper than in every column tile
+MAX_SHARED_UNITS = 4  # weight gradient tiles that a program holds beside its data gradient
+MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
+MATERIALISE_ELEMENTS = 1 << 22  # from here on one more launch is cheaper than forming a lazy gradient for each tap
 
 
 class Shape(NamedTuple):
-    """One convolution: values per channel, channels read, channels written, kernel taps."""
+    """One convolution: values per channel, channels read, channels written, kernel taps; is dropout in it?"""
 
     m: int
     reads: int
     writes: int
     taps: int
+    dropout: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +43,10 @@ class LaunchConfig:
         block_k: output channels of the convolution, a tile.
         num_warps: warps a program.
         num_stages: loads in flight, as depth of the software pipeline.
+        form: of a convolution with several taps, forward: ``"rows"`` loads and normalises once for each row of taps,
+            ``"taps"`` once for each tap, ``"scratch"`` once for all, into memory that a convolution of PyTorch reads.
+        group: weight gradient tiles ``[block_c, block_k]`` that a backward program holds.
+        weight_block_m, weight_block_c: the tiles of backward programs that form weight gradients alone.
     """
 
     block_m: int
@@ -57,57 +54,88 @@ class LaunchConfig:
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
+    form: str = "rows"
+    group: int = 1
+    weight_block_m: int = 64
+    weight_block_c: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_c", "block_k", "num_warps"):
+        for name in ("block_m", "block_c", "block_k", "num_warps", "weight_block_m", "weight_block_c"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
 
-# Operation, or operation and whether the kernel has more than one tap; 16-bit features.
-_SM80 = {
-    ("bn_relu_conv", False): LaunchConfig(128, 32, 128, 8, 3),
-    ("bn_relu_conv", True): LaunchConfig(128, 32, 64, 4, 3),
-    ("bn_relu_conv_dropout", False): LaunchConfig(64, 32, 64, 8, 3),
-    ("pointwise_backward", False): LaunchConfig(64, 32, 128, 8, 1),
-    ("data_gradient", False): LaunchConfig(64, 64, 32, 8, 2),
-    ("data_gradient", True): LaunchConfig(64, 64, 32, 8, 2),
-    ("weight_gradient", False): LaunchConfig(64, 64, 64, 4, 2),
-    ("weight_gradient", True): LaunchConfig(64, 64, 64, 4, 2),
-    ("copy", False): LaunchConfig(64, 64, 64, 4, 1),
-    ("resolve", False): LaunchConfig(64, 64, 64, 4, 1),
-    ("merge", False): LaunchConfig(32, 32, 32, 4, 1),
-    ("reduce", False): LaunchConfig(16, 128, 16, 4, 1),
+_Table = dict[tuple[str, str], LaunchConfig]
+
+# Operation and variant: of bn_relu_conv "1x1", "taps", "wide taps" or "dropout"; of its backward "1x1", "wide", "taps"
+# or "wide taps". Wide means more than 32 output channels where there are taps, a unit for each 64 where there are none.
+# These are for 16-bit features.
+_SM80: _Table = {
+    ("bn_relu_conv", "1x1"): LaunchConfig(128, 32, 128, 8, 3),
+    ("bn_relu_conv", "taps"): LaunchConfig(128, 64, 32, 8, 3),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 8, 2),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(128, 64, 32, 8, 2, group=9),
+    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(128, 64, 64, 8, 2, group=3),
+    ("copy", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("resolve", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
+    ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
 }
-_SM90 = _SM80 | {
-    ("bn_relu_conv", False): LaunchConfig(128, 64, 128, 8, 3),
-    ("pointwise_backward", False): LaunchConfig(64, 32, 128, 8, 2),
-}
+_SM90: _Table = _SM80 | {}
+_SM100: _Table = _SM90 | {}
 # fp32 features: half the tile for the same registers and shared memory.
-_FP32 = {
-    ("bn_relu_conv", False): LaunchConfig(64, 32, 64, 4, 2),
-    ("bn_relu_conv", True): LaunchConfig(64, 32, 32, 4, 2),
-    ("bn_relu_conv_dropout", False): LaunchConfig(64, 32, 32, 4, 2),
-    ("pointwise_backward", False): LaunchConfig(32, 32, 128, 8, 1),
-    ("data_gradient", False): LaunchConfig(32, 32, 32, 4, 2),
-    ("data_gradient", True): LaunchConfig(32, 32, 32, 4, 2),
-    ("weight_gradient", False): LaunchConfig(32, 32, 32, 4, 2),
-    ("weight_gradient", True): LaunchConfig(32, 32, 32, 4, 2),
+_FP32: _Table = {
+    ("bn_relu_conv", "1x1"): LaunchConfig(64, 32, 64, 4, 2),
+    ("bn_relu_conv", "taps"): LaunchConfig(64, 32, 32, 4, 2),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(32, 32, 64, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 4, 2),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 2, group=3, weight_block_m=32, weight_block_c=32),
+    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(
+        32, 32, 64, 4, 2, group=1, weight_block_m=32, weight_block_c=32
+    ),
 }
 # 100 KB of shared memory a multiprocessor instead of 164: shallower pipelines.
-_SM86 = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
+_SM86: _Table = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
 # The interpreter pays for each step of a loop, not for each element.
-_INTERPRETER = dict.fromkeys(_SM80, LaunchConfig(128, 64, 64)) | {("reduce", False): LaunchConfig(16, 4096, 16)}
+_INTERPRETER: _Table = {key: replace(config, block_m=128, block_c=64) for key, config in _SM80.items()}
 
-TABLES = {0: _INTERPRETER, 80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90, 100: _SM90, 120: _SM86}
+TABLES = {0: _INTERPRETER, 80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90, 100: _SM100, 120: _SM86}
 
-_overrides: dict[str, dict[str, int]] = {}
+_overrides: dict[str, dict[str, Any]] = {}
 
 
 def _covering(size: int) -> int:
     """The smallest tile that a matrix product takes and that covers ``size``."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def _block_of_outputs(writes: int, taps: int) -> int:
+    """Output channels a unit of the backward kernel: few units, little padding, at most 128 (64 beside taps)."""
+    most = 128 if taps == 1 else 64
+    whole = _covering(writes)
+    if whole <= most and (taps > 1 or 3 * whole <= 4 * writes or whole <= 32):
+        return whole
+    return min((64, 32), key=lambda block: -(-writes // block) * block)
+
+
+def _variant(op: str, shape: Shape) -> str:
+    if op == "bn_relu_conv":
+        if shape.dropout or shape.taps == 1:
+            return "dropout" if shape.dropout else "1x1"
+        return "taps" if shape.writes <= 32 else "wide taps"
+    if op == "bn_relu_conv_backward":
+        if shape.taps > 1:
+            return "taps" if shape.writes <= 32 else "wide taps"
+        return "1x1" if _block_of_outputs(shape.writes, 1) >= shape.writes else "wide"
+    return ""
 
 
 @lru_cache(maxsize=4096)
@@ -126,19 +154,19 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
     table = TABLES[max((known for known in TABLES if known <= arch), default=0)]
     if arch and dtype == torch.float32:
         table = table | _FP32
-    config = table.get((op, shape.taps > 1)) or table[op, False]
-    block_m, block_c, block_k = config.block_m, config.block_c, config.block_k
-    if op == "pointwise_backward":  # all output channels at once: fewer columns where there are many
-        block_k = _covering(shape.writes)
-        if block_k > 128:
-            block_m, block_c = min(block_m, 32), max(16, block_c * 128 // block_k)
-    elif op not in ("merge", "reduce"):
-        block_k = min(block_k, _covering(shape.writes))
-        block_c = min(block_c, _covering(shape.reads))
-        # Halve the rows while that still gives idle multiprocessors something to do.
-        columns = -(-shape.writes // block_k) if op.startswith("bn_relu_conv") else -(-shape.reads // block_c)
-        while block_m > 64 and arch and -(-shape.m // block_m) * columns < sm_count:
-            block_m //= 2
+    config = table[op, _variant(op, shape)]
+    if op == "bn_relu_conv_backward":
+        block_k = _block_of_outputs(shape.writes, shape.taps)
+        units = shape.taps * -(-shape.writes // block_k)
+        group = min(units, config.group if shape.taps > 1 else MAX_SHARED_UNITS)
+        return replace(config, block_k=block_k, group=group)
+    if not op.startswith("bn_relu"):
+        return config
+    block_k, block_c = min(config.block_k, _covering(shape.writes)), min(config.block_c, _covering(shape.reads))
+    block_m, columns = config.block_m, -(-shape.writes // block_k)
+    # Halve the rows while that still gives idle multiprocessors something to do.
+    while block_m > 64 and arch and -(-shape.m // block_m) * columns < sm_count:
+        block_m //= 2
     return replace(config, block_m=block_m, block_c=block_c, block_k=block_k)
 
 
@@ -169,13 +197,12 @@ def override(op: str, **changes: Any) -> Iterator[None]:
             _overrides[op] = before
 
 
-def splits(m: int, block_m: int, programs: int, sm_count: int) -> tuple[int, int]:
-    """How many programs share the rows, and how many row tiles each gets.
+def share(tiles: int, columns: int, sm_count: int, at_least: int = 1) -> tuple[int, int]:
+    """How many programs share ``tiles`` of rows, and how many tiles each of them gets.
 
-    Two programs a multiprocessor, counting the ``programs`` that share no rows: what the splits leave behind to be
-    added up is then bounded by the device, whatever ``m``.
+    Two programs a multiprocessor, counting the ``columns`` that share no rows: what the programs leave behind to be
+    added up is then bounded by the device, whatever the number of rows. ``at_least`` so many tiles each, if there are.
     """
-    tiles = -(-m // block_m)
-    wanted = min(max(-(-2 * sm_count // programs), 1), tiles)
-    each = -(-tiles // wanted)
+    wanted = max(-(-2 * sm_count // columns), 1)
+    each = max(-(-tiles // wanted), min(at_least, tiles), 1)
     return -(-tiles // each), each

@@ -1,112 +1,148 @@
-"""Batch moments: taken while features are copied, merged from partial ones; and the merge of BatchNorm's gradients."""
+"""Batch moments: shifted sums while values are stored, merged by the last program to arrive; the copy into a block."""
 
 import triton
 import triton.language as tl
 
-from .common import load_reader, store_moments
+from .common import in_units, last_to_arrive
+
+GROUP = tl.constexpr(16)  # programs whose moments one of them merges; what is left is merged once more
 
 
 @triton.jit
-def copy_with_moments_kernel(
-    out_ptr, partial_ptr, x_ptr,
-    m, C, D, H, W,
-    stride_om, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    HAS_MOMENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """``out = x``, channels last, with each tile's mean and ``M2``.
+def _thin(x, BLOCK: tl.constexpr):
+    """``x``, one element a thread: what a sum over rows leaves in many copies would fill the registers of a loop."""
+    return tl.gather(x, tl.arange(0, BLOCK), 0)
 
-    out [m, C, feature dtype, rows ``stride_om`` apart]
-    partial [ceil(m/BLOCK_M), 3, C, fp32, contiguous]: mean (as two numbers) and M2 of a tile's rows
-    x [N, C, D, H, W, feature dtype, any strides]
-    Grid: (row tiles * column tiles), columns fastest.
+
+@triton.jit
+def add_tile(sums, origin_ptr, values, row_mask, count, is_first, c, C, BLOCK: tl.constexpr):
+    """``sum(v - origin), sum((v - origin)^2)`` with one more tile; ``origin`` is the mean of a program's first tile.
+
+    values [BLOCK_M, BLOCK, fp32]; count: rows in ``row_mask``; origin [BLOCK, fp32, in memory: registers are scarce]
+    One of a program's T tiles lies round the origin, so var >= (mean - origin)^2/T, and what cancels in M2 is at most T
+    roundings, however large the common mean.
+    """
+    c_mask = c < C
+    if is_first:
+        tl.store(origin_ptr + c, tl.sum(tl.where(row_mask[:, None], values, 0.0), 0) / count, mask=c_mask)
+        tl.debug_barrier()
+    origin = tl.load(origin_ptr + c, mask=c_mask, other=0.0)
+    away = tl.where(row_mask[:, None], values - origin[None, :], 0.0)
+    return sums[0] + _thin(tl.sum(away, 0), BLOCK), sums[1] + _thin(tl.sum(away * away, 0), BLOCK)
+
+
+@triton.jit
+def _merge(partial_ptr, begin, end, m, slot_rows, c, C, c_mask):
+    """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)^2`` over slots ``begin .. end-1``.
+
+    Slot ``i`` covers the rows from ``i*slot_rows`` on. A mean is two numbers, an origin and the rest: in one, the
+    difference of two means would not survive where they are thousands of deviations from 0.
+    """
+    slot = begin + tl.arange(0, GROUP)
+    mask = (slot < end)[:, None] & c_mask[None, :]
+    partial = partial_ptr + (slot * 3 * C)[:, None] + c[None, :]
+    # .cg: from L2, where other multiprocessors' stores are.
+    origins = tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
+    rests = tl.load(partial + C, mask=mask, other=0.0, cache_modifier=".cg")
+    m2 = tl.load(partial + 2 * C, mask=mask, other=0.0, cache_modifier=".cg")
+    rows = tl.minimum(m - slot * slot_rows, slot_rows)
+    count = tl.where(slot < end, rows, 0).to(tl.float32)[:, None]
+    origin = tl.load(partial_ptr + begin * 3 * C + c, mask=c_mask, other=0.0, cache_modifier=".cg")
+    means = (origins - origin[None, :]) + rests
+    rest = tl.sum(tl.where(mask, means, 0.0) * count, 0) / tl.sum(count, 0)
+    away = means - rest[None, :]
+    return origin, rest, tl.sum(tl.where(mask, m2 + away * away * count, 0.0), 0)
+
+
+@triton.jit
+def _store_slot(partial_ptr, slot, origin, rest, m2, c, C, c_mask):
+    tl.store(partial_ptr + slot * 3 * C + c, origin, mask=c_mask)
+    tl.store(partial_ptr + (slot * 3 + 1) * C + c, rest, mask=c_mask)
+    tl.store(partial_ptr + (slot * 3 + 2) * C + c, m2, mask=c_mask)
+
+
+@triton.jit
+def finish_moments(
+    mean_ptr, var_ptr, partial_ptr, counter_ptr, sums, program, programs, program_rows, m, column, c, C
+):  # fmt: skip
+    """The programs' sums merged into ``mean`` and biased ``var``, 16 programs first, then the groups of 16.
+
+    partial [programs + groups, 3, C, fp32]; counter [column tiles, 1 + groups, int32], zeros
+    Program i has the rows from ``i*program_rows`` on. A fixed order, whoever comes last: two runs agree bit for bit.
+    """
+    c_mask = c < C
+    count = tl.minimum(m - program * program_rows, program_rows).to(tl.float32)
+    rest = sums[0] / count
+    m2 = tl.maximum(sums[1] - sums[0] * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(partial_ptr + (program * 3 + 1) * C + c, rest, mask=c_mask)
+    tl.store(partial_ptr + (program * 3 + 2) * C + c, m2, mask=c_mask)
+    groups = tl.cdiv(programs, GROUP)
+    group = program // GROUP
+    begin = group * GROUP
+    end = tl.minimum(begin + GROUP, programs)
+    counter_ptr += column * (1 + groups)
+    if last_to_arrive(counter_ptr + 1 + group, end - begin):
+        origin, rest, m2 = _merge(partial_ptr, begin, end, m, program_rows, c, C, c_mask)
+        groups_ptr = partial_ptr + programs * 3 * C
+        _store_slot(groups_ptr, group, origin, rest, m2, c, C, c_mask)
+        if last_to_arrive(counter_ptr, groups):
+            _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows * GROUP, c, C, c_mask)
+
+
+@triton.jit
+def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, group_rows, c, C, c_mask):
+    """The last merge, ``GROUP`` groups at a time: one step on any GPU of today."""
+    origin, rest, m2 = _merge(groups_ptr, 0, tl.minimum(GROUP, groups), m, group_rows, c, C, c_mask)
+    for begin in range(GROUP, groups, GROUP):
+        end = tl.minimum(begin + GROUP, groups)
+        next_origin, next_rest, next_m2 = _merge(groups_ptr, begin, end, m, group_rows, c, C, c_mask)
+        before = (begin * group_rows).to(tl.float32)
+        count = tl.minimum(m - begin * group_rows, GROUP * group_rows).to(tl.float32)
+        away = (next_origin - origin) + (next_rest - rest)
+        share = count / (before + count)
+        m2 += next_m2 + away * away * before * share
+        rest += away * share
+    tl.store(mean_ptr + c, origin + rest, mask=c_mask)
+    tl.store(var_ptr + c, m2 / m, mask=c_mask)
+
+
+@triton.jit(do_not_specialize=["tiles_per_program"])
+def copy_with_moments_kernel(
+    out_ptr, mean_ptr, var_ptr, partial_ptr, counter_ptr, x_ptr,
+    m, C, D, H, W, tiles_per_program,
+    stride_om, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
+    HAS_MOMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out = x``, channels last, with the moments of every channel.
+
+    out [m, C, feature dtype, rows ``stride_om`` apart]; mean, var [C, fp32]; partial, counter: see finish_moments
+    x [N, C, D, H, W, feature dtype, any strides]; UNIT divides C and every stride but that of the channels
+    Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
     pid = tl.program_id(0).to(tl.int64)
     column_tiles = tl.cdiv(C, BLOCK_C)
-    tile = pid // column_tiles
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_mask, c_mask = rows < m, c < C
-    mask = row_mask[:, None] & c_mask[None, :]
-    pixel = rows.to(tl.int32)
-    n, z = (pixel // (W * H * D)).to(tl.int64), (pixel // (W * H) % D).to(tl.int64)
-    y, x = (pixel // W % H).to(tl.int64), (pixel % W).to(tl.int64)
-    offset = n * stride_xn + z * stride_xd + y * stride_xh + x * stride_xw
-    v = tl.load(x_ptr + offset[:, None] + c[None, :] * stride_xc, mask=mask, other=0.0)
-    tl.store(out_ptr + rows[:, None] * stride_om + c[None, :], v, mask=mask)
+    program, column = pid // column_tiles, (pid % column_tiles).to(tl.int32)
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_tile = program * tiles_per_program
+    sums = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    tiles = tl.cdiv(m, BLOCK_M)
+    for i in range(tl.minimum(tiles_per_program, tiles - first_tile)):
+        tile = first_tile + i
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixels = rows.to(tl.int32)
+        mask = (rows < m)[:, None] & (c < in_units(C, UNIT))[None, :]
+        n, z = (pixels // (W * H * D)).to(tl.int64), (pixels // (W * H) % D).to(tl.int64)
+        y, x = (pixels // W % H).to(tl.int64), (pixels % W).to(tl.int64)
+        offset = n * in_units(stride_xn, UNIT) + z * in_units(stride_xd, UNIT)
+        offset += y * in_units(stride_xh, UNIT) + x * in_units(stride_xw, UNIT)
+        v = tl.load(x_ptr + offset[:, None] + c[None, :] * stride_xc, mask=mask, other=0.0)
+        tl.store(out_ptr + rows[:, None] * in_units(stride_om, UNIT) + c[None, :], v, mask=mask)
+        if HAS_MOMENTS:
+            count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+            origin_ptr = partial_ptr + program * 3 * C
+            sums = add_tile(sums, origin_ptr, v.to(tl.float32), rows < m, count, i == 0, c, C, BLOCK_C)
     if HAS_MOMENTS:
-        count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-        store_moments(partial_ptr, tile, v.to(tl.float32), row_mask, count, c, C, c_mask)
-
-
-@triton.jit
-def _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T: tl.constexpr):
-    """Some tiles' ``mean - origin``, number of rows (0 beyond the last tile) and ``M2``."""
-    t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
-    mask = (t < tiles)[:, None] & c_mask[None, :]
-    offset = (t * 3 * C)[:, None] + c[None, :]
-    mean = tl.load(partial_ptr + offset, mask=mask, other=0.0)
-    rest = tl.load(partial_ptr + offset + C, mask=mask, other=0.0)
-    m2 = tl.load(partial_ptr + offset + 2 * C, mask=mask, other=0.0)
-    count = tl.maximum(tl.minimum(m - t * tile_rows, tile_rows), 0).to(tl.float32)
-    return (mean - origin[None, :]) + rest, count[:, None], m2
-
-
-@triton.jit(do_not_specialize=["tiles"])
-def merge_moments_kernel(
-    mean_ptr, var_ptr, partial_ptr,
-    m, C, tiles, tile_rows,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Chan, Golub, LeVeque (1979): ``m*var = sum_i M2_i + sum_i n_i*(mean_i - mean)^2``.
-
-    mean, var [C, fp32]: var is biased
-    partial [tiles, 3, C, fp32, contiguous]: tile i has n_i = min(tile_rows, m - i*tile_rows) rows
-    Grid: (column tiles).
-    """
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    # Relative to the first tile, so that a large common mean does not cancel.
-    origin = tl.load(partial_ptr + c, mask=c_mask, other=0.0)
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for begin in range(0, tiles, BLOCK_T):
-        mean, count, _ = _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T)
-        total += mean * count
-    shift = tl.sum(total, 0) / m
-    m2 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for begin in range(0, tiles, BLOCK_T):
-        mean, count, own = _load_partial(partial_ptr, origin, begin, m, C, tiles, tile_rows, c, c_mask, BLOCK_T)
-        away = mean - shift[None, :]
-        m2 += own + away * away * count
-    tl.store(mean_ptr + c, origin + shift, mask=c_mask)
-    tl.store(var_ptr + c, tl.sum(m2, 0) / m, mask=c_mask)
-
-
-@triton.jit(do_not_specialize=["start"])
-def merge_gradients_kernel(
-    dgamma_ptr, a_ptr, b_ptr, sum_ptr, centred_ptr, mean_ptr, var_ptr, gamma_ptr,
-    C, start, minus_inverse_m, eps,
-    HAS_BATCH: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """``dgamma = r*sum(dy*(v - mu))``; ``a -= gamma*r*sum(dy)/m``, ``b -= gamma*r^2*dgamma/m``.
-
-    dgamma [C, fp32]; a, b [C - start, fp32]: added to, unless the norm is frozen
-    sum, centred [C, fp32]: sum(dy), sum(dy*(v - mu))
-    mean, var, gamma [C]
-    Grid: (column tiles).
-    """
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    _, scale, _ = load_reader(mean_ptr, var_ptr, gamma_ptr, gamma_ptr, c, c_mask, eps)
-    var = tl.load(var_ptr + c, mask=c_mask, other=1.0).to(tl.float32)
-    r = 1.0 / tl.sqrt(var + eps)
-    dbeta = tl.load(sum_ptr + c, mask=c_mask, other=0.0)
-    dgamma = tl.load(centred_ptr + c, mask=c_mask, other=0.0) * r
-    tl.store(dgamma_ptr + c, dgamma, mask=c_mask)
-    if HAS_BATCH:
-        mine = c_mask & (c >= start)
-        a = tl.load(a_ptr + c - start, mask=mine, other=0.0)
-        b = tl.load(b_ptr + c - start, mask=mine, other=0.0)
-        tl.store(a_ptr + c - start, a + scale * dbeta * minus_inverse_m, mask=mine)
-        tl.store(b_ptr + c - start, b + scale * r * dgamma * minus_inverse_m, mask=mine)
+        finish_moments(
+            mean_ptr, var_ptr, partial_ptr, counter_ptr, sums, program, tl.cdiv(tiles, tiles_per_program),
+            tiles_per_program * BLOCK_M, m, column, c, C,
+        )  # fmt: skip

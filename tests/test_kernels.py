@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from common import assert_close, block_pair, random_input, relative_error, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import accesses_checked
 from torch import Tensor, nn
 
 import fastdense
@@ -24,12 +25,17 @@ from fastdense.triton_backend import TritonBackend
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # about one rounding of a result
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# The interpreter takes a second or more for each input, and 32-bit features have no luck to average.
-INPUTS = dict.fromkeys((F32, F16, BF16), 8) if DEVICE == "cuda" else {F32: 1, F16: 3, BF16: 3}
+INPUTS = 8 if DEVICE == "cuda" else 1  # the interpreter takes a second or more for each
 
 Results = dict[str, Tensor | None]
 
-pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "_accesses_checked")
+
+
+@pytest.fixture
+def _accesses_checked() -> Iterator[None]:
+    with nullcontext() if DEVICE == "cuda" else accesses_checked():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +53,11 @@ def tiles(size: int) -> Iterator[None]:
     with ExitStack() as stack:
         for op in launch.OPERATIONS:
             changes = {"block_m": size, "block_c": size}
-            if op != "pointwise_backward":  # whose programs hold all output channels
+            if op == "bn_relu_conv":
                 changes["block_k"] = size
-            if op == "reduce":
+            elif op == "bn_relu_conv_backward":
+                changes |= {"weight_block_m": size, "weight_block_c": size}
+            elif op == "add_up":
                 changes["block_c"] = 1024
             stack.enter_context(launch.override(op, **changes))
         yield
@@ -63,6 +71,18 @@ def ordinary_gammas(block: nn.Module) -> None:
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
                 norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
+
+
+def decided_relus(block: nn.Module) -> None:
+    """beta far from 0, so that every channel's ReLU is on or off whatever the roundings.
+
+    In 16 bit one value within a rounding of 0 switches a ReLU and outweighs everything else, whoever computes: that is
+    luck, which takes many inputs to average (test_relus_that_switch).
+    """
+    with torch.no_grad():
+        for norm in block.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.bias.copy_(torch.where(torch.arange(norm.num_features) % 3 == 1, -8.0, 8.0))
 
 
 def _errors(got: Tensor | None, want: Tensor) -> tuple[float, float]:
@@ -80,45 +100,44 @@ def check_budget(
     change: Callable[[nn.Module], Any] | None = None,
     shift: float = 0.0,
     needs_x: bool = True,
-    inputs: int | None = None,
+    inputs: int = INPUTS,
+    decided: bool | None = None,
     **options: Any,
 ) -> None:
     """``error <= 2*(PyTorch's error in the same dtype) + tolerance`` for outputs, gradients and statistics.
 
-    In the 2-norm and element-wise. One value within a rounding of 0 switches a ReLU and outweighs everything else,
-    whoever computes: hence root mean squares over a few inputs, and for PyTorch's error the larger one of the textbook
-    block's and the torch backend's, which rounds where the kernels do (test_numerics.py holds it to the same budget).
+    In the 2-norm and element-wise, root mean squares over ``inputs``, where PyTorch's error is the textbook block's in
+    the same dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
     """
+    decided = dtype != F32 if decided is None else decided
     squares: dict[str, list[tuple[float, float, float, float]]] = {}
-    for seed in range(inputs or INPUTS[dtype]):
+    for seed in range(inputs):
         truth, _ = block_pair(*arguments, spatial_dims=len(shape) - 2, change=change)
         peer, fast = block_pair(
             *arguments, spatial_dims=len(shape) - 2, change=change, dtype=F32, impl="triton", **options
         )
-        _, twin = block_pair(*arguments, spatial_dims=len(shape) - 2, change=change, dtype=F32, impl="torch", **options)
         truth.load_state_dict(peer.state_dict())
-        for block in (truth, peer, twin, fast):
+        for block in (truth, peer, fast):
             ordinary_gammas(block)
+            if decided:
+                decided_relus(block)
             block.to(DEVICE, dtype).to(torch.float64 if block is truth else dtype)  # all start from the rounded values
         x = (random_input(shape, dtype=torch.float64, layout=layout, seed=seed).detach() + shift).to(DEVICE, dtype)
         x.requires_grad_(needs_x)
-        got, textbook, plain = results(fast, x), results(peer, x), results(twin, x)
+        got, textbook = results(fast, x), results(peer, x)
         for name, want in results(truth, x.detach().double().requires_grad_(needs_x)).items():
             assert (got[name] is None) == (want is None), name
             if want is None or "num_batches" in name:
                 continue
-            mine, *theirs = (_errors(found[name], want) for found in (got, textbook, plain))
-            squares.setdefault(name, []).append(
-                (mine[0], max(e[0] for e in theirs), mine[1], max(e[1] for e in theirs))
-            )
+            mine, theirs = (_errors(found[name], want) for found in (got, textbook))
+            squares.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
     tolerance = TOLERANCE[dtype]
     for name, rows in squares.items():
         norm, peer_norm, element, peer_element = (
             (sum(value**2 for value in column) / len(rows)) ** 0.5 for column in zip(*rows, strict=True)
         )
         assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
-        factor = 2 if dtype == F32 else 4  # in 16 bit some ReLU is always switched, and dominates single elements
-        assert element <= factor * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
+        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
 
 
 # layers, C0, bn_size, k, input shape, mode
@@ -143,7 +162,9 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str, dtype: torch.dtype) -> None:
     *arguments, shape, mode = SHAPES[name]
-    check_budget(tuple(arguments), shape, dtype, recompute=mode)
+    # Where almost nothing but BatchNorm is left, always-on ReLUs make a linear network: gradients vanish in its scale.
+    linear = dtype != F32 and name in ("one pixel", "k = 1")
+    check_budget(tuple(arguments), shape, dtype, recompute=mode, **{"decided": False, "inputs": 8} if linear else {})
 
 
 @pytest.mark.parametrize("name", ["plain", "basic"])
@@ -152,16 +173,21 @@ def test_bfloat16(name: str) -> None:
     check_budget(tuple(arguments), shape, BF16)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_relus_that_switch(dtype: torch.dtype) -> None:
+    check_budget((2, 8, 4, 4), (2, 8, 6, 6), dtype, decided=False, inputs=16)
+
+
 @pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)])
 def test_layouts_with_small_tiles(layout: str, dtype: torch.dtype) -> None:
     with tiles(16):
         check_budget((1, 19, 5, 4), (2, 19, 5, 7), dtype, layout=layout)
 
 
-def test_many_column_tiles_form_the_lazy_gradient_once() -> None:
-    assert launch.MAX_LAZY_COLUMN_TILES < 70 / 16
+def test_a_lazy_gradient_written_out_for_many_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MATERIALISE_ELEMENTS", 0)
     with tiles(16):
-        check_budget((2, 70, 2, 3), (1, 70, 4, 5), F32)
+        check_budget((2, 7, 2, 12), (1, 7, 4, 5), F32)
 
 
 @pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
@@ -226,7 +252,7 @@ SUBSETS = {
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_partial_requires_grad(subset: str, bn_size: int | None) -> None:
     change, needs_x = SUBSETS[subset]
-    check_budget((3, 5, bn_size, 4), (2, 5, 4, 3), F32, change=change, needs_x=needs_x, inputs=1)
+    check_budget((3, 5, bn_size, 4), (2, 5, 4, 3), F32, change=change, needs_x=needs_x)
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -261,6 +287,7 @@ def test_dropout_masks_equal_the_torch_backends(seed: int, per_channel: bool) ->
             LazyGradient(ones, None, None),
             Features(ones, None, None),
             torch.empty_like(ones),
+            channels,
             Dropout(seeds, layer, p, per_channel),
         )
         count = n * channels if per_channel else ones.numel()
@@ -384,10 +411,10 @@ def test_primitives_on_slices_with_canaries(
             "b": Guarded(torch.ones(1, reads - 2, dtype=acc)),
         }
         source = Features(guards["copy"].rows, guards["mean"].rows[0], guards["var"].rows[0])
-        backend.merge_moments(backend.copy_with_moments(cast(x), source), source)
+        backend.copy_with_moments(cast(x), source)
         out_mean, out_var = torch.empty(2, writes, dtype=acc, device=DEVICE)
         out = Features(guards["out"].rows, out_mean, out_var)
-        backend.merge_moments(backend.bn_relu_conv(source, conv, out), out)
+        backend.bn_relu_conv(source, conv, out)
         found = {"out mean": out_mean.clone(), "out var": out_var.clone(), "out": out.rows.clone()}
         # Backward through given values, so that both backends start from the same ones.
         out.rows.copy_(v.movedim(1, -1).reshape(be.m, writes))
@@ -395,10 +422,10 @@ def test_primitives_on_slices_with_canaries(
         out = Features(out.rows, mean, var)
         a, b = coefficients[0].to(acc), coefficients[1].to(acc)
         into = LazyGradient(guards["D"].rows, guards["a"].rows[0], guards["b"].rows[0], 2)
-        dw, sums = backend.bn_relu_conv_backward(
+        dgamma, dbeta, dw = backend.bn_relu_conv_backward(
             LazyGradient(guards["grad"].rows, a, b), out, conv, source, into, accumulate=True
         )
-        dgamma, dbeta = backend.merge_gradients(sums, conv.norm, source, into)
+        backend.finish()
         resolved = backend.resolve(into, source[2:reads])
         found |= {"dw": dw, "dgamma": dgamma, "dbeta": dbeta, "resolved": resolved}
         return found | {name: guard.check() for name, guard in guards.items()}
@@ -450,7 +477,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     be = TritonBackend(torch.empty(m, 1, 1, 1, dtype=F16, device=DEVICE))
     norm = Norm(torch.ones(28, device=DEVICE), torch.zeros(28, device=DEVICE), 0.0)
     weight = torch.randn(k, 28, 1, 1, device=DEVICE, dtype=F16)
-    be.merge_moments(be.bn_relu_conv(source, Conv(norm, weight), out), out)
+    be.bn_relu_conv(source, Conv(norm, weight), out)
     last = slice(m - 1000, m)
     want = source.rows[last].double().relu() @ weight.double()[:, :, 0, 0].t()
     assert_close("last rows", out.rows[last], want, 1e-3)

@@ -1,0 +1,263 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there.
+
+    python -m benchmarks.kernels [--arch 80 90] [--all] [--json FILE]
+
+compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, for each: registers, spilled bytes, shared
+memory, tensor-core instructions and 128-bit loads; the bytes and operations of the shape that it was planned for; and
+two *modelled* times, the floor that these imply on an H100 and the time to issue the inner loops' instructions. Without
+options: every row for sm_80 and sm_90 in bfloat16, and one row of each kernel for other dtypes and architectures; with
+``--all`` every row of everything. Ends with 1 if a row breaks a rule (:func:`defects`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import traffic
+from .compiled import SHARED_LIMIT, SM_COUNT, Case, Compiled, Launch, compile_launch, identity, plan
+from .runner import RESULTS
+
+RECORD = RESULTS / "compiled" / "kernels.json"
+KERNELS = Path(__file__).parents[1] / "kernels"
+
+# Channels read, not divisible by 16 where the growth rate allows it: loads must be wide all the same.
+READS = {12: 156, 24: 88, 32: 160, 40: 104, 48: 144}
+PRECISIONS = {"fp16": (torch.float16, "ieee"), "bf16": (torch.bfloat16, "ieee"),
+              "fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32")}  # fmt: skip
+
+# An H100 SXM, for the modelled times: its clock and issue slots, and rates that copies and products reach.
+CLOCK = {80: 1.41e9, 86: 1.695e9, 90: 1.755e9, 100: 1.85e9}
+ISSUE = 4 * 0.7  # warp instructions a cycle and multiprocessor, at 70 % of the schedulers' rate
+COPY_RATE = 3.0e12
+MATMUL_RATE = {"fp16": 8.0e14, "bf16": 8.0e14, "tf32": 4.0e14, "fp32": 5.0e13}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel; ``*_us`` are modelled microseconds, not measured ones."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    growth_rate: int
+    shape: dict[str, int]
+    config: dict[str, Any]
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    tensor_core: str
+    vector128_loads: int
+    loop_instructions: list[list[int]]
+    bytes: int
+    flops: int
+    modelled_h100_floor_us: float
+    modelled_issue_us: float | None
+    triton: str
+    sources: str
+
+
+def sources_digest() -> str:
+    """A digest of the kernels' sources: a record with another one is out of date."""
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def name_of(launch: Launch) -> str:
+    """``kernel``, with the taps of a convolution and what it is lazy in."""
+    a, name = launch.arguments, launch.kernel.__name__.removesuffix("_kernel")
+    if "KD" in a:
+        name += f" {'x'.join(str(size) for size in (a['KD'], a['KH'], a['KW']) if size > 1) or '1x1'}"
+    if a.get("TOGETHER") is False and a["LAZY"]:
+        name += " lazy"
+    if a.get("HAS_DROPOUT"):
+        name += " dropout"
+    return name
+
+
+def cases(precision: str) -> Iterator[Case]:
+    """The layers whose launches are reported: each growth rate at a large and a small size, and one in 3D."""
+    dtype, products = PRECISIONS[precision]
+    for k, reads in sorted(READS.items(), key=lambda item: item[0] != 32):
+        for batch, side in ((64, 56), (4, 28)):
+            yield Case(k, reads, batch, (side, side), dtype, precision=products, drop=k == 32 and batch == 4)
+    yield Case(32, READS[32], 4, (16, 28, 28), dtype, precision=products)
+
+
+def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launch]]:
+    """``(growth rate, launch)``, each compiled code once; unless ``every``, each kernel once."""
+    found: dict[Any, tuple[int, Launch]] = {}
+    for case in cases(precision):
+        for launch in plan(case, arch):
+            if launch.kernel.__name__.startswith(("bn_relu", "copy", "resolve", "add_up")):
+                key = identity(launch) if every else name_of(launch).removesuffix(" lazy")
+                found.setdefault(key, (case.growth_rate, launch))
+    return list(found.values())
+
+
+def _traffic(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, int]]:
+    a, name = launch.arguments, launch.kernel.__name__
+    if name == "add_up_kernel":
+        elements, splits = a["elements"], a["splits"]
+        return traffic.Traffic(4 * elements * (splits + 1), elements * splits), {"elements": elements, "splits": splits}
+    m, taps = a["m"], prod(a.get(size, 1) for size in ("KD", "KH", "KW"))
+    reads, writes = a.get("C", a.get("K")), a.get("K", a.get("C"))
+    shape = traffic.Shape(m, reads, writes, taps, itemsize)
+    sizes = {"m": m, "reads": reads, "writes": writes, "taps": taps}
+    if name == "bn_relu_conv_kernel":
+        return traffic.forward(shape), sizes
+    if name == "bn_relu_conv_backward_kernel":
+        return traffic.backward(shape, accumulate=a["ACCUMULATE"]), sizes
+    if name == "resolve_kernel":
+        return traffic.Traffic(3 * m * reads * itemsize, 3 * m * reads), sizes
+    return traffic.copy_with_moments(shape), sizes
+
+
+def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None:
+    """Modelled: the instructions of the loops with matrix products, as often as they run, at ``ISSUE``.
+
+    What runs once a program is left out, and both sides of a branch count. ``None`` where there are no such loops.
+    """
+    a, loops = launch.arguments, compiled.loops
+    if "KD" not in a or not compiled.tensor_core:
+        return None
+    m, taps = a["m"], a["KD"] * a["KH"] * a["KW"]
+
+    def tiles(rows: int, columns: int, channels: int) -> int:
+        return -(-m // rows) * -(-channels // columns)
+
+    own, inner = loops[0]
+    if launch.kernel.__name__ == "bn_relu_conv_kernel":
+        steps = taps // a["SHIFTS"] * -(-a["C"] // a["BLOCK_C"])
+        count = tiles(a["BLOCK_M"] - a["SHIFTS"] + 1, a["BLOCK_N"], a["K"]) * (own + steps * sum(inner))
+    elif a["TOGETHER"]:
+        count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * own
+    else:
+        units = taps * a["K_BLOCKS"]
+        data = next((loop for loop in loops if loop[1]), None)
+        weight = max((loop for loop in loops if not loop[1]), default=None)
+        if data is None or weight is None:  # the compiler unrolled one of them
+            return None
+        count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * (data[0] + units * sum(data[1]))
+        groups = -(-units // a["GROUP"])
+        count += tiles(a["WEIGHT_BLOCK_M"], a["WEIGHT_BLOCK_C"], a["C"]) * groups * weight[0]
+    return count * launch.config.num_warps / (SM_COUNT[arch] * ISSUE * CLOCK[arch])
+
+
+def _row(arch: int, precision: str, growth_rate: int, launch: Launch) -> Row:
+    import triton
+
+    compiled = compile_launch(launch, arch)
+    dtype, _ = PRECISIONS[precision]
+    moved, shape = _traffic(launch, dtype.itemsize)
+    floor = traffic.floor_seconds(moved.bytes, moved.flops, COPY_RATE, MATMUL_RATE[precision])
+    issue = issue_seconds(launch, compiled, arch)
+    return Row(
+        kernel=name_of(launch), arch=arch, dtype=precision, growth_rate=growth_rate, shape=shape,
+        config=asdict(launch.config), registers=compiled.registers, stack_bytes=compiled.stack_bytes,
+        shared_bytes=compiled.shared_bytes, tensor_core_instructions=compiled.tensor_core_instructions,
+        tensor_core=compiled.tensor_core, vector128_loads=compiled.vector128_loads,
+        loop_instructions=[[own, *inner] for own, inner in compiled.loops],
+        bytes=moved.bytes, flops=moved.flops, modelled_h100_floor_us=round(floor * 1e6, 1),
+        modelled_issue_us=None if issue is None else round(issue * 1e6, 1),
+        triton=triton.__version__, sources=sources_digest(),
+    )  # fmt: skip
+
+
+def _job(job: tuple[int, str, bool, int]) -> Row:
+    """Row number ``index`` of an architecture and precision: kernels themselves do not travel between processes."""
+    arch, precision, every, index = job
+    growth_rate, launch = launches(arch, precision, every=every)[index]
+    return _row(arch, precision, growth_rate, launch)
+
+
+def defects(row: Row) -> list[str]:
+    """The rules that a row breaks: no spills, shared memory that there is, tensor cores, wide loads."""
+    found = []
+    if row.stack_bytes:
+        found.append(f"{row.stack_bytes} bytes of stack")
+    if row.shared_bytes > SHARED_LIMIT[row.arch]:
+        found.append(f"{row.shared_bytes} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}")
+    if row.kernel.startswith("bn_relu_conv"):
+        wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch)
+        if row.dtype in ("fp16", "bf16") and (
+            not row.tensor_core_instructions or (wanted and row.tensor_core != wanted)
+        ):
+            found.append(f"tensor cores by {row.tensor_core or 'nothing'}, expected {wanted or 'some'}")
+        if not row.vector128_loads:
+            found.append("no 128-bit load")
+    return found
+
+
+def jobs(archs: list[int], *, everything: bool) -> Iterator[tuple[int, str, bool, int]]:
+    """What to compile, as ``_job`` takes it."""
+    for arch in archs:
+        for precision in PRECISIONS:
+            every = everything or (precision == "bf16" and arch in (80, 90))
+            for index in range(len(launches(arch, precision, every=every))):
+                yield arch, precision, every, index
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """The rows as a table."""
+    table = Table(title="compiled kernels; times are modelled, not measured")
+    for heading in ("kernel", "sm", "dtype", "k", "tile", "warps", "regs", "stack", "shared", "tensor", "128-bit",
+                    "floor H100", "issue"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("kernel", "tensor") else "right", no_wrap=True)
+    for row in rows:
+        config = row.config
+        tile = f"{config['block_m']} {config['block_c']} {config['block_k']}"
+        issue = "" if row.modelled_issue_us is None else f"{row.modelled_issue_us:.0f} us"
+        cells = (row.kernel, row.arch, row.dtype, row.growth_rate, tile, config["num_warps"], row.registers,
+                 row.stack_bytes, row.shared_bytes, f"{row.tensor_core} {row.tensor_core_instructions}",
+                 row.vector128_loads, f"{row.modelled_h100_floor_us:.0f} us", issue)  # fmt: skip
+        table.add_row(*map(str, cells), style="red" if defects(row) else None)
+    console.print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), help="default: all of them")
+    parser.add_argument("--all", action="store_true", help="every row of every architecture and dtype (long)")
+    parser.add_argument("--json", type=Path, help=f"where to write the rows; with --all by default {RECORD}")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 interprets kernels, this compiles them: unset it")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    todo = list(jobs(options.arch or sorted(SM_COUNT), everything=options.all))
+    rows: list[Row] = []
+    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_job, todo):
+            rows.append(row)
+            for defect in defects(row):
+                console.print(f"[red]{row.kernel} sm_{row.arch} {row.dtype} k = {row.growth_rate}: {defect}")
+    show(rows, console)
+    path = options.json or (RECORD if options.all else None)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
+        console.print(f"record: {path}")
+    sys.exit(1 if any(map(defects, rows)) else 0)
+
+
+if __name__ == "__main__":
+    main()
