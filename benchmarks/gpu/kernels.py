@@ -14,7 +14,7 @@ from fastdense.kernels import launch
 from .. import traffic
 from ..traffic import Network
 from .machine import measured_rates
-from .measure import device_timing, host_seconds, state
+from .measure import device_timing, host_seconds, state, synchronize
 from .primitives import Case, check, passes
 from .stage import Job
 
@@ -71,6 +71,7 @@ def _row(job: Job, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     try:
         primitive, errors = check(case, dtype, job.device, "triton")
     except Exception as error:  # one kernel that does not compile must not take the others' times with it
+        synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
         return row | {"checked": False, "error": f"{type(error).__name__}: {error}"[:500]}
     row |= {"checked": passes(errors, dtype), "errors": errors}
     if not row["checked"]:

@@ -25,7 +25,7 @@ from .measure import relative_error, state, synchronize
 from .stage import Job, describe
 
 DTYPE = torch.bfloat16
-SLOW_TO_REHEARSE = ("fastdense activations triton",)  # what "bottlenecks" runs, and less
+SLOW_TO_REHEARSE = ("fastdense activations triton",)  # the other mode runs all of it, and more
 REHEARSED, REHEARSED_SIZE = Network(8, (1, 1), 16), 16
 SIZE, CLASSES = 224, 1000
 BASE, COMPILED = "torchvision", "torchvision compile"
@@ -58,7 +58,7 @@ PROVIDERS: dict[str, Callable[..., Any]] = {  # of a network; Any, because Modul
         for impl in ("triton", "torch")
         for recompute in ("activations", "bottlenecks")
     },
-    COMPILED: _compiled,  # last: compiling may take longer than there is, and then the others are kept
+    COMPILED: _compiled,
 }
 
 
@@ -177,7 +177,8 @@ def _prepare(job: Job, network: Network, batch: int, size: int, labels: Sequence
     found = models(network, labels, job)
     ours = {label: model for label, model in found.items() if label.startswith(CHECKED)}
     if ours:
-        rows |= check(ours, found[BASE], _small_images(job))
+        base = models(network, [BASE], job)[BASE]
+        rows |= check(ours, base, _small_images(job))
         job.save()
     x, classes = images(batch, size, job.device)
     steps = {}
@@ -194,6 +195,7 @@ def _prepare(job: Job, network: Network, batch: int, size: int, labels: Sequence
             steps[label] = step
         except Exception as error:  # one provider that does not fit must not take the others' times with it
             row |= describe(error)
+            synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
             model.zero_grad(set_to_none=True)
         job.save()
     return steps
@@ -211,13 +213,22 @@ def _measure(job: Job, name: str, batch: int) -> None:
     if (rates := measured_rates(job, DTYPE)) is not None:
         floor = network_floor_seconds(network, batch, size, DTYPE.itemsize, *rates)
         job.result["modelled"]["floor_seconds"] = floor
-    labels = [label for label in PROVIDERS if label != COMPILED and not (job.rehearsal and label in SLOW_TO_REHEARSE)]
-    steps = _prepare(job, network, batch, size, labels)
-    _interleave(job, steps)
-    # Once without and once with torch.compile: if that does not come to its end, the first round's figures stay.
-    steps |= _prepare(job, network, batch, size, [COMPILED])
-    _interleave(job, steps)
+    steps: dict[str, Step] = {}
+    for labels in _groups(job.rehearsal):
+        steps |= _prepare(job, network, batch, size, labels)
+        _interleave(job, steps)
     job.result["after"] = state(job.device)
+
+
+def _groups(rehearsal: bool) -> list[list[str]]:
+    """Providers by what may go wrong with them: whatever a group does, the figures of those before it are kept.
+
+    What is plain PyTorch, then the kernels, then torch.compile, which may take longer than there is.
+    """
+    labels = [label for label in PROVIDERS if not (rehearsal and label in SLOW_TO_REHEARSE)]
+    kernels = [label for label in labels if label.endswith("triton")]
+    plain = [label for label in labels if label not in (*kernels, COMPILED)]
+    return [plain, kernels, [COMPILED]]
 
 
 def _interleave(job: Job, steps: Mapping[str, Step]) -> None:
@@ -252,8 +263,7 @@ def host(job: Job) -> None:
     network = REHEARSED if job.rehearsal else NETWORKS["densenet121"]
     x, classes = images(job.result["batch"], job.result["size"], job.device)
     for label in (BASE, "fastdense activations triton", "fastdense bottlenecks triton"):
-        row = job.result["providers"][label]
-        if "step" in row:
+        if "step" in (row := job.result["providers"].get(label, {})):
             row["launches"] = launches(Step(models(network, [label], job)[label], x, classes))
             job.save()
 
