@@ -349,7 +349,7 @@ def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
             "floor_seconds": 1e-3,
             "host_seconds": 1e-5,
             "times": {"densenet121": 1, "densenet201": 2},
-        }  # fmt: skip
+        }
         for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD)
         for dtype in ("bfloat16", "float16")
         for m in range(4)

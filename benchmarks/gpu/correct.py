@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -131,7 +133,14 @@ class _Recorder:
         job.result |= {"passed": 0, "failed": 0, "skipped": 0, "selected": 0, "failures": {}}
 
     def pytest_collection_finish(self, session: Any) -> None:
-        self.job.result["selected"] = len(session.items)
+        self._selected(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._selected(len(ids))  # with several processes, this one collects nothing itself
+
+    def _selected(self, count: int) -> None:
+        self.job.result["selected"] = max(count, self.job.result["selected"])
         self.job.save()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -144,13 +153,17 @@ class _Recorder:
             self.job.save()
 
 
-def _pytest(job: Job, *arguments: str) -> None:
-    """Run some tests in this process, whose finder of the kernels they share.
+def _pytest(job: Job, *arguments: str, processes: int = 0) -> None:
+    """Run some tests in this process, or in several where pytest-xdist is there to start them.
 
     Raises:
         RuntimeError: if one failed, or none was found.
     """
-    code = pytest.main(["--rootdir", str(ROOT), "-p", "no:cacheprovider", *arguments], plugins=[_Recorder(job)])
+    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.checkout"]
+    options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
+    if processes > 1 and importlib.util.find_spec("xdist") is not None:
+        options += ["--numprocesses", str(processes)]
+    code = pytest.main([*options, *arguments], plugins=[_Recorder(job)])
     if code != pytest.ExitCode.OK:
         first = next(iter(job.result["failures"]), "none failed")
         raise RuntimeError(f"pytest: {pytest.ExitCode(code).name}, {job.result['failed']} failed, first: {first}")
@@ -162,6 +175,11 @@ def gpu_tests(job: Job) -> None:
 
 
 def kernel_tests(job: Job) -> None:
-    """The kernels' own tests, compiled where there is a GPU; in a rehearsal one of them, interpreted."""
-    choice = ("-k", "kernels_of_another_size") if job.rehearsal else ("-m", "not gpu")
-    _pytest(job, "tests/test_kernels.py", *choice)
+    """The kernels' own tests, compiled where there is a GPU; in a rehearsal one of them, interpreted.
+
+    Compiling for every shape is most of the work, and each process does its own.
+    """
+    if job.rehearsal:
+        _pytest(job, "tests/test_kernels.py", "-k", "kernels_of_another_size")
+    else:
+        _pytest(job, "tests/test_kernels.py", "-m", "not gpu", processes=min(8, len(os.sched_getaffinity(0)) // 2))

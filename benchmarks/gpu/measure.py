@@ -19,7 +19,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def device_timing(function: Callable[[], Any], device: torch.device, *, warmup: int = 10, repeat: int = 50) -> Timing:
-    """Seconds that ``function`` keeps the device busy, its inputs not in the cache.
+    """Seconds that ``function`` takes on the device, its inputs not in the cache.
+
+    Gaps between launches count where the host cannot keep ahead of the device: compare with ``host_seconds``.
 
     Args:
         function: queues work, without waiting for it.

@@ -144,8 +144,10 @@ def _small_images(job: Job) -> Tensor:
 def check(candidates: Mapping[str, nn.Module], base: nn.Module, x: Tensor) -> dict[str, dict[str, Any]]:
     """Each network's error against float64, beside torchvision's in the same arithmetic.
 
-    In float32 two right networks this deep differ by as much as a percent, because a value within a rounding of 0
-    switches a ReLU and everything after it. So the bound here is generous, and the tight one is the kernels' own.
+    A value within a rounding of 0 switches a ReLU, and a network this deep everything after it: two right ones differ
+    by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
+    off by 100. So float32 is what finds a wrong network, and bfloat16 must be about as good as torchvision's. The tight
+    bounds are the kernels' own.
     """
     truth = _outcome(base, x, torch.float64)
     rows: dict[str, dict[str, Any]] = {label: {"checked": True} for label in candidates}
@@ -156,7 +158,7 @@ def check(candidates: Mapping[str, nn.Module], base: nn.Module, x: Tensor) -> di
                 mine = relative_error(_outcome(model, x, dtype), truth)
                 name = str(dtype).removeprefix("torch.")
                 rows[label][name] = {"error": mine, "torchvision": theirs}
-                rows[label]["checked"] &= mine <= (4 * theirs + 1e-2 if dtype == torch.float32 else 2 * theirs)
+                rows[label]["checked"] &= mine <= (4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs)
     return rows
 
 
@@ -201,7 +203,7 @@ def _prepare(job: Job, network: Network, batch: int, size: int, labels: Sequence
     return steps
 
 
-def _measure(job: Job, name: str, batch: int) -> None:
+def _measure(job: Job, name: str, batch: int, *, compiled: bool = True) -> None:
     network, size = NETWORKS[name], SIZE
     if job.rehearsal:
         name, network, batch, size = "rehearsed", REHEARSED, 2, REHEARSED_SIZE
@@ -214,7 +216,7 @@ def _measure(job: Job, name: str, batch: int) -> None:
         floor = network_floor_seconds(network, batch, size, DTYPE.itemsize, *rates)
         job.result["modelled"]["floor_seconds"] = floor
     steps: dict[str, Step] = {}
-    for labels in _groups(job.rehearsal):
+    for labels in _groups(job.rehearsal)[: None if compiled else -1]:
         steps |= _prepare(job, network, batch, size, labels)
         _interleave(job, steps)
     job.result["after"] = state(job.device)
@@ -234,7 +236,7 @@ def _groups(rehearsal: bool) -> list[list[str]]:
 def _interleave(job: Job, steps: Mapping[str, Step]) -> None:
     """As many rounds as fit into a quarter of what time is left, within reason."""
     rounds = 1
-    if not job.rehearsal:
+    if steps and not job.rehearsal:
         seconds = sum(step()["step"] for step in steps.values())
         rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(job.seconds_left() / 4 / seconds)))
     for label, phases in interleave(steps, repeats=rounds, warmup=0).items():
@@ -258,8 +260,11 @@ def densenet201_batch64(job: Job) -> None:
 
 
 def host(job: Job) -> None:
-    """DenseNet-121 with a single image: the device has next to nothing to do, what is left is the host's time."""
-    _measure(job, "densenet121", 1)
+    """DenseNet-121 with a single image: the device has next to nothing to do, what is left is the host's time.
+
+    Without torch.compile, which would take a minute more for one more batch size.
+    """
+    _measure(job, "densenet121", 1, compiled=False)
     network = REHEARSED if job.rehearsal else NETWORKS["densenet121"]
     x, classes = images(job.result["batch"], job.result["size"], job.device)
     for label in (BASE, "fastdense activations triton", "fastdense bottlenecks triton"):

@@ -35,7 +35,8 @@ def _blocks(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[str | Table]:
     if not stages:
         return
     made = list(stages.values())[-1]["environment"]
-    if made.get("rehearsal"):
+    rehearsal = made.get("rehearsal", False)
+    if rehearsal:
         yield REHEARSAL
     names = ("device", "driver", "torch", "triton", "python", "commit", "sources", "date")
     yield ", ".join(f"{name} {made.get(name)}" for name in names)
@@ -53,7 +54,8 @@ def _blocks(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[str | Table]:
         "candidates": _candidates,
     }
     for name, blocks in show.items():
-        if result := stages.get(name, {}).get("result"):
+        result = stages.get(name, {}).get("result")
+        if result and not (rehearsal and name == "rates"):
             yield from blocks(result)
 
 
