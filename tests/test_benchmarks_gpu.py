@@ -49,7 +49,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return complete, said
 
     yield run_them
-    assert {path.name for path in tmp_path.iterdir()} <= {RECORD, "gpu.log"}
+    left = {path.name for path in tmp_path.iterdir() if not path.match("gpu-*.json")}
+    assert left <= {RECORD, "gpu.log"}
 
 
 def entries(folder: Path) -> dict[str, Any]:
@@ -106,6 +107,9 @@ def test_what_has_finished_is_kept_until_the_code_or_the_user_changes(
     assert run(stage("finish"), again=True)[1][0].startswith("finish: ok")
     monkeypatch.setattr(runner, "_sources", lambda: "other code")
     assert run(stage("finish"))[1][0].startswith("finish: ok")
+    (aside,) = tmp_path.glob("gpu-*.json")
+    assert json.loads(aside.read_text())["stages"].keys() == {"finish", "fail"}
+    assert entries(tmp_path).keys() == {"finish"}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ MINUTES = 9.0  # the run for which stages give their seconds
 LEAST_SECONDS = 5.0  # what starting a process and importing PyTorch takes: with less there is no use in trying
 LOG_BYTES = 1 << 20  # kept of what one stage printed
 
-# Records of one machine, one set of versions and one state of the code belong together.
+# What one record is about: one machine, one set of versions, one state of the code.
 SAME = ("device", "driver", "torch", "triton", "sources", "rehearsal")
 
 Entry = dict[str, Any]
@@ -53,16 +53,16 @@ class _Running:
         seconds = time.monotonic() - self.started
         self.kill()
         self.output.flush()
-        entry: Entry = {"status": "crashed", "seconds": round(seconds, 1), "result": {}}
+        entry: Entry = {"status": "running", "seconds": round(seconds, 1), "result": {}}
         with contextlib.suppress(OSError):
             entry |= json.loads(self.record.read_text())
-        code = self.process.returncode
+        if entry["status"] != "running":  # it said itself how it ended
+            return entry
         if timed_out:
-            entry |= {"status": "timed out", "error": f"stopped after {self.seconds:.0f} s"}
-        elif entry["status"] == "running" or (code and "error" not in entry):
-            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            entry |= {"status": "crashed", "error": f"{reason}\n{self._printed(ERROR_CHARACTERS)}"}
-        return entry
+            return entry | {"status": "timed out", "error": f"stopped after {self.seconds:.0f} s"}
+        code = self.process.returncode
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return entry | {"status": "crashed", "error": f"{self._printed(ERROR_CHARACTERS)}\n{reason}"}
 
     def kill(self) -> None:
         """End the process and everything that it started."""
@@ -88,7 +88,7 @@ class Run:
     """One run into one folder.
 
     Args:
-        out: for ``gpu.json`` and ``gpu.log``; what is there already is kept and added to.
+        out: for ``gpu.json`` and ``gpu.log``; a record of the same machine and code that is there already is continued.
         minutes: the longest that all stages together may take.
         rehearsal: on the CPU, in Triton's interpreter.
         again: run finished stages again, too.
@@ -104,19 +104,27 @@ class Run:
         self.stages: dict[str, Entry] = {}
         self._alive: list[_Running] = []
         out.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):
-            self.stages = json.loads((out / RECORD).read_text())["stages"]
+        self._resume()
         self._keep()
 
+    def _resume(self) -> None:
+        """Take up the folder's record, or move it aside if it is of another machine or of other code."""
+        path = self.out / RECORD
+        with contextlib.suppress(FileNotFoundError):
+            record = json.loads(path.read_text())
+            before = record["environment"]
+            if all(before.get(key) == self.environment.get(key) for key in SAME):
+                self.stages = record["stages"]
+            else:
+                path.rename(path.with_name(f"gpu-{before['date'].replace(':', '')}.json"))
+
     def _keep(self) -> None:
-        write_record(self.out / RECORD, {"schema": SCHEMA, "minutes": self.minutes, "stages": self.stages})
+        record = {"schema": SCHEMA, "minutes": self.minutes, "environment": self.environment, "stages": self.stages}
+        write_record(self.out / RECORD, record)
 
     def finished(self, stage: Stage) -> bool:
-        """Whether an earlier run into this folder has this stage's results, from this machine and this code."""
-        entry = self.stages.get(stage.name)
-        if entry is None or entry["status"] != "ok" or self.again:
-            return False
-        return all(entry["environment"].get(key) == self.environment.get(key) for key in SAME)
+        """Whether an earlier run into this folder has this stage's results."""
+        return not self.again and self.stages.get(stage.name, {}).get("status") == "ok"
 
     def run(self, stages: Sequence[Stage]) -> bool:
         """Run ``stages`` in turn; whether all of them have finished."""
@@ -153,7 +161,8 @@ class Run:
 
     def _start(self, stage: Stage) -> bool:
         """Start the stage's process, unless no time is left for it."""
-        seconds = min(stage.seconds * self.minutes / MINUTES, self.deadline - time.monotonic())
+        # A shorter run reaches fewer stages, but those that it reaches get what they need.
+        seconds = min(stage.seconds * max(1.0, self.minutes / MINUTES), self.deadline - time.monotonic())
         if seconds < LEAST_SECONDS:
             return False
         record = self.out / f"{stage.name}.json"

@@ -33,7 +33,7 @@ class Stage:
     Attributes:
         name: in records and on the command line.
         target: ``"module:function"``; the function takes a :class:`Job`.
-        seconds: the longest that it may take in a run of nine minutes; a longer or shorter run scales it.
+        seconds: the longest that it may take in a run of nine minutes or less; a longer run stretches it.
         background: run beside the stages that follow, until the first that is timed. For compiling ahead.
         timed: waits until it has the machine to itself.
         deterministic: needs repeatable matrix products, which PyTorch must be told about before it starts.
