@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ from torch import nn
 from benchmarks import runner, traffic
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kernels, primitives, steps
-from benchmarks.gpu.run import RECORD, Run
+from benchmarks.gpu.run import RECORD, Run, _variables
 from benchmarks.gpu.stage import Job, Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
 from fastdense.kernels import launch
@@ -124,6 +125,13 @@ def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[.
     variables = {"TRITON_INTERPRET": "1", "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert found["finish"]["result"]["variables"] == variables
     assert found["timed"]["result"]["variables"] == {**variables, "CUBLAS_WORKSPACE_CONFIG": None}
+
+
+def test_only_a_rehearsal_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", given)
+        found = [dict(_variables(stage("finish"), rehearsal)).get("TRITON_INTERPRET") for rehearsal in (False, True)]
+        assert found == [None, "1"]
 
 
 def test_without_time_a_stage_is_not_reached(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -264,6 +272,7 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
     monkeypatch.setattr(primitives.backends, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
     _, errors = primitives.check(case, dtype, CPU, "wrong")
     assert not primitives.passes(errors, dtype)
+    assert operation in traffic.BACKWARD or math.isnan(errors["rows"]), "what nobody wrote is NaN"
 
 
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
@@ -286,6 +295,7 @@ def test_candidates_differ_in_one_field_and_the_table_comes_first_and_last(
     monkeypatch: pytest.MonkeyPatch, job: Job
 ) -> None:
     seen: list[launch.LaunchConfig] = []
+    configuration = launch.configuration
     shape = launch.Shape(64, 16, 32, 1)
 
     def row(job: Job, case: primitives.Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -301,6 +311,7 @@ def test_candidates_differ_in_one_field_and_the_table_comes_first_and_last(
         ((field, value),) = found["change"].items()
         assert getattr(config, field) == value != getattr(seen[0], field)
     assert len(rows) > 8
+    assert launch.configuration is configuration
     assert launch.configuration("bn_relu_conv", shape, torch.bfloat16, 80, 100) == seen[0]
 
 
