@@ -137,7 +137,7 @@ def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _small_images(job: Job) -> Tensor:
-    batch, size = (4, REHEARSED_SIZE) if job.rehearsal else (16, 64)
+    batch, size = (2, REHEARSED_SIZE) if job.rehearsal else (16, 64)
     return images(batch, size, job.device, seed=1)[0]
 
 
