@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -13,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import torch
 
 Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
 
@@ -94,26 +99,72 @@ def training_step(
     return step
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit, date and command: what a record needs to be reproduced."""
-    root = Path(__file__).parents[1]
-    try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
+def environment(*, gpu: bool = False) -> dict[str, Any]:
+    """Device, versions, commit, date and command: what a record needs to be reproduced.
+
+    Args:
+        gpu: whether the record is about the GPU, and not about the processor.
+    """
+    record = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, "-m", *sys.orig_argv[2:]]),
-        "commit": commit,
+        "commit": _commit(),
+        "sources": _sources(),
         "device": "cpu",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
     }
+    if gpu:
+        found = query_gpu("name", "driver_version")
+        record |= {"device": found.get("name", "unknown GPU"), "driver": found.get("driver_version", "unknown")}
+        record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        record |= {"torchvision": _version("torchvision")}
+    return record
+
+
+def _commit() -> str:
+    """What git says, or ``FASTDENSE_COMMIT`` where the checkout came without its history."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FASTDENSE_COMMIT", "unknown")
+
+
+def _sources() -> str:
+    """A fingerprint of the code itself: two records of one fingerprint measured the same, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for folder in ("fastdense", "kernels", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
+    ):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def query_gpu(*fields: str) -> dict[str, str]:
+    """Fields of ``nvidia-smi --query-gpu`` for the GPU that PyTorch sees first; empty where there is no answer.
+
+    Reads only. Through the driver's own program, because asking CUDA would open a context that takes memory.
+    """
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in answer.strip().split(",")), strict=False))
 
 
 def _processor() -> str:
@@ -127,15 +178,21 @@ def _processor() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses inside ``value`` as dictionaries."""
+    """``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON does not know, by name."""
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """One JSON file, keys in the order given."""
+    """One JSON file, keys in the order given; whole or not at all, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(dict(record)), indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(plain(dict(record)), indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)

@@ -1,0 +1,168 @@
+"""Each kernel at a network's layer shapes against its floor, and launch configurations that may be better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from fastdense.kernels import launch
+
+from .. import traffic
+from ..traffic import Network
+from .machine import measured_rates
+from .measure import device_timing, host_seconds, state, synchronize
+from .primitives import Case, check, passes
+from .stage import Job
+
+NETWORKS = ("densenet121", "densenet201")
+BATCH, SIZE = 64, 224
+DTYPES = (torch.bfloat16, torch.float16)
+REHEARSED = Network(8, (1, 1), 16)  # at 2 images of 16 x 16 pixels
+SECONDS_A_ROW = 8.0  # the most that one row takes: its kernels may have to be compiled
+
+Occurrences = dict[str, int]  # network: times a step
+
+
+def cases(networks: dict[str, Network], batch: int, size: int) -> dict[Case, Occurrences]:
+    """Every primitive of the networks at 16 bit, with how often a training step of each network runs it.
+
+    The first network's come first, and among one network's those with the most to do.
+    """
+    found: dict[tuple[str, traffic.Shape], tuple[Case, Occurrences]] = {}
+    for name, network in networks.items():
+        widths = [block.leaving for block in traffic.blocks(network, batch, size)]
+        listed = traffic.operations(network, batch, size, itemsize=2)
+        for operation in sorted(listed, key=lambda o: -o.times * traffic.primitive(o.name, o.shape).bytes):
+            case = Case(operation.name, operation.shape, batch, widths[operation.block - 1])
+            _, times = found.setdefault((operation.name, operation.shape), (case, {}))
+            times[name] = operation.times
+    return dict(found.values())
+
+
+def _cases(job: Job) -> dict[Case, Occurrences]:
+    if job.rehearsal:
+        return cases({"rehearsed": REHEARSED}, batch=2, size=16)
+    return cases({name: traffic.NETWORKS[name] for name in NETWORKS}, BATCH, SIZE)
+
+
+def measure(job: Job) -> None:
+    """Check, then time every case; ``rows`` is complete up to where the time ran out."""
+    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    todo = [(dtype, case, times) for dtype in DTYPES for case, times in _cases(job).items()]
+    for number, (dtype, case, times) in enumerate(todo):
+        if job.seconds_left() < SECONDS_A_ROW:
+            job.result["not_reached"] = len(todo) - number
+            break
+        job.result["rows"].append(_row(job, case, dtype) | {"times": times})
+        if number % 8 == 0:  # writing the whole file for every row would take longer than the row
+            job.save()
+    job.result["after"] = state(job.device)
+
+
+def _row(job: Job, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """One case: its errors; if they are small enough its times, beside the floor that the measured rates imply."""
+    floor = traffic.primitive(case.operation, case.shape)
+    row: dict[str, Any] = {"operation": case.operation, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {**case.shape._asdict(), "width": case.width, "bytes": floor.bytes, "flops": floor.flops}
+    try:
+        primitive, errors = check(case, dtype, job.device, "triton")
+    except Exception as error:  # one kernel that does not compile must not take the others' times with it
+        synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
+        return row | {"checked": False, "error": f"{type(error).__name__}: {error}"[:500]}
+    row |= {"checked": passes(errors, dtype), "errors": errors}
+    if not row["checked"]:
+        return row
+    row["timing"] = device_timing(primitive, job.device)
+    row["host_seconds"] = host_seconds(primitive, job.device)
+    if (rates := measured_rates(job, dtype)) is not None:
+        row["floor_seconds"] = traffic.floor_seconds(*floor, *rates)
+    return row
+
+
+@contextmanager
+def _looked_up() -> Iterator[dict[str, Any]]:
+    """The launch table's operations that are looked up within the ``with``, and their configurations."""
+    used: dict[str, Any] = {}
+    before = launch.configuration
+
+    def record(op: str, *arguments: Any) -> Any:
+        used[op] = before(op, *arguments)
+        return used[op]
+
+    launch.configuration = record
+    try:
+        yield used
+    finally:
+        launch.configuration = before
+
+
+def neighbours(config: Any) -> Iterator[dict[str, int]]:
+    """Every change of one field to the next smaller or larger value that a kernel may take."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        least = 16 if field.name.startswith("block") else 1
+        steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, value * 2)
+        for changed in steps:
+            if changed >= least:
+                yield {field.name: changed}
+
+
+def _largest(job: Job) -> list[Case]:
+    """Of each operation the case that loses most above its floor, or moves most where nothing was timed."""
+    measured = {
+        (row["operation"], row["m"], row["reads"]): row["timing"]["median"] - row.get("floor_seconds", 0.0)
+        for row in job.earlier.get("kernels", {}).get("rows", [])
+        if "timing" in row and row["dtype"] == "bfloat16"
+    }
+    chosen: dict[str, tuple[float, Case]] = {}
+    for case, times in _cases(job).items():
+        moved = traffic.primitive(case.operation, case.shape).bytes * 1e-15
+        lost = max(times.values()) * measured.get((case.operation, case.shape.m, case.shape.reads), moved)
+        if case.operation not in chosen or chosen[case.operation][0] < lost:
+            chosen[case.operation] = lost, case
+    return [case for _, case in sorted(chosen.values(), key=lambda pair: -pair[0])]
+
+
+def candidates(job: Job) -> None:
+    """One field of the launch table changed at a time, for the largest case of each operation.
+
+    The table's own choice is timed before and after its neighbours: a difference smaller than between those two is
+    noise. Rows keep to the order in which they were measured.
+    """
+    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    todo = [iter(_variants(job, case)) for case in _largest(job)[: 2 if job.rehearsal else None]]
+    while todo:  # in turn, so that a short run has tried something on every kernel
+        for variants in list(todo):
+            if job.seconds_left() < SECONDS_A_ROW:
+                job.result["not_reached"] = len(todo)  # cases with untried configurations
+                todo = []
+                break
+            row = next(variants, None)
+            if row is None:
+                todo.remove(variants)
+                continue
+            job.result["rows"].append(row)
+            job.save()
+    job.result["after"] = state(job.device)
+
+
+def _variants(job: Job, case: Case) -> Iterator[dict[str, Any]]:
+    """The table's choice, each of its neighbours for each kernel that the primitive launches, the table's choice."""
+    with _looked_up() as used:
+        first = _candidate(job, case)
+    yield {"kernel": None, "change": {}, **first}
+    for op, config in sorted(used.items()):
+        for change in list(neighbours(config))[: 1 if job.rehearsal else None]:
+            with launch.override(op, **change):
+                row = _candidate(job, case)
+            yield {"kernel": op, "change": change, **row}
+    yield {"kernel": None, "change": {}, **_candidate(job, case)}
+
+
+def _candidate(job: Job, case: Case) -> dict[str, Any]:
+    row = _row(job, case, torch.float16 if job.rehearsal else torch.bfloat16)
+    return {key: row[key] for key in ("operation", *case.shape._fields, "checked", "error", "timing") if key in row}

@@ -1,0 +1,49 @@
+"""Stages that end in every way a stage can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.gpu.stage import Job
+
+
+def finish(job: Job) -> None:
+    job.result["earlier"] = sorted(job.earlier)
+    job.result["not finite"] = [float("nan"), float("inf")]
+    job.result["variables"] = {
+        name: os.environ.get(name) for name in ("TRITON_INTERPRET", "PYTHONUNBUFFERED", "CUBLAS_WORKSPACE_CONFIG")
+    }
+    print("printed by a stage")
+
+
+def fail(job: Job) -> None:
+    job.result["kept"] = 1
+    raise ValueError("this stage fails")
+
+
+def run_out_of_memory(job: Job) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB.")
+
+
+def crash(job: Job) -> None:
+    job.result["kept"] = 2
+    job.save()
+    print("the last thing that it said", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def exit_early(job: Job) -> None:
+    os._exit(0)
+
+
+def hang(job: Job) -> None:
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    job.result["helper"] = helper.pid
+    job.save()
+    time.sleep(600)

@@ -1,0 +1,125 @@
+"""The traffic model's floors against numbers counted by hand, and its shapes against the networks themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+import fastdense
+from benchmarks import traffic
+from benchmarks.traffic import Network, Operation, Shape, Traffic
+
+
+def test_primitives_counted_by_hand() -> None:
+    pointwise = Shape(m=10, reads=64, writes=128, taps=1, itemsize=2)
+    # 10 rows of 64 in, of 128 out, a weight of 64*128, two bytes each
+    assert traffic.forward(pointwise) == Traffic(2 * (640 + 1280 + 8192), 2 * 10 * 8192)
+    # the gradient of 128 with its values, 64 features, their D in and out; weight in, its gradient out in fp32
+    assert traffic.backward(pointwise, accumulate=True) == Traffic(
+        2 * (2 * 1280 + 3 * 640) + 8192 * (2 + 4), 4 * 10 * 8192
+    )
+    spatial = Shape(m=10, reads=128, writes=32, taps=9, itemsize=4)
+    assert traffic.forward(spatial) == Traffic(4 * (1280 + 320 + 36864), 2 * 10 * 36864)
+    assert traffic.backward(spatial, accumulate=False) == Traffic(
+        4 * (2 * 320 + 2 * 1280) + 36864 * (4 + 4), 4 * 10 * 36864
+    )
+    assert traffic.copy_with_moments(Shape(10, 64, 64, 1, 2)) == Traffic(2560, 0)
+
+
+@pytest.mark.parametrize("reads", [64, 224, 1000])
+def test_a_layer_moves_what_its_formula_says(reads: int) -> None:
+    """Forward ``C_l + 2B + k`` elements a pixel, backward ``3*C_l + 4B + 2k``, beside the weights."""
+    m, bottleneck, k = 1000, 128, 32
+    first, second = Shape(m, reads, bottleneck, 1, 1), Shape(m, bottleneck, k, 9, 1)
+    weights = reads * bottleneck + 9 * bottleneck * k
+    forward = sum(traffic.primitive(*part).bytes for part in zip(traffic.FORWARD, (first, second), strict=True))
+    backward = sum(traffic.primitive(*part).bytes for part in zip(traffic.BACKWARD, (first, second), strict=True))
+    assert forward - weights == m * (reads + 2 * bottleneck + k)
+    assert backward - (1 + traffic.GRADIENT_BYTES) * weights == m * (3 * reads + 4 * bottleneck + 2 * k)
+
+
+def test_the_basic_layer_adds_to_the_gradient_of_what_it_read() -> None:
+    shape = Shape(10, 48, 12, 9, 2)
+    alone, shared = (traffic.primitive("backward 3x3", shape, bottleneck=b).bytes for b in (True, False))
+    assert shared - alone == 10 * 48 * 2
+
+
+def test_a_small_network_is_listed_in_full() -> None:
+    network = Network(growth_rate=8, layers=(2, 1), init_features=16, bn_size=4)
+    found = traffic.operations(network, batch=2, size=32, itemsize=2)
+    shapes = {
+        ("copy", 1): [(128, 16, 16, 1)],
+        ("forward 1x1", 1): [(128, 16, 32, 1), (128, 24, 32, 1)],
+        ("forward 3x3", 1): [(128, 32, 8, 9)],
+        ("copy", 2): [(32, 16, 16, 1)],
+        ("forward 1x1", 2): [(32, 16, 32, 1)],
+        ("forward 3x3", 2): [(32, 32, 8, 9)],
+    }
+    for block in (1, 2):
+        for taps in ("1x1", "3x3"):
+            shapes["backward " + taps, block] = shapes["forward " + taps, block]
+    times = {("forward 3x3", 1): 2, ("backward 3x3", 1): 2}
+    want = [
+        Operation(name, block, Shape(*shape, 2), times.get((name, block), 1))
+        for (name, block), group in shapes.items()
+        for shape in group
+    ]
+    assert sorted(found) == sorted(want)
+
+
+@pytest.mark.parametrize("name", traffic.NETWORKS)
+def test_shapes_are_those_of_the_networks(name: str) -> None:
+    convolutions = [
+        module.weight.shape
+        for block in getattr(fastdense, name)(device="meta").features
+        if isinstance(block, fastdense.DenseBlock)
+        for layer in block.children()
+        for module in (layer.conv1, layer.conv2)
+    ]
+    listed = [
+        (shape.writes, shape.reads, *((3, 3) if shape.taps == 9 else (1, 1)))
+        for operation, _, shape, times in traffic.operations(traffic.NETWORKS[name], 1, 224, 2)
+        if operation in traffic.FORWARD
+        for _ in range(times)
+    ]
+    assert sorted(listed) == sorted(map(tuple, convolutions))
+
+
+def test_densenet121_in_16_bit_moves_about_150_mb_an_image() -> None:
+    network = traffic.NETWORKS["densenet121"]
+    one, two = (traffic.network_traffic(network, batch, 224, 2).bytes for batch in (1, 2))
+    image = two - one  # weights are read once for the whole batch
+    # Elements of the blocks, from sums of C_l of 864, 3648, 14976 and 12032 over 6, 12, 24 and 16 layers.
+    layers = (
+        3136 * (4 * 864 + 6 * 864) + 784 * (4 * 3648 + 12 * 864) + 196 * (4 * 14976 + 24 * 864)
+        + 49 * (4 * 12032 + 16 * 864)
+    )  # fmt: skip
+    copies = 2 * (3136 * 64 + 784 * 128 + 196 * 256 + 49 * 512)
+    outside = traffic.outside_blocks(network, 1, 224, 2).bytes
+    assert image == 2 * (layers + copies) + outside
+    assert 145e6 < image < 160e6
+
+
+def test_outside_the_blocks_counted_by_hand() -> None:
+    network = Network(growth_rate=8, layers=(1, 1), init_features=16)
+    stem = (3 * 1024 + 16 * 256) + (16 * 256 + 16 * 64) + (16 * 64 + 2 * 16 * 256) + (16 * 256 + 3 * 1024)
+    borders = 3 * (64 * 16 + 16 * 12) + 3 * (64 * 24 + 16 * 20)
+    transition = 2 * 16 * 12
+    assert traffic.outside_blocks(network, 1, 32, 2).bytes == 2 * (stem + borders + transition)
+    small = Network(growth_rate=8, layers=(1,), init_features=16, stem_stride=1)
+    assert traffic.outside_blocks(small, 1, 32, 1).bytes == 1024 * (2 * (3 + 16) + 3 * 16 + 3 * 24)
+
+
+def test_a_floor_is_the_slower_of_moving_and_computing() -> None:
+    assert traffic.floor_seconds(3e12, 1.0, 3e12, 1e15) == 1.0
+    assert traffic.floor_seconds(1.0, 2e15, 3e12, 1e15) == 2.0
+
+
+def test_a_network_at_its_floor_is_the_sum_of_its_primitives() -> None:
+    network = Network(growth_rate=8, layers=(2,), init_features=16)
+    total = traffic.network_traffic(network, 4, 32, 2)
+    moving = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e30)
+    computing = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e30, matmul_rate=1e9)
+    assert moving == pytest.approx(total.bytes / 1e9)
+    assert computing == pytest.approx(total.flops / 1e9)
+    both = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e9)
+    assert max(moving, computing) < both <= moving + computing
