@@ -226,7 +226,7 @@ def _loops(code: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
     merged: dict[int, int] = {}
     for begin, end in spans:  # several branches back to one label are one loop
         merged[begin] = max(end, merged.get(begin, 0))
-    products = [number for number, opcode, _ in lines if opcode.split(".")[0] in (*TENSOR_CORES, "FFMA")]
+    products = [number for number, opcode, _ in lines if opcode.split(".")[0] in TENSOR_CORES]
     loops = [span for span in merged.items() if any(span[0] <= number <= span[1] for number in products)]
 
     def count(span: tuple[int, int]) -> int:

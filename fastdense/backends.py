@@ -70,13 +70,15 @@ def explain(device: torch.device | str, dtype: torch.dtype | None = None) -> tup
         return "torch", obstacle
     if device.type != "cuda":
         return "torch", "Triton's interpreter is for checking kernels: ask for it with impl='triton'"
-    return "torch", "the Triton kernels have not been run on a GPU yet: ask for them with impl='triton'"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "triton", f"a CUDA GPU of compute capability {major}.{minor}; the kernels are tried on it before their first use"
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend's name for ``impl`` (``"auto"``, ``"triton"`` or ``"torch"``) on ``device``.
 
-    Warns once, under ``"auto"``, if only a missing or broken Triton keeps a GPU from running the kernels.
+    Warns once, under ``"auto"``, if only a missing or broken Triton keeps a GPU from running the kernels. Whether they
+    do what they should on this very device is for :mod:`fastdense.trial` to say.
 
     Raises:
         RuntimeError: for ``impl="triton"`` where the kernels cannot run, with the reason and the remedy.

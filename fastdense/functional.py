@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import backends, checks, memory, ops, reference
+from . import backends, checks, memory, ops, reference, trial
 from .features import accumulation_dtype
 from .supported import pools_first, why_reference
 
@@ -77,7 +77,22 @@ def dense_block(
     x = _autocast(x)
     _check_layers(x, layers)
     _check_moments(x, moments)
-    return _fused(x, layers, recompute, backends.resolve(impl, x.device, x.dtype), moments, return_moments)
+    return _fused(x, layers, recompute, _backend(impl, x), moments, return_moments)
+
+
+def _backend(impl: str, x: Tensor) -> str:
+    """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
+    name = backends.resolve(impl, x.device, x.dtype)
+    if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(x.device):
+        return name
+    if (reason := trial.failure(name, x.device, x.dtype)) is not None:
+        _say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
+        return "torch"
+    return name
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _reference(x: Tensor, layers: list[nn.Module], return_moments: bool) -> Any:
@@ -309,9 +324,9 @@ def _rng_state(device: torch.device) -> Tensor | None:
     """The state to return to if the call fails; ``None`` where it cannot be read (while a CUDA graph is captured)."""
     if torch.compiler.is_compiling():
         return None
-    if device.type == "cuda":
-        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
+    if _is_capturing(device):
+        return None
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _restore_rng(device: torch.device, state: Tensor | None) -> None:

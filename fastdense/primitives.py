@@ -27,6 +27,7 @@ class Conv(NamedTuple):
     norm: Norm
     weight: Tensor
     needs: tuple[bool, bool, bool] = (True, True, True)
+    operand: Tensor | None = None  # the weight as the backend reads it, if that is another tensor
 
 
 class Dropout(NamedTuple):
@@ -71,7 +72,7 @@ class Backend(Protocol):
         """Values per channel."""
 
     def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The layers with their weights as this backend reads them: all of a block's casts in one call."""
+        """The layers with their weights as this backend reads them: a block's casts and copies in a few calls."""
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
         """``out = x``, with the moments of ``out`` if it is tracked."""

@@ -37,7 +37,8 @@ class _Weight(NamedTuple):
         return math.prod(self.kernel)
 
     @classmethod
-    def of(cls, weight: Tensor) -> _Weight:
+    def of(cls, conv: Conv) -> _Weight:
+        weight = conv.weight if conv.operand is None else conv.operand
         tap = _tap_stride(weight)
         if tap is None:
             weight, tap = weight.contiguous(), 1
@@ -74,6 +75,11 @@ def _tap_stride(weight: Tensor) -> int | None:
             return None
         taps *= size
     return tap
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Whether neighbouring input channels lie side by side, with all taps equally far apart."""
+    return (weight.stride(1) == 1 or weight.shape[1] == 1) and _tap_stride(weight) is not None
 
 
 def _unit(itemsize: int, *numbers: int) -> int:
@@ -140,8 +146,8 @@ class TritonBackend:
                 *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages
             )  # fmt: skip
 
-    def _choose(self, op: str, reads: int, writes: int, taps: int = 1, dropout: bool = False) -> LaunchConfig:
-        shape = Shape(self.m, reads, writes, taps, dropout)
+    def _choose(self, op: str, reads: int, writes: int, taps: int = 1, **flags: bool) -> LaunchConfig:
+        shape = Shape(self.m, reads, writes, taps, **flags)
         return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -166,20 +172,34 @@ class TritonBackend:
         return flat.as_strided((self.m, channels), (stride, 1))
 
     def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The layers with their weights in the feature dtype: one cast for all of them."""
-        weights = [conv.weight.detach() for layer in layers for conv in (layer.conv1x1, layer.conv3x3) if conv]
-        other = [weight for weight in weights if weight.dtype != self.dtype]
-        if not other:
-            return layers
-        casts = [torch.empty_like(weight, dtype=self.dtype) for weight in other]
-        torch._foreach_copy_(casts, other)
-        found = {id(weight): cast for weight, cast in zip(other, casts, strict=True)}
-        ready = iter(found.get(id(weight), weight) for weight in weights)
+        """The layers with their weights in the feature dtype and in the order in which kernels read them.
+
+        What it takes does not grow with the number of layers: one call casts all weights, and those that lie in another
+        order are copied shape by shape (in a block all 3x3 weights have one).
+        """
+        convs = [conv for layer in layers for conv in (layer.conv1x1, layer.conv3x3) if conv is not None]
+        operands: dict[int, Tensor] = {}
+        casts: list[tuple[Conv, Tensor]] = []
+        reordered: dict[torch.Size, list[Conv]] = {}
+        for conv in convs:
+            if not _is_channels_last(conv.weight):
+                reordered.setdefault(conv.weight.shape, []).append(conv)
+            elif conv.weight.dtype != self.dtype:
+                casts.append((conv, torch.empty_like(conv.weight, dtype=self.dtype)))
+        for shape, same in reordered.items():
+            buffer = torch.empty((len(same), *shape), dtype=self.dtype, device=self.device)
+            torch._foreach_copy_(list(buffer.unbind()), [conv.weight.detach() for conv in same])
+            copies = buffer.movedim(2, -1).contiguous().movedim(-1, 2).unbind()
+            operands |= {id(conv): copy for conv, copy in zip(same, copies, strict=True)}
+        if casts:
+            torch._foreach_copy_([cast for _, cast in casts], [conv.weight.detach() for conv, _ in casts])
+            operands |= {id(conv): cast for conv, cast in casts}
+
+        def ready(conv: Conv) -> Conv:
+            return conv._replace(operand=operands.get(id(conv)))
+
         return [
-            layer._replace(
-                conv1x1=layer.conv1x1 and layer.conv1x1._replace(weight=next(ready)),
-                conv3x3=layer.conv3x3._replace(weight=next(ready)),
-            )
+            layer._replace(conv1x1=layer.conv1x1 and ready(layer.conv1x1), conv3x3=ready(layer.conv3x3))
             for layer in layers
         ]
 
@@ -237,9 +257,9 @@ class TritonBackend:
         """``out.rows = dropout(conv(relu(bn(source))))`` with the moments of the stored values."""
         if self._no_pixels(out):
             return
-        weight = _Weight.of(conv.weight)
+        weight = _Weight.of(conv)
         writes, reads = conv.weight.shape[:2]
-        config = self._choose("bn_relu_conv", reads, writes, weight.taps, dropout is not None)
+        config = self._choose("bn_relu_conv", reads, writes, weight.taps, dropout=dropout is not None)
         if config.form == "scratch" and weight.taps > 1 and dropout is None:
             self._through_scratch(source, conv, out)
             return
@@ -276,7 +296,7 @@ class TritonBackend:
         images = scratch.unflatten(0, (self.images, *self.spatial)).movedim(-1, 1)
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.spatial) - 1]
         padding = [size // 2 for size in conv.weight.shape[2:]]
-        self.copy_with_moments(convolve(images, conv.weight, padding=padding), out)
+        self.copy_with_moments(convolve(images, _Weight.of(conv).values, padding=padding), out)
 
     def _resolve(
         self, grad: LazyGradient, of: Features, out: Tensor, width: int, dropout: Dropout | None = None
@@ -377,12 +397,17 @@ class _Backward(NamedTuple):
     def start(self) -> int:
         return 0 if self.into is None else self.into.start
 
+    @property
+    def lazy(self) -> bool:
+        """Whether the output gradient is formed while it is loaded."""
+        return self.grad.a is not None and self.output.mean is not None
+
     def run(self) -> Gradients:
         """Launch the kernel; its weight gradient is whole after the next launch, or after ``finish``."""
         be, conv, x, (needs_gamma, needs_beta, needs_weight) = self.be, self.conv, self.source.rows, self.conv.needs
-        weight = _Weight.of(conv.weight)
+        weight = _Weight.of(conv)
         reads, writes = x.shape[1], conv.weight.shape[0]
-        config = be._choose("bn_relu_conv_backward", reads, writes, weight.taps)
+        config = be._choose("bn_relu_conv_backward", reads, writes, weight.taps, lazy=self.lazy)
         blocks = -(-writes // config.block_k)
         together = weight.taps == 1 and config.group >= blocks
         groups = -(-weight.taps * blocks // config.group)
@@ -452,7 +477,7 @@ class _Backward(NamedTuple):
 
     def _flags(self, weight: _Weight, together: bool) -> dict[str, Any]:
         be, grad, into, itemsize = self.be, self.grad, self.into, self.be.dtype.itemsize
-        lazy = grad.a is not None and self.output.mean is not None
+        lazy = self.lazy
         reads, writes = self.source.rows.shape[1], weight.values.shape[0]
         D, v = grad.D, self.output.rows
         g_unit = _unit(itemsize, D.stride(0), v.stride(0) if lazy else 0, 0 if self.padded else writes)

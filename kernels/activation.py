@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import in_units, load_reader, offsets, relu, to_storage
+from .common import in_units, load_reader, offsets, relu, row_and_column, to_storage
 
 
 @triton.jit
@@ -17,10 +17,9 @@ def activation_kernel(
     out, x [m, C, feature dtype, rows apart]; mean, var, gamma, beta [C]; UNIT divides C and both strides
     Grid: (row tiles * column tiles), columns fastest.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C, BLOCK_C)
-    first_row, local = pid // column_tiles * BLOCK_M, tl.arange(0, BLOCK_M)
-    c = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < in_units(C, UNIT)
     mask = (first_row + local < m)[:, None] & c_mask[None, :]
     x_tile = x_ptr + first_row * in_units(stride_xm, UNIT) + offsets(local, c, in_units(stride_xm, UNIT))

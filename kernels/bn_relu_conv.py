@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dropout_scale, in_units, load_reader, neighbour, offsets, pixel, relu, to_storage, zero_of
+from .common import (
+    dot,
+    dropout_scale,
+    in_units,
+    load_reader,
+    neighbour,
+    offsets,
+    pixel,
+    relu,
+    row_and_column,
+    to_storage,
+    zero_of,
+)
 from .moments import add_tile, finish_moments
 
 
@@ -74,9 +86,8 @@ def bn_relu_conv_kernel(
     """
     HALO: tl.constexpr = SHIFTS // 2
     ROWS: tl.constexpr = BLOCK_M - SHIFTS + 1
-    pid = tl.program_id(0).to(tl.int64)
-    k_tiles, tiles, c_blocks = tl.cdiv(K, BLOCK_N), tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)
-    program, column = pid // k_tiles, (pid % k_tiles).to(tl.int32)
+    tiles, c_blocks = tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)
+    program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(K, BLOCK_N))
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for i in range(tl.minimum(tiles_per_program, tiles - first_tile)):

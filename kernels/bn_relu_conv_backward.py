@@ -13,6 +13,7 @@ from .common import (
     offsets,
     pixel,
     relu,
+    row_and_column,
     to_storage,
     zero_of,
 )
@@ -75,10 +76,9 @@ def resolve_kernel(
     a, b, mean [K, fp32]; seed [1, int64]
     Grid: (row tiles * column tiles), columns fastest.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(width, BLOCK_C)
-    first_row, local = pid // column_tiles * BLOCK_M, tl.arange(0, BLOCK_M)
-    k = (pid % column_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(width, BLOCK_C))
+    first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
+    k = column * BLOCK_C + tl.arange(0, BLOCK_C)
     row_mask = first_row + local < m
     mask = row_mask[:, None] & (k < K)[None, :]
     g = _load_gradient(
@@ -191,11 +191,14 @@ def _pass_over_rows(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
     splits = tl.cdiv(tiles, tiles_per_split)
-    column = (program % column_tiles).to(tl.int32)
-    split, group = program // column_tiles % splits, (program // (column_tiles * splits)).to(tl.int32)
+    row, column = row_and_column(program, column_tiles)
+    group, split = row_and_column(row, splits)
+    group, split = group.to(tl.int32), split.to(tl.int64)
     columns = (first_column + column) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    # Element by element, and over the rows at the end; but where weight gradients fill the registers, tile by tile.
+    SUM_ROWS: tl.constexpr = 1 if BOTH and GROUP > 1 else BLOCK_M
+    sum_dy = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    sum_centred = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
     dw = ()
     w = ()
     for i in tl.static_range(GROUP):
@@ -239,8 +242,12 @@ def _pass_over_rows(
         y = centred * scale[None, :] + beta[None, :]
         if NEEDS_DY:
             dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
-            sum_dy += dy
-            sum_centred += dy * centred
+            if SUM_ROWS == 1:
+                sum_dy += tl.sum(dy, 0, keep_dims=True)
+                sum_centred += tl.sum(dy * centred, 0, keep_dims=True)
+            else:
+                sum_dy += dy
+                sum_centred += dy * centred
             if HAS_INTO:
                 share = dy * scale[None, :]
                 _add_to_gradient(D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)

@@ -28,6 +28,13 @@ def to_storage(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_and_column(program, columns):
+    """``program // columns`` as int64, ready to meet a stride, and ``program % columns``; divided in 32 bits."""
+    program = program.to(tl.int32)
+    return (program // columns).to(tl.int64), program % columns
+
+
+@triton.jit
 def in_units(x, UNIT: tl.constexpr):
     """``x``, a multiple of ``UNIT``, in a form from which the compiler sees that it is one: loads become wide."""
     return (x // UNIT) * UNIT

@@ -24,13 +24,14 @@ MATERIALISE_ELEMENTS = 1 << 22  # from here on one more launch is cheaper than f
 
 
 class Shape(NamedTuple):
-    """One convolution: values per channel, channels read, channels written, kernel taps; is dropout in it?"""
+    """One convolution: values per channel, channels read and written, kernel taps; is there dropout, is it lazy?"""
 
     m: int
     reads: int
     writes: int
     taps: int
     dropout: bool = False
+    lazy: bool = False  # backward: the output gradient is formed while it is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +71,61 @@ class LaunchConfig:
 
 _Table = dict[tuple[str, str], LaunchConfig]
 
-# Operation and variant: of bn_relu_conv "1x1", "taps", "wide taps" or "dropout"; of its backward "1x1", "wide", "taps"
-# or "wide taps". Wide means more than 32 output channels where there are taps, a unit for each 64 where there are none.
-# These are for 16-bit features.
+# Operation and variant: of bn_relu_conv "1x1", "taps", "wide taps", "many taps" (3D) or "dropout"; of its backward "1x1",
+# "wide", "taps", "wide taps", and the last two "lazy". Wide means more than 32 output channels where there are taps, and
+# more than one unit of them where there are none. These are for 16-bit features.
 _SM80: _Table = {
-    ("bn_relu_conv", "1x1"): LaunchConfig(128, 32, 128, 8, 3),
-    ("bn_relu_conv", "taps"): LaunchConfig(128, 64, 32, 8, 3),
-    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
+    ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
+    ("bn_relu_conv", "taps"): LaunchConfig(128, 32, 32, 4, 2),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 1),
+    ("bn_relu_conv", "many taps"): LaunchConfig(64, 32, 32, 4, 2),
     ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 8, 2),
-    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
-    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2),
-    ("bn_relu_conv_backward", "taps"): LaunchConfig(128, 64, 32, 8, 2, group=9),
-    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(128, 64, 64, 8, 2, group=3),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 32, 128, 4, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 4, 2),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3),
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
+    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=1, weight_block_c=128),
+    ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
     ("copy", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("resolve", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
 }
-_SM90: _Table = _SM80 | {}
+_SM90: _Table = _SM80 | {
+    ("bn_relu_conv", "taps"): LaunchConfig(64, 64, 32, 4, 2),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 8, 2),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3, weight_block_c=128),
+    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
+    ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
+}
 _SM100: _Table = _SM90 | {}
 # fp32 features: half the tile for the same registers and shared memory.
 _FP32: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 32, 64, 4, 2),
-    ("bn_relu_conv", "taps"): LaunchConfig(64, 32, 32, 4, 2),
+    ("bn_relu_conv", "taps"): LaunchConfig(64, 16, 32, 4, 2),
     ("bn_relu_conv", "wide taps"): LaunchConfig(32, 32, 64, 4, 2),
-    ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 4, 2),
+    ("bn_relu_conv", "many taps"): LaunchConfig(64, 16, 32, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(32, 32, 32, 8, 2),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1),
-    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 2, group=3, weight_block_m=32, weight_block_c=32),
-    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(
-        32, 32, 64, 4, 2, group=1, weight_block_m=32, weight_block_c=32
-    ),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 2, weight_block_m=32, weight_block_c=32),
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 2, weight_block_m=32, weight_block_c=32),
+    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(32, 32, 64, 4, 2, weight_block_m=32, weight_block_c=32),
+    ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(32, 32, 64, 4, 2, weight_block_m=32, weight_block_c=32),
+    ("copy", ""): LaunchConfig(64, 32, 32, 4, 1),
+}
+_FP32_SM90: _Table = _FP32 | {
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
 }
 # 100 KB of shared memory a multiprocessor instead of 164: shallower pipelines.
 _SM86: _Table = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
 # The interpreter pays for each step of a loop, not for each element.
-_INTERPRETER: _Table = {key: replace(config, block_m=128, block_c=64) for key, config in _SM80.items()}
+_INTERPRETER: _Table = {
+    key: replace(config, block_m=128, block_c=64, block_k=min(config.block_k, 64), group=9)
+    for key, config in _SM80.items()
+}
 
 TABLES = {0: _INTERPRETER, 80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90, 100: _SM100, 120: _SM86}
 
@@ -123,19 +143,21 @@ def _block_of_outputs(writes: int, taps: int) -> int:
     whole = _covering(writes)
     if whole <= most and (taps > 1 or 3 * whole <= 4 * writes or whole <= 32):
         return whole
-    return min((64, 32), key=lambda block: -(-writes // block) * block)
+    units = {block: -(-writes // block) for block in (64, 32)}
+    return min(units, key=lambda block: (units[block] > MAX_SHARED_UNITS, units[block] * block))
 
 
 def _variant(op: str, shape: Shape) -> str:
-    if op == "bn_relu_conv":
-        if shape.dropout or shape.taps == 1:
-            return "dropout" if shape.dropout else "1x1"
-        return "taps" if shape.writes <= 32 else "wide taps"
-    if op == "bn_relu_conv_backward":
-        if shape.taps > 1:
-            return "taps" if shape.writes <= 32 else "wide taps"
+    if op == "bn_relu_conv" and (shape.dropout or shape.taps == 1):
+        return "dropout" if shape.dropout else "1x1"
+    if op == "bn_relu_conv_backward" and shape.taps == 1:
         return "1x1" if _block_of_outputs(shape.writes, 1) >= shape.writes else "wide"
-    return ""
+    if not op.startswith("bn_relu_conv"):
+        return ""
+    if op == "bn_relu_conv" and shape.taps > 9 and shape.writes <= 32:
+        return "many taps"
+    lazy = "lazy " if shape.lazy and op == "bn_relu_conv_backward" else ""
+    return lazy + ("taps" if shape.writes <= 32 else "wide taps")
 
 
 @lru_cache(maxsize=4096)
@@ -153,13 +175,14 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, got {op!r}")
     table = TABLES[max((known for known in TABLES if known <= arch), default=0)]
     if arch and dtype == torch.float32:
-        table = table | _FP32
+        table = table | (_FP32 if arch < 90 else _FP32_SM90)
     config = table[op, _variant(op, shape)]
     if op == "bn_relu_conv_backward":
         block_k = _block_of_outputs(shape.writes, shape.taps)
         units = shape.taps * -(-shape.writes // block_k)
         group = min(units, config.group if shape.taps > 1 else MAX_SHARED_UNITS)
-        return replace(config, block_k=block_k, group=group)
+        weight_block_c = min(config.weight_block_c, max(_covering(shape.reads), 64))  # a matrix product of 64 rows
+        return replace(config, block_k=block_k, group=group, weight_block_c=weight_block_c)
     if not op.startswith("bn_relu"):
         return config
     block_k, block_c = min(config.block_k, _covering(shape.writes)), min(config.block_c, _covering(shape.reads))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import in_units, last_to_arrive
+from .common import in_units, last_to_arrive, row_and_column
 
 GROUP = tl.constexpr(16)  # programs whose moments one of them merges; what is left is merged once more
 
@@ -119,9 +119,7 @@ def copy_with_moments_kernel(
     x [N, C, D, H, W, feature dtype, any strides]; UNIT divides C and every stride but that of the channels
     Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(C, BLOCK_C)
-    program, column = pid // column_tiles, (pid % column_tiles).to(tl.int32)
+    program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from common import block_pair, random_input
 
-from fastdense import backends
+from fastdense import backends, functional, trial
+from fastdense.features import Features
 from fastdense.torch_backend import TorchBackend
 from fastdense.triton_backend import TritonBackend
 
@@ -28,13 +29,64 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     backends._warn_once.cache_clear()
 
 
-def test_a_gpu_runs_triton_when_asked_to(gpu: pytest.MonkeyPatch) -> None:
-    """Not by itself yet: the kernels have only been interpreted."""
+def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert backends.resolve("triton", CUDA, dtype) == "triton"
-        assert backends.resolve("auto", CUDA, dtype) == "torch"
-    assert "impl='triton'" in backends.explain(CUDA)[1]
+        for impl in ("auto", "triton"):
+            assert backends.resolve(impl, CUDA, dtype) == "triton"
+    assert "9.0" in backends.explain(CUDA)[1]
     assert backends.resolve("torch", CUDA, torch.float16) == "torch"
+
+
+@pytest.fixture
+def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """``impl="auto"`` takes the kernels, here in the interpreter."""
+    monkeypatch.setattr(backends, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
+    trial.failure.cache_clear()
+    functional._say_once.cache_clear()
+    yield monkeypatch
+    trial.failure.cache_clear()
+
+
+def _ran(block: torch.nn.Module) -> list[str]:
+    """The backends that one call of the block creates."""
+    names: list[str] = []
+    create = backends.create
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "create", lambda name, x: names.append(name) or create(name, x))
+        block(random_input((2, 6, 5, 4), dtype=torch.float32))
+    return names
+
+
+def test_auto_takes_kernels_that_stand_their_trial(kernels_by_default: pytest.MonkeyPatch) -> None:
+    _, block = block_pair(1, 6, 4, 4, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert _ran(block)[-1] == "triton"
+        assert _ran(block) == ["triton"], "one trial is enough"
+
+
+_right = TritonBackend.bn_relu_conv
+
+
+def _wrong(self: TritonBackend, *arguments: object, out: Features, **keywords: object) -> None:
+    _right(self, *arguments, out=out, **keywords)  # type: ignore[arg-type]
+    out.rows[1] *= 1.01
+
+
+def _raises(self: TritonBackend, *arguments: object, **keywords: object) -> None:
+    raise NotImplementedError("no such instruction")
+
+
+@pytest.mark.parametrize(("primitive", "message"), [(_wrong, "off by"), (_raises, "NotImplementedError: no such")])
+def test_auto_leaves_kernels_that_do_not(
+    primitive: object, message: str, kernels_by_default: pytest.MonkeyPatch
+) -> None:
+    kernels_by_default.setattr(TritonBackend, "bn_relu_conv", primitive)
+    _, block = block_pair(1, 6, 4, 4, dtype=torch.float32)
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert _ran(block)[-1] == "torch"
+        assert _ran(block)[-1] == "torch"
+    assert len([w for w in caught if "plain PyTorch" in str(w.message)]) == 1
 
 
 def test_an_old_gpu_takes_torch(gpu: pytest.MonkeyPatch) -> None:
@@ -72,7 +124,7 @@ import os, sys, types, warnings
 os.environ["TRITON_INTERPRET"] = "1"
 {breakage}
 import torch
-from fastdense import backends
+from fastdense import backends, functional, trial
 print(backends.explain("cpu", torch.float32)[0])
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 with warnings.catch_warnings(record=True) as caught:

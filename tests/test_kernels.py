@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from common import assert_close, block_pair, random_input, relative_error, results
+from budget import BF16, DEVICE, F16, F32, SHAPES, check_budget, check_shape, ordinary_gammas, tiles
+from common import assert_close, block_pair, random_input, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import accesses_checked
@@ -21,11 +22,6 @@ from fastdense.philox import keep_mask
 from fastdense.primitives import Conv, Dropout, Norm
 from fastdense.torch_backend import TorchBackend
 from fastdense.triton_backend import TritonBackend
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # about one rounding of a result
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INPUTS = 8 if DEVICE == "cuda" else 1  # the interpreter takes a second or more for each
 
 Results = dict[str, Tensor | None]
 
@@ -47,130 +43,15 @@ def _exact_products() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-@contextmanager
-def tiles(size: int) -> Iterator[None]:
-    """Every kernel with tiles of ``size``: several tiles, splits and blocks even for small features."""
-    with ExitStack() as stack:
-        for op in launch.OPERATIONS:
-            changes = {"block_m": size, "block_c": size}
-            if op == "bn_relu_conv":
-                changes["block_k"] = size
-            elif op == "bn_relu_conv_backward":
-                changes |= {"weight_block_m": size, "weight_block_c": size}
-            elif op == "add_up":
-                changes["block_c"] = 1024
-            stack.enter_context(launch.override(op, **changes))
-        yield
-
-
-def ordinary_gammas(block: nn.Module) -> None:
-    """gamma near 1: with gamma = 0 or negative a few roundings decide whole channels, for PyTorch as for us."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for norm in block.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
-                norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
-
-
-def decided_relus(block: nn.Module) -> None:
-    """beta far from 0, so that every channel's ReLU is on or off whatever the roundings.
-
-    In 16 bit one value within a rounding of 0 switches a ReLU and outweighs everything else, whoever computes: that is
-    luck, which takes many inputs to average (test_relus_that_switch).
-    """
-    with torch.no_grad():
-        for norm in block.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.bias.copy_(torch.where(torch.arange(norm.num_features) % 3 == 1, -8.0, 8.0))
-
-
-def _errors(got: Tensor | None, want: Tensor) -> tuple[float, float]:
-    """Relative error in the 2-norm, and the largest one relative to the largest element."""
-    assert got is not None
-    return relative_error(got, want), (got.double() - want).abs().max().item() / (want.abs().max().item() or 1.0)
-
-
-def check_budget(
-    arguments: tuple[Any, ...],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    layout: str = "channels_last",
-    change: Callable[[nn.Module], Any] | None = None,
-    shift: float = 0.0,
-    needs_x: bool = True,
-    inputs: int = INPUTS,
-    decided: bool | None = None,
-    **options: Any,
-) -> None:
-    """``error <= 2*(PyTorch's error in the same dtype) + tolerance`` for outputs, gradients and statistics.
-
-    In the 2-norm and element-wise, root mean squares over ``inputs``, where PyTorch's error is the textbook block's in
-    the same dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
-    """
-    decided = dtype != F32 if decided is None else decided
-    squares: dict[str, list[tuple[float, float, float, float]]] = {}
-    for seed in range(inputs):
-        truth, _ = block_pair(*arguments, spatial_dims=len(shape) - 2, change=change)
-        peer, fast = block_pair(
-            *arguments, spatial_dims=len(shape) - 2, change=change, dtype=F32, impl="triton", **options
-        )
-        truth.load_state_dict(peer.state_dict())
-        for block in (truth, peer, fast):
-            ordinary_gammas(block)
-            if decided:
-                decided_relus(block)
-            block.to(DEVICE, dtype).to(torch.float64 if block is truth else dtype)  # all start from the rounded values
-        x = (random_input(shape, dtype=torch.float64, layout=layout, seed=seed).detach() + shift).to(DEVICE, dtype)
-        x.requires_grad_(needs_x)
-        got, textbook = results(fast, x), results(peer, x)
-        for name, want in results(truth, x.detach().double().requires_grad_(needs_x)).items():
-            assert (got[name] is None) == (want is None), name
-            if want is None or "num_batches" in name:
-                continue
-            mine, theirs = (_errors(found[name], want) for found in (got, textbook))
-            squares.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
-    tolerance = TOLERANCE[dtype]
-    for name, rows in squares.items():
-        norm, peer_norm, element, peer_element = (
-            (sum(value**2 for value in column) / len(rows)) ** 0.5 for column in zip(*rows, strict=True)
-        )
-        assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
-        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
-
-
-# layers, C0, bn_size, k, input shape, mode
-SHAPES = {
-    "plain": (2, 8, 4, 4, (2, 8, 6, 6), "bottlenecks"),
-    "one pixel": (2, 5, 4, 3, (20, 5, 1, 1), "activations"),
-    "primes, not square": (2, 7, 3, 5, (3, 7, 11, 13), "activations"),
-    "batch of one": (2, 3, 4, 12, (1, 3, 5, 7), "bottlenecks"),
-    "k = 1": (3, 1, 2, 1, (2, 1, 4, 3), "activations"),
-    "k = 24": (1, 20, 4, 24, (1, 20, 5, 4), "activations"),
-    "k = 32": (2, 64, 4, 32, (2, 64, 4, 4), "bottlenecks"),
-    "k = 48": (1, 17, 4, 48, (1, 17, 3, 9), "bottlenecks"),
-    "a bottleneck too wide for one pass": (1, 12, 9, 32, (1, 12, 3, 5), "activations"),
-    "basic": (3, 6, None, 4, (2, 6, 5, 3), "activations"),
-    "1D": (2, 6, 4, 4, (3, 6, 17), "bottlenecks"),
-    "1D, basic": (2, 6, None, 5, (3, 6, 9), "activations"),
-    "3D": (1, 6, 4, 4, (2, 6, 3, 5, 4), "bottlenecks"),
-}
-
-
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str, dtype: torch.dtype) -> None:
-    *arguments, shape, mode = SHAPES[name]
-    # Where almost nothing but BatchNorm is left, always-on ReLUs make a linear network: gradients vanish in its scale.
-    linear = dtype != F32 and name in ("one pixel", "k = 1")
-    check_budget(tuple(arguments), shape, dtype, recompute=mode, **{"decided": False, "inputs": 8} if linear else {})
+    check_shape(name, dtype)
 
 
 @pytest.mark.parametrize("name", ["plain", "basic"])
 def test_bfloat16(name: str) -> None:
-    *arguments, shape, _ = SHAPES[name]
-    check_budget(tuple(arguments), shape, BF16)
+    check_shape(name, BF16)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -188,6 +69,24 @@ def test_a_lazy_gradient_written_out_for_many_taps(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "MATERIALISE_ELEMENTS", 0)
     with tiles(16):
         check_budget((2, 7, 2, 12), (1, 7, 4, 5), F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_weights_as_other_modules_hold_them(dtype: torch.dtype) -> None:
+    def contiguous(block: nn.Module) -> None:
+        for parameter in block.parameters():
+            parameter.data = parameter.data.contiguous()
+
+    check_budget((2, 6, 3, 4), (2, 6, 5, 4), dtype, change=contiguous)
+
+
+@pytest.mark.parametrize("form", ["taps", "scratch"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_other_forms_of_the_convolution(form: str, dtype: torch.dtype) -> None:
+    """A load for each tap, which checks the shifted products; and PyTorch's convolution of written activations."""
+    with launch.override("bn_relu_conv", form=form):
+        check_budget((2, 7, 3, 5), (2, 7, 5, 7), dtype)
+        check_budget((1, 6, None, 4), (2, 6, 3, 2, 4), dtype)
 
 
 @pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
@@ -459,26 +358,3 @@ def test_an_empty_batch() -> None:
     want = results(reference.to(DEVICE), x.clone().requires_grad_())
     for name, value in want.items():
         assert_close(name, got[name], value)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
-def test_more_than_two_to_the_31_elements() -> None:
-    m, channels, k = 2**19 + 3, 4104, 12
-    wide = torch.empty(m, channels, dtype=F16, device=DEVICE)
-    assert wide.numel() > 2**31
-    source, out = (
-        Features(wide[:, -40:-k], *torch.tensor([[0.0], [1.0]], device=DEVICE).expand(2, 28).contiguous()),
-        None,
-    )
-    wide[:, -40:-k] = torch.randn(m, 28, device=DEVICE, dtype=F16)
-    mean, var = torch.empty(2, k, device=DEVICE)
-    out = Features(wide[:, -k:], mean, var)
-    be = TritonBackend(torch.empty(m, 1, 1, 1, dtype=F16, device=DEVICE))
-    norm = Norm(torch.ones(28, device=DEVICE), torch.zeros(28, device=DEVICE), 0.0)
-    weight = torch.randn(k, 28, 1, 1, device=DEVICE, dtype=F16)
-    be.bn_relu_conv(source, Conv(norm, weight), out)
-    last = slice(m - 1000, m)
-    want = source.rows[last].double().relu() @ weight.double()[:, :, 0, 0].t()
-    assert_close("last rows", out.rows[last], want, 1e-3)
-    assert_close("mean", mean, out.rows.double().mean(0), 1e-4)

@@ -100,11 +100,14 @@ def _looked_up() -> Iterator[dict[str, Any]]:
         launch.configuration = before
 
 
-def neighbours(config: Any) -> Iterator[dict[str, int]]:
-    """Every change of one field to the next smaller or larger value that a kernel may take."""
+def neighbours(config: Any) -> Iterator[dict[str, Any]]:
+    """Every change of one field to the next smaller or larger value that a kernel may take, and every other form."""
     for field in fields(config):
         value = getattr(config, field.name)
-        least = 16 if field.name.startswith("block") else 1
+        if field.name == "form":
+            yield from ({"form": form} for form in launch.FORMS if form != value)
+            continue
+        least = 16 if "block" in field.name else 1
         steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, value * 2)
         for changed in steps:
             if changed >= least:

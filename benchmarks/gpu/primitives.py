@@ -25,12 +25,12 @@ from .measure import TOLERANCE, relative_error
 
 def copy_with_moments(be: Backend, x: Tensor, out: Features) -> None:
     """``out = x``, with its moments."""
-    be.merge_moments(be.copy_with_moments(x, out), out)
+    be.copy_with_moments(x, out)
 
 
 def forward(be: Backend, source: Features, conv: Conv, out: Features) -> None:
     """``out = conv(relu(bn(source)))``, with its moments."""
-    be.merge_moments(be.bn_relu_conv(source, conv, out), out)
+    be.bn_relu_conv(source, conv, out)
 
 
 def backward(
@@ -44,9 +44,9 @@ def backward(
     accumulate: bool,
 ) -> list[Tensor | None]:
     """``[dgamma, dbeta, dweight]``; the gradient of ``source`` goes into ``into``."""
-    dweight, sums = be.bn_relu_conv_backward(grad, output, conv, source, into, accumulate=accumulate)
-    assert sums is not None
-    return [*be.merge_gradients(sums, conv.norm, source, into), dweight]
+    gradients = be.bn_relu_conv_backward(grad, output, conv, source, into, accumulate=accumulate)
+    be.finish()
+    return gradients
 
 
 @dataclass(frozen=True)

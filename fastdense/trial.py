@@ -1,0 +1,77 @@
+"""A backend's trial: one small layer, forward and backward, against float64, before ``impl="auto"`` relies on it.
+
+A compiler, a driver or a GPU that the kernels have not met yet may make something else of them. The trial runs once for
+each device and dtype, takes a few compilations (which are kept on disk), and asks nothing of the random generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import backends, schedule
+from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
+from .primitives import Backend, Conv, Layer, Norm
+
+# Relative 2-norm, ten roundings: a wrong kernel is off by far more, and a right one, here, by about one.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@lru_cache(maxsize=64)
+def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend ``name`` should not be used on ``device`` for ``dtype``; ``None`` if it does what it should."""
+    try:
+        with torch.no_grad():
+            got = _results(lambda x: backends.create(name, x), device, dtype)
+            want = _results(lambda x: backends.create("torch", x), torch.device("cpu"), torch.float64)
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"a trial of its kernels on {device} in {dtype} failed with {type(error).__name__}: {error}"
+    for what, truth in want.items():
+        error = (got[what].cpu().double().reshape(truth.shape) - truth).norm().item() / truth.norm().item()
+        if not error <= TOLERANCE[dtype] or not math.isfinite(error):
+            return f"in a trial of its kernels on {device} in {dtype}, {what} was off by {error:.1e}"
+    return None
+
+
+def _results(
+    create: Callable[[Tensor], Backend], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Everything that one layer's forward and backward pass compute, from the same numbers whatever the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    reads, k, wide, (n, height, width) = 40, 24, 96, (2, 13, 11)
+    acc = accumulation_dtype(dtype)
+
+    def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        # Numbers that bfloat16 holds exactly: both runs start from the same ones.
+        return (torch.randn(shape, generator=generator) * scale).bfloat16().to(device, dtype)
+
+    def conv(inputs: int, outputs: int, *kernel: int) -> Conv:
+        gamma = 1 + random(inputs, dtype=acc, scale=0.1)
+        # Every other channel well above its ReLU's threshold, the others well below: no rounding switches one.
+        beta = torch.where(torch.arange(inputs, device=device) % 3 == 1, -8.0, 8.0).to(acc)
+        weight = random(outputs, *kernel, inputs, scale=math.prod((inputs, *kernel)) ** -0.5).movedim(-1, 1)
+        return Conv(Norm(gamma, beta, 1e-5), weight)
+
+    def features(images: Tensor) -> Features:
+        return Features(as_rows(images), *torch.zeros(2, images.shape[1], dtype=acc, device=device))
+
+    x = random(n, height, width, reads).movedim(-1, 1)
+    X = empty_features((n, reads + k, height, width), dtype=dtype, device=device)
+    Z = empty_features((n, wide, height, width), dtype=dtype, device=device)
+    block, bottleneck = features(X), features(Z)
+    layers = [Layer(reads, k, conv(reads, wide, 1, 1), conv(wide, k, 3, 3))]
+    schedule.forward(create(x), x, layers, block, [bottleneck], given_moments=False)
+    D = random(n * height * width, reads + k)
+    gradient = LazyGradient(D, *torch.zeros(2, reads + k, dtype=acc, device=device))
+    backend = create(X)
+    gradients = schedule.backward(backend, gradient, layers, block, [bottleneck], first=0, recompute=True)
+    resolved = backend.resolve(gradient[:reads], block[:reads])
+    found = {"the output": X, "its mean": block.mean, "its variance": block.var, "the input's gradient": resolved}
+    # But for the first beta: the second norm takes every shift of its input away, and there is nothing to compare.
+    names = ("gamma1", "", "weight1", "gamma2", "beta2", "weight2")
+    found |= {f"the gradient of {name}": tensor for name, tensor in zip(names, gradients[0], strict=True) if name}
+    return {what: tensor for what, tensor in found.items() if tensor is not None}
