@@ -9,6 +9,7 @@ modules play no role, so a network of one's own is read like torchvision's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -75,8 +76,7 @@ def _looks_like_block(module: nn.Module) -> bool:
     if len(layers) == 1:
         return "block" in type(module).__name__.lower() and len(layers[0]) <= 2
     return all(
-        after[0].in_channels == before[0].in_channels + before[-1].out_channels
-        for before, after in zip(layers, layers[1:], strict=False)
+        after[0].in_channels == before[0].in_channels + before[-1].out_channels for before, after in pairwise(layers)
     )
 
 
@@ -137,9 +137,8 @@ def _check_child(path: str, child: nn.Module) -> None:
         raise Unsupported(f"its child {path!r} has a forward of its own, set on the instance")
     if hasattr(child, "parametrizations"):
         raise Unsupported(f"its child {path!r} has a parametrization")
-    if isinstance(child, _ConvNd):
-        if type(child) not in _CONVS:
-            raise Unsupported(f"its child {path!r} is a {type(child).__name__}, which fastdense does not know")
+    if isinstance(child, _ConvNd) and type(child) not in _CONVS:
+        raise Unsupported(f"its child {path!r} is a {type(child).__name__}, which fastdense does not know")
     if isinstance(child, _ConvNd | _BatchNorm) and not {"weight", "bias"} >= set(child._parameters):
         raise Unsupported(f"its child {path!r} has a weight that is computed from other parameters")
 
@@ -237,9 +236,7 @@ def _block(
 ) -> BlockSpec:
     reader = _Reader(found)
     _check_output(found.output)
-    layers = [
-        _layer(reader, value, found.output[: i + 1], index, sources) for i, value in enumerate(found.output[1:])
-    ]
+    layers = [_layer(reader, value, found.output[: i + 1], index, sources) for i, value in enumerate(found.output[1:])]
     reader.finish()
     names = [part for layer in layers for stage in layer.stages for part in (stage.norm, stage.conv)]
     if len(set(names)) != len(names):
@@ -322,5 +319,3 @@ def _transition(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) ->
         index[conv_path],
         index[pooling.module],
     )
-
-

@@ -75,11 +75,13 @@ def convert(
     """
     _check_arguments(model, recompute, impl, filter_fn)
     findings = find(model, filter_fn=filter_fn, verify=verify)
+    said: set[str] = set()
     for finding in findings:
         if isinstance(finding.module, Converted):
             _change_settings(finding.module, recompute, impl)
         elif finding.spec is not None:
             finding.module._fastdense = finding.spec._replace(recompute=recompute, impl=impl)  # type: ignore[assignment]
+            vars(finding.module)["_fastdense_said"] = said
             finding.module.__class__ = converted_class(type(finding.module))
             _lay_out_weights(finding.module, channels_last=True)
     if not any(finding.done or finding.spec is not None for finding in findings):
@@ -159,11 +161,10 @@ def _check_arguments(model: Any, recompute: Any, impl: Any, filter_fn: Any) -> N
 
 
 def _change_settings(module: Converted, recompute: str | None, impl: str) -> None:
-    changes = {} if recompute is None else {"recompute": recompute}
-    if impl != "auto":
-        changes["impl"] = impl
-    if changes:
-        module._fastdense = module._fastdense._replace(**changes)
+    spec = module._fastdense
+    module._fastdense = spec._replace(
+        recompute=spec.recompute if recompute is None else recompute, impl=spec.impl if impl == "auto" else impl
+    )
 
 
 def _lay_out_weights(module: nn.Module, *, channels_last: bool) -> None:

@@ -6,7 +6,6 @@ import re
 import types
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +60,11 @@ class BlockSpec(NamedTuple):
     flags: tuple[tuple[int, str], ...]
     recompute: str | None = None
     impl: str = "auto"
-    kind = "block"
+
+    @property
+    def kind(self) -> str:
+        """The kind of candidate that it describes."""
+        return "block"
 
 
 class TransitionSpec(NamedTuple):
@@ -74,7 +77,11 @@ class TransitionSpec(NamedTuple):
     pool: int
     recompute: str | None = None
     impl: str = "auto"
-    kind = "transition"
+
+    @property
+    def kind(self) -> str:
+        """The kind of candidate that it describes."""
+        return "transition"
 
 
 class Layer:
@@ -127,7 +134,8 @@ def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]
         for _, conv in stages:
             if reason := convolution_obstacle(conv, "a convolution"):
                 return layers, f"layer {i}: {reason}"
-        rate, training = 0.0, False
+        rate: Any = 0.0
+        training = False
         if layer.dropout is not None:
             owner, attribute, constant = layer.dropout
             rate = constant if attribute is None else getattr(found[owner], attribute)
@@ -163,7 +171,8 @@ class Converted:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """``torch.jit.script`` compiles the original class, on the same parameters."""
-        _say_once(self, functional.refusal("auto", "torch.jit.script compiles the model"))
+        reason = "torch.jit.script compiles the model and puts its original modules back: convert it again afterwards"
+        _say_once(self, functional.refusal("auto", reason))
         original = self._fastdense_original
         module = original.__new__(original)
         module.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in OWN)
@@ -200,7 +209,7 @@ def _run(module: Any, spec: BlockSpec | TransitionSpec, impl: str, x: Tensor) ->
 
 
 def _say_once(module: Any, message: str) -> None:
-    """Warn once for each module and message."""
+    """Warn once for each message and ``convert``: the modules that it converted share what was said."""
     if torch.compiler.is_dynamo_compiling():
         return  # a warning would break the graph
     said: set[str] = module.__dict__.setdefault("_fastdense_said", set())
@@ -225,14 +234,19 @@ def _rename_old_keys(state_dict: dict[str, Any], prefix: str, known: set[str]) -
 _OLD_KEY = re.compile(r"(^|\.)(norm|relu|conv)\.([12])(?=\.)")
 
 
-@lru_cache(maxsize=None)
-def converted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``original`` that its converted instances get."""
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
-    def body(namespace: dict[str, Any]) -> None:
-        namespace.update(__module__=original.__module__, __doc__=original.__doc__, _fastdense_original=original)
 
-    return types.new_class(f"Fast{original.__name__.lstrip('_')}", (Converted, original), exec_body=body)
+def converted_class(original: type[nn.Module]) -> Any:
+    """The subclass of ``original`` that its converted instances get; the same one every time."""
+    if original not in _CLASSES:
+
+        def body(namespace: dict[str, Any]) -> None:
+            namespace.update(__module__=original.__module__, __doc__=original.__doc__, _fastdense_original=original)
+
+        name = f"Fast{original.__name__.lstrip('_')}"
+        _CLASSES.setdefault(original, types.new_class(name, (Converted, original), exec_body=body))
+    return _CLASSES[original]
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .convert import Finding, check_model, find
-from .converted import BlockSpec, Converted, TransitionSpec, converted_class
-from .nn import DenseBlock, Transition
-from .trace import Unsupported, on_meta, quiet, shadow, still_norms
+from .converted import BlockSpec, Converted, converted_class
+from .trace import on_meta, quiet, shadow, still_norms
 
 __all__ = ["PlanEntry", "plan"]
 
@@ -69,7 +68,7 @@ def plan(model: nn.Module, input_shape: Sequence[int] | None = None) -> list[Pla
     """
     check_model(model)
     if input_shape is not None:
-        if isinstance(input_shape, str) or not isinstance(input_shape, Sequence) or len(input_shape) < 2:
+        if not isinstance(input_shape, list | tuple | torch.Size) or len(input_shape) < 2:
             raise ValueError(f"input_shape must be the shape of a batch, (N, C, *spatial), got {input_shape!r}")
         for size in input_shape:
             checks.positive_int("each size of input_shape", size)
@@ -126,7 +125,7 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
         still_norms(copy)
         copy.__class__ = cls
         if issubclass(cls, Converted):
-            copy._fastdense = spec._replace(impl="torch")  # type: ignore[assignment]
+            copy._fastdense = spec._replace(impl="torch")
         x = _meta_input(copy, shape).requires_grad_()
         own = {tensor.untyped_storage()._cdata for tensor in (x, *copy.parameters(), *copy.buffers())}
 
@@ -146,7 +145,9 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
 def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int] | None) -> None:
     title = f"fastdense.plan: {type(model).__name__}"
     header = ["module", "kind", "class", "action"]
-    rows = [[e.name or "(the model)", e.kind, e.type, f"{e.action}: {e.reason}" if e.reason else e.action] for e in entries]
+    rows = [
+        [e.name or "(the model)", e.kind, e.type, f"{e.action}: {e.reason}" if e.reason else e.action] for e in entries
+    ]
     if input_shape is not None:
         title += f", input {tuple(input_shape)}"
         header += ["kept before", "kept after", "saved"]

@@ -46,7 +46,7 @@ def process_obstacle() -> str | None:
     """What makes every block of this process, or of this export, run the reference path, or ``None``."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
         return "a global module hook is registered"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the model is being exported (torch.export, torch.jit or ONNX)"
     return None
 
@@ -93,7 +93,10 @@ def _structure(children: dict[str, nn.Module | None]) -> str | None:
 
 
 def convolution_obstacle(conv: Any, name: str) -> str | None:
-    """Why ``conv`` cannot run fused: stride 1, no dilation, groups or bias, odd kernel, zero padding that keeps size."""
+    """Why ``conv`` cannot run fused, or ``None``.
+
+    It must have stride 1, no dilation, groups or bias, and an odd kernel with zero padding that keeps the size.
+    """
     if conv.bias is not None:
         return f"{name} has a bias"
     if conv.groups != 1:

@@ -68,7 +68,7 @@ class Trace:
 
 def kind_of(function: Any) -> str:
     """``"conv"``, ``"relu"`` and so on for what a DenseNet is made of; any other function's own name."""
-    return _KINDS.get(function) or getattr(function, "__name__", repr(function))
+    return _KINDS.get(function) or str(getattr(function, "__name__", function))
 
 
 def shadow(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -136,6 +136,8 @@ def _first_difference(got: dict[str, Tensor | None], want: dict[str, Tensor | No
                 return name
         elif ours.shape != theirs.shape:
             return f"shape of {name}"
-        elif not float((ours.double() - theirs.double()).norm()) <= TOLERANCE * float(theirs.double().norm()) + 1e-12 * scale:
-            return name
+        else:
+            error = float((ours.double() - theirs.double()).norm())
+            if not error <= TOLERANCE * float(theirs.double().norm()) + 1e-12 * scale:  # NaN is a difference, too
+                return name
     return None
