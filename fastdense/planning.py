@@ -96,13 +96,13 @@ def _input_shapes(model: nn.Module, names: list[str], input_shape: Sequence[int]
     """The shape that enters each named module, from one run of a copy without data; empty if it cannot run."""
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        copy = shadow(model, on_meta).train()
-        still_norms(copy)
-        for name in names:
-            copy.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
-            )
         with quiet(), torch.no_grad():
+            copy = shadow(model, on_meta).train()
+            still_norms(copy)
+            for name in names:
+                copy.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
+                )
             copy(_meta_input(copy, tuple(input_shape)))
     except Exception:  # foreign code, run without data: no figures then
         pass
@@ -120,25 +120,26 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
     Its input belongs to whoever made it. A block's output counts: whoever reads it next keeps it in either case.
     """
     kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor.detach()
+
     try:
-        copy = shadow(module, on_meta).train()
-        still_norms(copy)
-        copy.__class__ = cls
-        if issubclass(cls, Converted):
-            copy._fastdense = spec._replace(impl="torch")
-        x = _meta_input(copy, shape).requires_grad_()
-        own = {tensor.untyped_storage()._cdata for tensor in (x, *copy.parameters(), *copy.buffers())}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor.detach()
-
-        with quiet(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = copy(x)
-        if spec.kind == "block":
-            pack(output)
+        with quiet():
+            copy = shadow(module, on_meta).train()
+            still_norms(copy)
+            copy.__class__ = cls
+            if issubclass(cls, Converted):
+                copy._fastdense = spec._replace(impl="torch")
+            x = _meta_input(copy, shape).requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                output = copy(x)
     except Exception:  # as above
         return None
+    if spec.kind == "block":
+        pack(output)
+    own = {tensor.untyped_storage()._cdata for tensor in (x, *copy.parameters(), *copy.buffers())}
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 

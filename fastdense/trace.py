@@ -146,23 +146,24 @@ def trace(module: nn.Module, shape: Sequence[int], prepare: Callable[[nn.Module]
     Raises:
         Unsupported: the copy cannot be made or run, or returns anything but one tensor.
     """
-    result = Trace(shadow(module, on_meta))
-    prepare(result.copy)
-    dtype = next((p.dtype for p in result.copy.parameters()), torch.float32)
-    x = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    recorder = _Recorder(result, x)
-    handles = []
-    for path, child in result.copy.train().named_modules():
-        handles.append(child.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path)))
-        handles.append(child.register_forward_hook(lambda *_: _pop(recorder.path)))
-    still_norms(result.copy)
-    try:
-        with quiet(), torch.no_grad(), recorder:
-            output = result.copy(x)
-    except Exception as error:  # foreign code may raise anything
-        raise Unsupported(
-            f"it cannot be run on an input of shape {tuple(shape)} ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+    with quiet(), torch.no_grad():
+        result = Trace(shadow(module, on_meta))
+        prepare(result.copy)
+        dtype = next((p.dtype for p in result.copy.parameters()), torch.float32)
+        x = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        recorder = _Recorder(result, x)
+        handles = []
+        for path, child in result.copy.train().named_modules():
+            handles.append(child.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path)))
+            handles.append(child.register_forward_hook(lambda *_: _pop(recorder.path)))
+        still_norms(result.copy)
+        try:
+            with recorder:
+                output = result.copy(x)
+        except Exception as error:  # foreign code may raise anything
+            raise Unsupported(
+                f"it cannot be run on an input of shape {tuple(shape)} ({type(error).__name__}: {_first_line(error)})"
+            ) from error
     if not isinstance(output, Tensor) or id(output) not in recorder.labels:
         raise Unsupported(f"it returns {type(output).__name__}, not one tensor made of its input")
     result.output = recorder.labels[id(output)]
