@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checks
 from .adapters import candidates, probe_shape, read, without_flags
@@ -83,7 +83,6 @@ def convert(
             finding.module._fastdense = finding.spec._replace(recompute=recompute, impl=impl)  # type: ignore[assignment]
             vars(finding.module)["_fastdense_said"] = said
             finding.module.__class__ = converted_class(type(finding.module))
-            _lay_out_weights(finding.module, channels_last=True)
     if not any(finding.done or finding.spec is not None for finding in findings):
         reasons = "; ".join(f"{f.name or 'the model itself'}: {f.reason}" for f in findings[:3])
         warnings.warn(
@@ -110,13 +109,12 @@ def revert(model: nn.Module) -> nn.Module:
     for name, module in found:
         if "_fastdense_original" not in vars(type(module)):
             raise RuntimeError(
-                f"{name!r} was converted and then became a {type(module).__name__}: revert before wrapping it"
+                f"{name!r} was converted and then became a {type(module).__name__}: revert it before wrapping it"
             )
     for _, module in found:
         module.__class__ = module._fastdense_original  # type: ignore[assignment]
         for attribute in OWN:
             vars(module).pop(attribute, None)
-        _lay_out_weights(module, channels_last=False)  # type: ignore[arg-type]
     return model
 
 
@@ -165,20 +163,3 @@ def _change_settings(module: Converted, recompute: str | None, impl: str) -> Non
     module._fastdense = spec._replace(
         recompute=spec.recompute if recompute is None else recompute, impl=spec.impl if impl == "auto" else impl
     )
-
-
-def _lay_out_weights(module: nn.Module, *, channels_last: bool) -> None:
-    """Convolution weights in the order in which fastdense reads them, or in PyTorch's: same Parameter, same values.
-
-    Not where the memory is somebody else's too: a view of a larger buffer, shared between processes, distributed.
-    """
-    for child in module.modules():
-        weight = getattr(child, "weight", None)
-        if not isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(weight) is not nn.Parameter:
-            continue
-        if type(weight.data) is not Tensor or weight.is_meta or weight.is_shared():
-            continue
-        if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-            continue
-        data = weight.data
-        weight.data = data.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else data.contiguous()

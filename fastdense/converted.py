@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .supported import changed, convolution_obstacle, pools_first, process_obstacle
+from .supported import changed, convolution_obstacle, pools_first, process_obstacle, sync_obstacle
 
 __all__ = ["BlockSpec", "Converted", "DropoutSource", "LayerSpec", "Node", "Stage", "TransitionSpec", "converted_class"]
 
@@ -198,6 +198,7 @@ def _run(module: Any, spec: BlockSpec | TransitionSpec, impl: str, x: Tensor) ->
         x = found[spec.norm](x)
         return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
     layers, reason = _layers(found, spec)
+    reason = reason or sync_obstacle([found[stage.norm] for layer in spec.layers for stage in layer.stages])
     if reason is not None:
         return reason, None
     functional.check_input(x, layers)

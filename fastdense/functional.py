@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from . import backends, checks, memory, ops, reference
 from .features import accumulation_dtype
 from .supported import pools_first, why_reference
+from .sync import group_of
 
 __all__ = ["dense_block", "transition"]
 
@@ -66,7 +67,7 @@ def dense_block(
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
     check_input(x, layers)
-    if impl != "reference" and (reason := why_reference(layers)) is not None:
+    if impl != "reference" and (reason := why_reference(layers, moments=moments is not None or return_moments)):
         _say_once(refusal(impl, reason))
         impl = "reference"
     if impl == "reference":
@@ -116,7 +117,8 @@ def _fused(
     per_layer = len(convs) // len(layers)
     tracked = return_moments or not all(frozen[::per_layer])
     m = x.shape[0] * x.shape[2:].numel()
-    if m == 1 and not all(frozen):
+    group = group_of(norms) or ""
+    if m == 1 and not all(frozen) and not group:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
     if recompute == "auto":
@@ -145,11 +147,13 @@ def _fused(
             _first_gradient(x, moments, params, 3 * per_layer),
             recompute == "bottlenecks",
             impl,
+            group,
         )
     except BaseException:
         _restore_rng(x.device, rng)
         raise
-    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), m)
+    count = z_var[-1] if group else m
+    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), count)
     return (X, mean, var) if return_moments else X
 
 
@@ -180,7 +184,7 @@ def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor]
 
 
 @torch.no_grad()
-def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int) -> None:
+def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int | Tensor) -> None:
     """Every training norm's running statistics, once a step, after all kernels were queued.
 
     As ``nn.BatchNorm``: ``running = (1 - momentum)*running + momentum*batch``, with the unbiased variance; with
@@ -197,12 +201,13 @@ def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments,
             groups.setdefault(norm.momentum, []).append((norm, channels, x if reads_x else z))
     if not groups or _is_recomputation():
         return
-    unbiased = {id(var): var.detach() * (m / max(m - 1, 1)) for _, var in (x, z)}
+    correction = m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / max(m - 1, 1)
+    unbiased = {id(var): var.detach() * correction for _, var in (x, z)}
     for momentum, members in groups.items():
         counters = [norm.num_batches_tracked for norm, _, _ in members if norm.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)
-        if m == 0:
+        if not isinstance(m, Tensor) and m == 0:
             continue
         running, batch = [], []
         for norm, channels, (mean, var) in members:

@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from .reference import ConcatDenseLayer
+from .sync import group_of
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN = frozenset((*_NORMS, *_CONVS, nn.ReLU))
 
 
-def why_reference(layers: Sequence[nn.Module]) -> str | None:
-    """The reason why these layers cannot run fused, or ``None`` if they can.
+def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+    """The reason why these layers cannot run fused (with ``moments`` in or out), or ``None`` if they can.
 
     The fused path reads the children's tensors and does not call them: a child that would do anything else when called
     (a hook, a parametrization, another type) sends the whole block to the reference path.
@@ -39,6 +40,16 @@ def why_reference(layers: Sequence[nn.Module]) -> str | None:
                 return f"layer {i}: {reason}"
         if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
             return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
+    return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, _NORMS)], moments=moments)
+
+
+def sync_obstacle(norms: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+    """Why these norms' statistics cannot be shared between processes, or ``None``."""
+    group = group_of(norms)
+    if group is None:
+        return "some of its norms share batch statistics with other processes and others do not"
+    if group and moments:
+        return "batch moments that other processes share (SyncBatchNorm) cannot be handed in or out"
     return None
 
 

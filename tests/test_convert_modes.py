@@ -132,6 +132,17 @@ def test_gradients_accumulate() -> None:
         assert_close(name, got.grad, want.grad, scale=1.0)
 
 
+def test_two_forward_passes_before_a_backward() -> None:
+    """The buffer belongs to one call: nothing that backward needs is overwritten by the next."""
+    theirs, ours, x = pair()
+    found = []
+    for net in (theirs, ours):
+        first, second = net(x), net(x * 2 + 1)
+        found.append(torch.autograd.grad(first.square().sum() + second.sum(), [x, *net.parameters()]))
+    for i, (got, want) in enumerate(zip(found[1], found[0], strict=True)):
+        assert_close(f"gradient {i}", got, want, scale=1.0)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, block: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
