@@ -37,8 +37,15 @@ def _group_name(norm: Any) -> str:
         return ""
     if not (dist.is_available() and dist.is_initialized()):
         return ""
-    group = norm.process_group or dist.group.WORLD
+    group: Any = norm.process_group or dist.group.WORLD
     return str(group.group_name) if dist.get_world_size(group) > 1 else ""
+
+
+def _resolve(group: str) -> Any:
+    from torch.distributed import distributed_c10d  # exists only where PyTorch was built with it
+
+    resolve: Any = vars(distributed_c10d)["_resolve_process_group"]
+    return resolve(group)
 
 
 class SyncBackend:
@@ -53,7 +60,7 @@ class SyncBackend:
 
     def __init__(self, inner: Backend, group: str, total: Tensor, unread: int = -1) -> None:
         self.inner, self.total, self.unread = inner, total, unread
-        self.group = dist.distributed_c10d._resolve_process_group(group)
+        self.group = _resolve(group)
 
     @property
     def m(self) -> int:
@@ -88,7 +95,9 @@ class SyncBackend:
         if into is None or into.a is None or into.b is None or norm.frozen is not None:
             return self.inner.merge_gradients(sums, norm, source, into)
         shares = torch.zeros(2, into.a.numel(), dtype=into.a.dtype, device=into.a.device)
-        gradients = self.inner.merge_gradients(sums, norm, source, LazyGradient(into.D, *shares, into.start))
+        gradients = self.inner.merge_gradients(
+            sums, norm, source, LazyGradient(into.D, shares[0], shares[1], into.start)
+        )
         shares.mul_(max(self.m, 1) / self.total.clamp(min=1))  # inner divided by its own count
         dist.all_reduce(shares, group=self.group)
         into.a.add_(shares[0])

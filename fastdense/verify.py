@@ -47,14 +47,15 @@ class FedMasks(TorchFunctionMode):
 
 def random_double(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """A maker of float64 stand-ins: values that hide nothing, where trained or fresh ones may (a gamma of 0)."""
+    at: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
 
     def make(tensor: Tensor) -> Tensor:
         shape = tuple(tensor.shape)
         if not tensor.is_floating_point():
-            return torch.zeros(shape, dtype=tensor.dtype)
+            return torch.zeros(shape, dtype=tensor.dtype, device="cpu")
         if len(shape) < 2:  # vectors: gamma, beta, statistics (a variance must be positive)
-            return torch.rand(shape, generator=generator, dtype=torch.float64).add_(0.5)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.rand(shape, generator=generator, **at).add_(0.5)
+        values = torch.randn(shape, generator=generator, **at)
         return values.mul_((2 / max(1, values[0].numel())) ** 0.5)
 
     return make
@@ -69,14 +70,14 @@ def disagreement(
     the copies first. Compared are the output, the gradients of the input and of every parameter for a random
     cotangent, and every buffer.
     """
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
     with quiet(), torch.random.fork_rng(devices=[]):
         copy = shadow(module, random_double(generator))
         prepare(copy)
         if isinstance(spec, BlockSpec):
             _raise_dropout(copy, spec)
         initial = {name: buffer.clone() for name, buffer in copy.named_buffers()}
-        x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
         for training in (True, False):
             copy.train(training)
             still_norms(copy)
@@ -117,11 +118,12 @@ def _results(
     if isinstance(copy, Converted):
         output = copy(x)
     else:
-        seed = torch.randint(2**63 - 1, (1,)) if dropping and copy.training else torch.zeros(1, dtype=torch.int64)
+        seed = torch.randint(2**63 - 1, (1,), device="cpu")
         with FedMasks(seed, dropping):
             output = copy(x)
     buffers = {f"buffer {name}": buffer.clone() for name, buffer in copy.named_buffers()}
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(_SEED), dtype=output.dtype)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    cotangent = torch.randn(output.shape, generator=generator, dtype=output.dtype, device="cpu")
     output.backward(cotangent)
     gradients = {f"gradient of {name}": parameter.grad for name, parameter in copy.named_parameters()}
     return {"output": output.detach(), **buffers, "gradient of the input": x.grad, **gradients}

@@ -261,6 +261,15 @@ def test_a_model_on_meta_converts_and_loads_later() -> None:
     assert_same(results(ours, x), results(theirs, x))
 
 
+def test_a_default_device_does_not_reach_the_checks() -> None:
+    theirs, shape = foreign.build("list")
+    with torch.device("meta"):
+        ours = fastdense.convert(copy.deepcopy(theirs))
+    assert converted(ours)
+    x = random_input(shape)
+    assert_same(results(ours, x), results(theirs, x))
+
+
 def test_an_optimizer_from_before_goes_on() -> None:
     theirs, ours, shape = pair("list")
     fastdense.revert(ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import warnings
@@ -318,6 +319,13 @@ def test_torch_export(strict: bool) -> None:
         assert len([w for w in caught if "fastdense" in str(w.message)]) == 1
     assert "fastdense" not in str(program.graph)
     assert_close("exported", program.module()(x * 2), theirs(x * 2))
+
+
+def test_onnx() -> None:
+    """The exporter sees plain PyTorch: it records by ``torch.jit.trace``, and writes only where onnx is installed."""
+    _, ours, x = pair()
+    with pytest.warns(UserWarning, match="exported"), contextlib.suppress(torch.onnx.errors.OnnxExporterError):
+        torch.onnx.export(ours.eval(), (x.detach(),), io.BytesIO(), dynamo=False)
 
 
 def test_fastdense_own_block_exports_too() -> None:
