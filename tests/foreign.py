@@ -162,6 +162,25 @@ class NewestFirstBlock(ListBlock):
         return torch.cat(features, 1)
 
 
+class ReadNewestFirst(ListBlock):
+    """The output is in order; the layers read it backwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step(features[::-1]))
+        return torch.cat(features, 1)
+
+
+class OnTheSide(ListBlock):
+    """Returns what a block returns, and keeps something for later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        self.energy = features.square().mean()
+        return features
+
+
 class OutputNewestFirst(ListBlock):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
@@ -319,6 +338,8 @@ class SharedBlock(ListBlock):
 
 UNSUPPORTED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "newest first": (NewestFirstBlock, "order"),
+    "layers read newest first": (ReadNewestFirst, "order"),
+    "something on the side": (OnTheSide, "'square'"),
     "output newest first": (OutputNewestFirst, "order"),
     "only new features": (OnlyNewFeatures, "leaves out its input"),
     "local": (LocalBlock, "does not read all earlier features|order"),

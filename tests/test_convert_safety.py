@@ -166,6 +166,16 @@ def test_a_layer_more_and_a_layer_less() -> None:
         assert_same(results(ours, x), results(theirs, x))
 
 
+def test_a_layer_added_to_the_block_itself() -> None:
+    theirs = foreign.StarBlock(2, 6, 4).double()
+    ours = fastdense.convert(copy.deepcopy(theirs))
+    for block in (theirs, ours):
+        block.add_module("denselayer3", foreign.StarLayer(14, 4).double())
+    ours.load_state_dict(theirs.state_dict())
+    x = random_input((2, 6, 5, 4))
+    assert_same(says_once(ours, x, lambda: results(ours, x), "other children"), results(theirs, x))
+
+
 def test_replaced_by_the_same_type_stays_fused() -> None:
     theirs, ours, x = pair()
     for net in (theirs, ours):
