@@ -42,7 +42,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             return
         seen.add(id(module))
         if isinstance(module, Converted):
-            yield name, module, module._fastdense.kind
+            if "_fastdense" in vars(module):
+                yield name, module, module._fastdense.kind
         elif isinstance(module, DenseBlock) or _looks_like_block(module):
             yield name, module, "block"
         elif isinstance(module, Transition) or _looks_like_transition(module):
@@ -145,7 +146,7 @@ def _check_child(path: str, child: nn.Module) -> None:
 
 def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
     """Every module inside, parents first, and the index of each path; index 0 is ``module`` itself."""
-    nodes = [Node(-1, "", type(module), len(module._modules))]
+    nodes = [Node(-1, "", type(module), len(module._modules), _attributes(module))]
     index = {"": 0}
     pending = [("", module)]
     seen = {id(module)}
@@ -159,9 +160,33 @@ def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
             seen.add(id(child))
             inner = f"{path}.{name}" if path else name
             index[inner] = len(nodes)
-            nodes.append(Node(index[path], name, type(child), len(child._modules)))
+            nodes.append(Node(index[path], name, type(child), len(child._modules), _attributes(child)))
             pending.append((inner, child))
     return tuple(nodes), index
+
+
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Numbers, strings and switches that a foreign ``forward`` may depend on, sorted by name."""
+    if type(module).__module__.startswith("torch.nn.") or isinstance(module, _BatchNorm | _ConvNd):
+        return ()
+    again = {*_EVERY_MODULE, *FLAGS, *_dropout_rates(module)}
+    plain = bool | int | float | str | None
+    return tuple(
+        (name, value) for name, value in sorted(vars(module).items()) if name not in again and isinstance(value, plain)
+    )
+
+
+def _dropout_rates(module: nn.Module) -> list[str]:
+    names = ["p"] if isinstance(module, _DROPOUTS) else [name for name in vars(module) if "drop" in name]
+    values = {name: getattr(module, name) for name in names}
+    return [
+        name
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    ]
 
 
 def _mark_dropout(copy: nn.Module, index: dict[str, int]) -> dict[float, DropoutSource]:
@@ -171,13 +196,10 @@ def _mark_dropout(copy: nn.Module, index: dict[str, int]) -> dict[float, Dropout
     """
     sources: dict[float, DropoutSource] = {}
     for path, child in copy.named_modules():
-        names = ["p"] if isinstance(child, _DROPOUTS) else [name for name in vars(child) if "drop" in name]
-        for name in names:
-            value = getattr(child, name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-                rate = 0.25 + len(sources) / 2**20
-                setattr(child, name, rate)
-                sources[rate] = DropoutSource(index[path], name, None)
+        for name in _dropout_rates(child):
+            rate = 0.25 + len(sources) / 2**20
+            setattr(child, name, rate)
+            sources[rate] = DropoutSource(index[path], name, None)
     return sources
 
 

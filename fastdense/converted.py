@@ -21,12 +21,17 @@ _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.nor
 
 
 class Node(NamedTuple):
-    """A module inside a converted one as it was when it was converted: its parent's index, its name, its class."""
+    """A module inside a converted one as it was when it was converted.
+
+    Its parent's index, its name, its class, how many children it had, and the plain attributes that its ``forward`` may
+    read: those of foreign classes, but for what every module has and what is read again at each call.
+    """
 
     parent: int
     name: str
     cls: type[nn.Module]
     children: int
+    attributes: tuple[tuple[str, Any], ...] = ()
 
 
 class Stage(NamedTuple):
@@ -119,12 +124,22 @@ def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
             return found, f"its child {node.name!r} was a {node.cls.__name__} when it was converted and is {now}"
         if len(child._modules) != node.children:
             return found, f"its child {node.name!r} has other children than when it was converted"
-        if reason := changed(child):
+        if reason := changed(child) or (_changed_attribute(child, node) if node.attributes else None):
             return found, f"its child {node.name!r} {reason}"
         found.append(child)
     if len(root._modules) != nodes[0].children:
         return found, "it has other children than when it was converted"
+    if reason := _changed_attribute(root, nodes[0]):
+        return found, f"it {reason}"
     return found, None
+
+
+def _changed_attribute(module: nn.Module, node: Node) -> str | None:
+    for name, value in node.attributes:
+        now = getattr(module, name, None)
+        if now != value:
+            return f"had {name}={value!r} when it was converted and has {now!r}"
+    return None
 
 
 def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]:
@@ -152,9 +167,9 @@ class Converted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original class computes: fused where possible, else by the original ``forward``."""
-        spec = self._fastdense
-        impl = checks.impl_name(spec.impl)
-        if impl != "reference":
+        spec = vars(self).get("_fastdense")
+        impl = "reference" if spec is None else checks.impl_name(spec.impl)  # None: a slice of a converted Sequential
+        if spec is not None and impl != "reference":
             if (reason := process_obstacle()) is None:
                 if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
                     reason = "it was called with something else than one tensor"

@@ -176,6 +176,44 @@ def test_a_layer_added_to_the_block_itself() -> None:
     assert_same(says_once(ours, x, lambda: results(ours, x), "other children"), results(theirs, x))
 
 
+class Switchable(foreign.ListLayer):
+    """Something in its ``forward`` that is off when the model is converted."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.gain = 1
+
+    def forward(self, features: Any) -> Tensor:
+        return super().forward(features) if self.gain == 1 else super().forward(features) * self.gain
+
+
+def test_a_switch_of_a_foreign_layer_thrown_later() -> None:
+    class Block(foreign.ListBlock):
+        layer = Switchable
+
+    theirs, ours, x = pair(Block)
+    for net in (theirs, ours):
+        net.block2.steps[1].gain = 2
+    assert_same(
+        says_once(ours, x, lambda: results(ours, x), "gain=1 when it was converted and has 2"), results(theirs, x)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.block2.steps[1].gain = 1
+        ours(x)
+
+
+def test_a_slice_of_a_converted_sequential() -> None:
+    block = foreign.AppendingBlock(3, 6, 4).double()
+    theirs = nn.Sequential(*block)
+    ours = fastdense.convert(copy.deepcopy(theirs))
+    assert isinstance(ours, Converted)
+    x = random_input((2, 6, 5, 4))
+    assert_same(results(ours[:2], x), results(theirs[:2], x))
+    assert fastdense.plan(ours[:2]) == []
+    assert type(fastdense.revert(ours[:2])) is nn.Sequential
+
+
 def test_replaced_by_the_same_type_stays_fused() -> None:
     theirs, ours, x = pair()
     for net in (theirs, ours):
