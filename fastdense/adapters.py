@@ -17,7 +17,7 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .converted import BlockSpec, Converted, DropoutSource, LayerSpec, Node, Stage, TransitionSpec
+from .converted import BlockSpec, Converted, DropoutSource, LayerSpec, Node, Stage, TransitionSpec, geometry
 from .nn import DenseBlock, Transition
 from .supported import convolution_obstacle, pools_first
 from .trace import INPUT, Label, Operation, Trace, Unsupported, trace
@@ -300,11 +300,12 @@ def _layer(
     stages: list[Stage] = []
     while True:
         path = reader.convolution(operation)
-        if reason := convolution_obstacle(reader.found.copy.get_submodule(path), repr(path)):
+        conv = reader.found.copy.get_submodule(path)
+        if reason := convolution_obstacle(conv, repr(path)):
             raise Unsupported(reason)
         relu = reader.take(operation.inputs[0], "relu")
         norm = reader.take(relu.inputs[0], "batch_norm")
-        stages.insert(0, Stage(index[reader.norm(norm)], index[path]))
+        stages.insert(0, Stage(index[reader.norm(norm)], index[path], geometry(conv)))
         label = norm.inputs[0]
         if label == earlier:
             return LayerSpec(tuple(stages), dropout, per_channel)

@@ -35,10 +35,11 @@ class Node(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """BN-ReLU-Conv, as indices of nodes."""
+    """BN-ReLU-Conv, as indices of nodes, and the geometry of the convolution when it was read."""
 
     norm: int
     conv: int
+    geometry: tuple[Any, ...] = ()
 
 
 class DropoutSource(NamedTuple):
@@ -89,6 +90,11 @@ class TransitionSpec(NamedTuple):
         return "transition"
 
 
+def geometry(conv: Any) -> tuple[Any, ...]:
+    """What decides whether a convolution can run fused."""
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias is None
+
+
 class Layer:
     """A layer of a foreign block under the names that ``functional.py`` reads."""
 
@@ -113,29 +119,28 @@ def _same_arithmetic(cls: type[nn.Module], expected: type[nn.Module]) -> bool:
 def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
     """The modules that ``nodes`` stand for today, or the reason why they are not what they were.
 
-    One flat pass over names that are known: ``Module.modules()`` takes several times as long.
+    It runs before every call: one flat pass over names that are known.
     """
-    found: list[Any] = [root]
-    for node in nodes[1:]:
-        parent = found[node.parent]
-        child = parent._modules.get(node.name)
-        if child is None or not _same_arithmetic(type(child), node.cls):
-            now = "gone" if child is None else f"a {type(child).__name__}"
-            return found, f"its child {node.name!r} was a {node.cls.__name__} when it was converted and is {now}"
-        if len(child._modules) != node.children:
-            return found, f"its child {node.name!r} has other children than when it was converted"
-        if reason := changed(child) or (_changed_attribute(child, node) if node.attributes else None):
-            return found, f"its child {node.name!r} {reason}"
-        found.append(child)
     if len(root._modules) != nodes[0].children:
-        return found, "it has other children than when it was converted"
-    if reason := _changed_attribute(root, nodes[0]):
-        return found, f"it {reason}"
+        return [root], "it has other children than when it was converted"
+    if reason := _changed_attribute(root, nodes[0].attributes):
+        return [root], f"it {reason}"
+    found: list[Any] = [root]
+    for parent, name, cls, children, attributes in nodes[1:]:
+        child = found[parent]._modules.get(name)
+        if type(child) is not cls and (child is None or not _same_arithmetic(type(child), cls)):
+            now = "gone" if child is None else f"a {type(child).__name__}"
+            return found, f"its child {name!r} was a {cls.__name__} when it was converted and is {now}"
+        if len(child._modules) != children:
+            return found, f"its child {name!r} has other children than when it was converted"
+        if reason := changed(child) or (_changed_attribute(child, attributes) if attributes else None):
+            return found, f"its child {name!r} {reason}"
+        found.append(child)
     return found, None
 
 
-def _changed_attribute(module: nn.Module, node: Node) -> str | None:
-    for name, value in node.attributes:
+def _changed_attribute(module: nn.Module, attributes: tuple[tuple[str, Any], ...]) -> str | None:
+    for name, value in attributes:
         now = getattr(module, name, None)
         if now != value:
             return f"had {name}={value!r} when it was converted and has {now!r}"
@@ -145,10 +150,12 @@ def _changed_attribute(module: nn.Module, node: Node) -> str | None:
 def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]:
     layers: list[Layer] = []
     for i, layer in enumerate(spec.layers):
-        stages = [(found[stage.norm], found[stage.conv]) for stage in layer.stages]
-        for _, conv in stages:
-            if reason := convolution_obstacle(conv, "a convolution"):
+        stages = []
+        for stage in layer.stages:
+            conv = found[stage.conv]
+            if geometry(conv) != stage.geometry and (reason := convolution_obstacle(conv, "a convolution")):
                 return layers, f"layer {i}: {reason}"
+            stages.append((found[stage.norm], conv))
         rate: Any = 0.0
         training = False
         if layer.dropout is not None:

@@ -25,6 +25,7 @@ def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str 
     """
     if reason := process_obstacle():
         return reason
+    shares = False
     for i, layer in enumerate(layers):
         children = layer._modules
         if isinstance(layer, ConcatDenseLayer) and type(layer).forward is not ConcatDenseLayer.forward:
@@ -36,10 +37,13 @@ def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str 
                 return f"layer {i}: its child {name!r} is a {type(child).__name__}, which fastdense does not know"
             if reason := changed(child):
                 return f"layer {i}: its child {name!r} {reason}"
+            shares = shares or type(child) is nn.SyncBatchNorm
             if type(child) in _CONVS and (reason := convolution_obstacle(child, name)):
                 return f"layer {i}: {reason}"
         if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
             return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
+    if not shares:
+        return None
     return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, _NORMS)], moments=moments)
 
 
