@@ -126,6 +126,17 @@ def test_filter() -> None:
     assert asked == [("block1", "ListBlock"), ("between", "Transition"), ("block2", "ListBlock")]
 
 
+def test_on_the_triton_kernels() -> None:
+    """Weights that are contiguous, not channels last as in fastdense's own blocks."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter, where there is no GPU
+    torch.manual_seed(0)
+    theirs = foreign.StarBlock(2, 6, 4).to(device)
+    ours = fastdense.convert(copy.deepcopy(theirs), impl="triton")
+    x = random_input((2, 6, 5, 4), dtype=torch.float32).detach().to(device).requires_grad_()
+    assert_same(results(ours, x), results(theirs, x), 1e-5)
+
+
 def test_a_block_as_the_model_itself() -> None:
     theirs = foreign.ListBlock(3, 6, 4).double()
     ours = fastdense.convert(copy.deepcopy(theirs))

@@ -385,10 +385,16 @@ def test_fastdense_own_block_exports_too() -> None:
     assert_close("exported", program.module()(x), block(x))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("block", [foreign.ListBlock, foreign.AppendingBlock])
-def test_torch_compile_in_one_graph(block: Any, training: bool) -> None:
+@pytest.mark.parametrize(("block", "training", "momentum"), [
+    (foreign.ListBlock, True, 0.1), (foreign.ListBlock, True, None), (foreign.AppendingBlock, True, 0.1),
+    (foreign.AppendingBlock, False, 0.1),
+])  # fmt: skip
+def test_torch_compile_in_one_graph(block: Any, training: bool, momentum: float | None) -> None:
     theirs, ours, x = pair(block)
+    for net in (theirs, ours):
+        for norm in net.block2.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = momentum
     torch._dynamo.reset()
     compiled = torch.compile(ours.train(training), backend="aot_eager", fullgraph=True)
     assert_same(results(ours, x, forward=lambda x: compiled(x)), results(theirs.train(training), x))
