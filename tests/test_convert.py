@@ -129,11 +129,12 @@ def test_filter() -> None:
 def test_on_the_triton_kernels() -> None:
     """Weights that are contiguous, not channels last as in fastdense's own blocks."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter, where there is no GPU
+    if torch.cuda.is_available():
+        pytest.skip("written for the interpreter, which is not chosen where there is a GPU")
     torch.manual_seed(0)
-    theirs = foreign.StarBlock(2, 6, 4).to(device)
+    theirs = foreign.StarBlock(2, 6, 4)
     ours = fastdense.convert(copy.deepcopy(theirs), impl="triton")
-    x = random_input((2, 6, 5, 4), dtype=torch.float32).detach().to(device).requires_grad_()
+    x = random_input((2, 6, 5, 4), dtype=torch.float32)
     assert_same(results(ours, x), results(theirs, x), 1e-5)
 
 
