@@ -17,7 +17,17 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .converted import BlockSpec, Converted, DropoutSource, LayerSpec, Node, Stage, TransitionSpec, geometry
+from .converted import (
+    BlockSpec,
+    Converted,
+    DropoutSource,
+    LayerSpec,
+    Node,
+    Stage,
+    TransitionSpec,
+    converted_class,
+    geometry,
+)
 from .nn import DenseBlock, Transition
 from .supported import convolution_obstacle, pools_first
 from .trace import INPUT, Label, Operation, Trace, Unsupported, trace
@@ -120,6 +130,10 @@ def read(module: nn.Module, kind: str) -> BlockSpec | TransitionSpec:
         sources.update(_mark_dropout(copy, index))
 
     found = trace(module, probe_shape(module), prepare)
+    try:
+        found.copy.__class__ = converted_class(type(module))
+    except TypeError as error:  # a metaclass or slots that do not allow it
+        raise Unsupported(f"a {type(module).__name__} cannot become another class ({error})") from error
     if kind == "transition":
         return _transition(found, nodes, index)
     return _block(found, nodes, index, sources)

@@ -179,7 +179,7 @@ class Converted:
         if spec is not None and impl != "reference":
             if (reason := process_obstacle()) is None:
                 if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-                    reason = "it was called with something else than one tensor"
+                    reason = "it was called with something else than one tensor (or torch.fx traces the model)"
                 else:
                     reason, output = _run(self, spec, impl, args[0])
                     if reason is None:

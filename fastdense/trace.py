@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["INPUT", "Label", "Operation", "Trace", "Unsupported", "kind_of", "quiet", "shadow", "still_norms", "trace"]
+__all__ = [
+    "INPUT",
+    "Label",
+    "Operation",
+    "Trace",
+    "Unsupported",
+    "kind_of",
+    "quiet",
+    "shadow",
+    "still_norms",
+    "summary",
+    "trace",
+]
 
 Label = tuple[int, ...]  # values concatenated along the channels; a single value for anything else
 INPUT = 0  # the value that enters the module
@@ -73,6 +85,18 @@ def kind_of(function: Any) -> str:
 
 def shadow(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy without hooks whose parameters and buffers are ``make(original)``; sharing is kept."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return copy.deepcopy(module, _memo(module, make))
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever a foreign class does when it is copied
+        raise Unsupported(f"it cannot be copied ({summary(error)})") from error
+
+
+def _memo(module: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+    """What ``deepcopy`` shall take instead of copying."""
     memo: dict[int, Any] = {}
     for child in module.modules():
         for name, value in vars(child).items():
@@ -88,12 +112,7 @@ def shadow(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         for buffer in child._buffers.values():
             if buffer is not None:
                 memo.setdefault(id(buffer), make(buffer))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return copy.deepcopy(module, memo)
-    except Exception as error:  # whatever a foreign class does when it is copied
-        raise Unsupported(f"it cannot be copied ({type(error).__name__}: {_first_line(error)})") from error
+    return memo
 
 
 def on_meta(tensor: Tensor) -> Tensor:
@@ -161,9 +180,7 @@ def trace(module: nn.Module, shape: Sequence[int], prepare: Callable[[nn.Module]
             with recorder:
                 output = result.copy(x)
         except Exception as error:  # foreign code may raise anything
-            raise Unsupported(
-                f"it cannot be run on an input of shape {tuple(shape)} ({type(error).__name__}: {_first_line(error)})"
-            ) from error
+            raise Unsupported(f"it cannot be run on an input of shape {tuple(shape)} ({summary(error)})") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.labels:
         raise Unsupported(f"it returns {type(output).__name__}, not one tensor made of its input")
     result.output = recorder.labels[id(output)]
@@ -196,5 +213,7 @@ def _pop(path: list[str]) -> None:
     path.pop()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
+def summary(error: Exception) -> str:
+    """The kind of ``error`` and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"

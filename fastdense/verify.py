@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .converted import BlockSpec, Converted, TransitionSpec, converted_class
 from .philox import keep_mask
-from .trace import kind_of, quiet, shadow, still_norms
+from .trace import Unsupported, kind_of, quiet, shadow, still_norms, summary
 
 __all__ = ["disagreement"]
 
@@ -68,8 +68,19 @@ def disagreement(
 
     Both run on float64 copies with random parameters, on the CPU, on an input of ``shape``; ``prepare`` is applied to
     the copies first. Compared are the output, the gradients of the input and of every parameter for a random
-    cotangent, and every buffer.
+    cotangent, and every buffer. Foreign code that cannot be run so is a disagreement, too.
     """
+    try:
+        return _disagreement(module, spec, shape, prepare)
+    except Unsupported:
+        raise
+    except Exception as error:
+        return f"it cannot be checked on the CPU in float64 ({summary(error)})"
+
+
+def _disagreement(
+    module: nn.Module, spec: BlockSpec | TransitionSpec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
+) -> str | None:
     generator = torch.Generator("cpu").manual_seed(_SEED)
     with quiet(), torch.random.fork_rng(devices=[]):
         copy = shadow(module, random_double(generator))

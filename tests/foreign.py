@@ -162,6 +162,25 @@ class NewestFirstBlock(ListBlock):
         return torch.cat(features, 1)
 
 
+class CannotBeEvaluated(ListBlock):
+    """Foreign code may raise anything, anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise AssertionError("no evaluation, please")
+        return super().forward(x)
+
+
+class CannotBeCopied(ListBlock):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise LookupError("one of a kind")
+
+
+class CannotBeExtended(ListBlock):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("nobody inherits from this")
+
+
 class ReadNewestFirst(ListBlock):
     """The output is in order; the layers read it backwards."""
 
@@ -338,6 +357,8 @@ class SharedBlock(ListBlock):
 
 UNSUPPORTED: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "newest first": (NewestFirstBlock, "order"),
+    "cannot be extended": (CannotBeExtended, "cannot become another class.*nobody"),
+    "cannot be copied": (CannotBeCopied, "cannot be copied.*one of a kind"),
     "layers read newest first": (ReadNewestFirst, "order"),
     "something on the side": (OnTheSide, "'square'"),
     "output newest first": (OutputNewestFirst, "order"),

@@ -199,6 +199,15 @@ def test_plan_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.search(reason, entry.reason) for entry in skipped), [entry.reason for entry in skipped]
 
 
+def test_code_that_raises_when_it_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    block = foreign.CannotBeEvaluated(2, 6, 4)
+    (entry,) = fastdense.plan(block)
+    assert entry.action == "skip" and "cannot be checked" in entry.reason and "no evaluation" in entry.reason
+    with pytest.warns(UserWarning, match="no evaluation"):
+        fastdense.convert(block)
+    assert type(block) is foreign.CannotBeEvaluated
+
+
 def _deepcopy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 

@@ -369,6 +369,15 @@ def test_torch_export(strict: bool) -> None:
     assert_close("exported", program.module()(x * 2), theirs(x * 2))
 
 
+def test_torch_fx() -> None:
+    """As torchvision's ``create_feature_extractor`` does it."""
+    theirs, ours, x = pair()
+    with pytest.warns(UserWarning, match=r"torch\.fx"):
+        traced = torch.fx.symbolic_trace(ours)
+    assert_same(results(ours, x), results(theirs, x))
+    assert_close("traced", traced.eval()(x), theirs.eval()(x))
+
+
 def test_onnx() -> None:
     """The exporter sees plain PyTorch: it records by ``torch.jit.trace``, and writes only where onnx is installed."""
     _, ours, x = pair()
