@@ -25,6 +25,7 @@ from .converted import (
     Node,
     Stage,
     TransitionSpec,
+    child_names,
     converted_class,
     geometry,
 )
@@ -160,7 +161,7 @@ def _check_child(path: str, child: nn.Module) -> None:
 
 def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
     """Every module inside, parents first, and the index of each path; index 0 is ``module`` itself."""
-    nodes = [Node(-1, "", type(module), len(module._modules), _attributes(module))]
+    nodes = [Node(-1, "", type(module), child_names(module), _attributes(module))]
     index = {"": 0}
     pending = [("", module)]
     seen = {id(module)}
@@ -174,7 +175,7 @@ def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
             seen.add(id(child))
             inner = f"{path}.{name}" if path else name
             index[inner] = len(nodes)
-            nodes.append(Node(index[path], name, type(child), len(child._modules), _attributes(child)))
+            nodes.append(Node(index[path], name, type(child), child_names(child), _attributes(child)))
             pending.append((inner, child))
     return tuple(nodes), index
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checks, functional
 from .supported import changed, convolution_obstacle, pools_first, process_obstacle, sync_obstacle
@@ -23,14 +24,14 @@ _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.nor
 class Node(NamedTuple):
     """A module inside a converted one as it was when it was converted.
 
-    Its parent's index, its name, its class, how many children it had, and the plain attributes that its ``forward`` may
-    read: those of foreign classes, but for what every module has and what is read again at each call.
+    Its parent's index, its name, its class, its children's names in their order, and the plain attributes that its
+    ``forward`` may read: those of foreign classes, but for what every module has and what is read again at each call.
     """
 
     parent: int
     name: str
     cls: type[nn.Module]
-    children: int
+    children: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...] = ()
 
 
@@ -116,12 +117,18 @@ def _same_arithmetic(cls: type[nn.Module], expected: type[nn.Module]) -> bool:
     return {f"{c.__module__}.{c.__qualname__}" for c in (cls, expected)} == _TIMM_NORMS
 
 
+def child_names(module: nn.Module) -> tuple[str, ...]:
+    """The children's names in the order in which a Sequential calls them; a norm's sorted, because it calls by name."""
+    names = tuple(name for name, child in module._modules.items() if child is not None)
+    return tuple(sorted(names)) if isinstance(module, _BatchNorm) else names
+
+
 def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
     """The modules that ``nodes`` stand for today, or the reason why they are not what they were.
 
     It runs before every call: one flat pass over names that are known.
     """
-    if len(root._modules) != nodes[0].children:
+    if child_names(root) != nodes[0].children:
         return [root], "it has other children than when it was converted"
     if reason := _changed_attribute(root, nodes[0].attributes):
         return [root], f"it {reason}"
@@ -131,7 +138,7 @@ def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
         if type(child) is not cls and (child is None or not _same_arithmetic(type(child), cls)):
             now = "gone" if child is None else f"a {type(child).__name__}"
             return found, f"its child {name!r} was a {cls.__name__} when it was converted and is {now}"
-        if len(child._modules) != children:
+        if child._modules and child_names(child) != children:
             return found, f"its child {name!r} has other children than when it was converted"
         if reason := changed(child) or (_changed_attribute(child, attributes) if attributes else None):
             return found, f"its child {name!r} {reason}"

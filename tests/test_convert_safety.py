@@ -149,6 +149,35 @@ def test_a_module_added_to_a_sequential_layer() -> None:
     assert_same(says_once(ours, x, lambda: results(ours, x), "other children"), results(theirs, x))
 
 
+def test_the_order_of_a_sequential_layer_changed() -> None:
+    theirs, ours, x = pair(foreign.AppendingBlock)
+    for net in (theirs, ours):
+        layer = net.block2[1]
+        relu = layer.relu1
+        del layer.relu1
+        layer.relu1 = relu  # at the end now
+    assert_same(says_once(ours, x, lambda: results(ours, x), "other children"), results(theirs, x))
+
+
+def test_a_child_that_was_none() -> None:
+    class Layer(foreign.ListLayer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.extra = None
+
+        def forward(self, features: Any) -> Tensor:
+            h = super().forward(features)
+            return h if self.extra is None else self.extra(h)
+
+    class Block(foreign.ListBlock):
+        layer = Layer
+
+    theirs, ours, x = pair(Block)
+    for net in (theirs, ours):
+        net.block2.steps[1].extra = nn.Tanh()
+    assert_same(says_once(ours, x, lambda: results(ours, x), "other children|gain|extra"), results(theirs, x))
+
+
 def test_a_layer_more_and_a_layer_less() -> None:
     theirs, ours, x = pair()
     for net in (theirs, ours):
