@@ -25,7 +25,6 @@ from .converted import (
     Node,
     Stage,
     TransitionSpec,
-    child_names,
     converted_class,
     geometry,
 )
@@ -161,7 +160,7 @@ def _check_child(path: str, child: nn.Module) -> None:
 
 def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
     """Every module inside, parents first, and the index of each path; index 0 is ``module`` itself."""
-    nodes = [Node(-1, "", type(module), child_names(module), _attributes(module))]
+    nodes = [Node(-1, "", type(module), (*module._modules,), _attributes(module))]
     index = {"": 0}
     pending = [("", module)]
     seen = {id(module)}
@@ -169,13 +168,14 @@ def _nodes(module: nn.Module) -> tuple[tuple[Node, ...], dict[str, int]]:
         path, parent = pending.pop(0)
         for name, child in parent._modules.items():
             if child is None:
+                nodes.append(Node(index[path], name, type(None), ()))
                 continue
             if id(child) in seen and _convolutions(child):
                 raise Unsupported(f"its module {name!r} occurs more than once in it")
             seen.add(id(child))
             inner = f"{path}.{name}" if path else name
             index[inner] = len(nodes)
-            nodes.append(Node(index[path], name, type(child), child_names(child), _attributes(child)))
+            nodes.append(Node(index[path], name, type(child), (*child._modules,), _attributes(child)))
             pending.append((inner, child))
     return tuple(nodes), index
 

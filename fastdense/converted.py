@@ -30,7 +30,7 @@ class Node(NamedTuple):
 
     parent: int
     name: str
-    cls: type[nn.Module]
+    cls: type[Any]  # NoneType for a child that is None
     children: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...] = ()
 
@@ -108,7 +108,7 @@ class Layer:
         self.drop_rate, self.drop_channels, self.training = rate, per_channel, training
 
 
-def _same_arithmetic(cls: type[nn.Module], expected: type[nn.Module]) -> bool:
+def _same_arithmetic(cls: type[Any], expected: type[Any]) -> bool:
     """Whether a child of class ``cls`` computes what one of class ``expected`` did: BatchNorm and SyncBatchNorm do."""
     if cls is expected:
         return True
@@ -117,10 +117,10 @@ def _same_arithmetic(cls: type[nn.Module], expected: type[nn.Module]) -> bool:
     return {f"{c.__module__}.{c.__qualname__}" for c in (cls, expected)} == _TIMM_NORMS
 
 
-def child_names(module: nn.Module) -> tuple[str, ...]:
-    """The children's names in the order in which a Sequential calls them; a norm's sorted, because it calls by name."""
-    names = tuple(name for name, child in module._modules.items() if child is not None)
-    return tuple(sorted(names)) if isinstance(module, _BatchNorm) else names
+def _same_children(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """In the same order, in which a Sequential calls them; not for a norm, which calls its activation by name."""
+    now = (*module._modules,)
+    return now == names or (isinstance(module, _BatchNorm) and sorted(now) == sorted(names))
 
 
 def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
@@ -128,17 +128,20 @@ def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
 
     It runs before every call: one flat pass over names that are known.
     """
-    if child_names(root) != nodes[0].children:
+    if not _same_children(root, nodes[0].children):
         return [root], "it has other children than when it was converted"
     if reason := _changed_attribute(root, nodes[0].attributes):
         return [root], f"it {reason}"
     found: list[Any] = [root]
     for parent, name, cls, children, attributes in nodes[1:]:
         child = found[parent]._modules.get(name)
-        if type(child) is not cls and (child is None or not _same_arithmetic(type(child), cls)):
+        if type(child) is not cls and not _same_arithmetic(type(child), cls):
             now = "gone" if child is None else f"a {type(child).__name__}"
             return found, f"its child {name!r} was a {cls.__name__} when it was converted and is {now}"
-        if child._modules and child_names(child) != children:
+        if child is None:
+            found.append(None)
+            continue
+        if (children or child._modules) and not _same_children(child, children):
             return found, f"its child {name!r} has other children than when it was converted"
         if reason := changed(child) or (_changed_attribute(child, attributes) if attributes else None):
             return found, f"its child {name!r} {reason}"
