@@ -15,7 +15,8 @@ INSTALL := $(PIP) install --constraint constraints.txt
 PIP_FAILED := { echo "pip failed; for its own account: make env QUIET=" >&2; exit 1; }
 NEEDS := pyproject.toml constraints.txt
 CODE := fastdense kernels benchmarks tests
-EVERYTHING := train,bench,peers,dev
+EVERYTHING := train,bench,dev
+PEERS := monai timm torchvision torchxrayvision
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -84,7 +85,10 @@ $(TRAIN_READY): $(NEEDS) | $(CREATED)
 	$(call install,train)
 	@touch $@
 
+# The peers come without their dependencies: their networks need none of those, and some would replace PyTorch.
 $(ENV_READY): $(NEEDS) | $(CREATED)
 	$(call install,$(EVERYTHING))
+	@echo "      installing the packages whose DenseNets are converted: $(PEERS)"
+	@$(INSTALL) --no-deps $(PEERS) || $(PIP_FAILED)
 	@touch $(TRAIN_READY) $@
 	@echo "environment ready: $(VENV)"

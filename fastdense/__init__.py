@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, memory, reference
+from .convert import convert, revert
 from .functional import dense_block
 from .nn import (
     DenseBlock,
@@ -15,6 +16,7 @@ from .nn import (
     densenet201,
     densenet264,
 )
+from .planning import plan
 
 try:
     __version__ = version("fastdense")
@@ -26,6 +28,7 @@ __all__ = [
     "DenseLayer",
     "DenseNet",
     "Transition",
+    "convert",
     "dense_block",
     "densenet121",
     "densenet161",
@@ -34,5 +37,7 @@ __all__ = [
     "densenet264",
     "functional",
     "memory",
+    "plan",
     "reference",
+    "revert",
 ]

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from . import backends, checks, memory, ops, reference, trial
 from .features import accumulation_dtype
 from .supported import pools_first, why_reference
+from .sync import group_of
 
 __all__ = ["dense_block", "transition"]
 
@@ -65,14 +66,31 @@ def dense_block(
     layers = list(layers)
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
-    _check_input(x, layers)
-    if impl != "reference" and (reason := why_reference(layers)) is not None:
-        if impl != "auto":
-            raise RuntimeError(f"impl={impl!r} cannot run this block: {reason}; use impl='auto' or impl='reference'")
-        _say_once(f"fastdense runs the reference path (slower, more memory): {reason}")
+    check_input(x, layers)
+    if impl != "reference" and (reason := why_reference(layers, moments=moments is not None or return_moments)):
+        _say_once(refusal(impl, reason))
         impl = "reference"
     if impl == "reference":
         return _reference(x, layers, return_moments)
+    return fused_block(x, layers, recompute, impl, moments, return_moments)
+
+
+def refusal(impl: str, reason: str) -> str:
+    """The warning with which a block goes to the reference path; raises where ``impl`` leaves no choice."""
+    if impl != "auto":
+        raise RuntimeError(f"impl={impl!r} cannot run this block: {reason}; use impl='auto' or impl='reference'")
+    return f"fastdense runs the reference path (slower, more memory): {reason}"
+
+
+def fused_block(
+    x: Tensor,
+    layers: Sequence[Any],
+    recompute: str,
+    impl: str,
+    moments: Moments | None = None,
+    return_moments: bool = False,
+) -> Any:
+    """``dense_block`` for layers that are known to run fused, with ``x`` checked already."""
     _refuse_transforms(x)
     x = _autocast(x)
     _check_layers(x, layers)
@@ -105,7 +123,7 @@ def _reference(x: Tensor, layers: list[nn.Module], return_moments: bool) -> Any:
 
 
 def _fused(
-    x: Tensor, layers: list[Any], recompute: str, impl: str, moments: Moments | None, return_moments: bool
+    x: Tensor, layers: Sequence[Any], recompute: str, impl: str, moments: Moments | None, return_moments: bool
 ) -> Any:
     convs = [pair for layer in layers for pair in _convolutions(layer)]
     norms = [norm for norm, _ in convs]
@@ -114,7 +132,8 @@ def _fused(
     per_layer = len(convs) // len(layers)
     tracked = return_moments or not all(frozen[::per_layer])
     m = x.shape[0] * x.shape[2:].numel()
-    if m == 1 and not all(frozen):
+    group = group_of(norms) or ""
+    if m == 1 and not all(frozen) and not group:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
     if recompute == "auto":
@@ -143,11 +162,13 @@ def _fused(
             _first_gradient(x, moments, params, 3 * per_layer),
             recompute == "bottlenecks",
             impl,
+            group,
         )
     except BaseException:
         _restore_rng(x.device, rng)
         raise
-    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), m)
+    count = z_var[-1] if group else m
+    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), count)
     return (X, mean, var) if return_moments else X
 
 
@@ -178,8 +199,8 @@ def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor]
 
 
 @torch.no_grad()
-def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int) -> None:
-    """Every training norm's running statistics, once, after all kernels were queued.
+def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int | Tensor) -> None:
+    """Every training norm's running statistics, once a step, after all kernels were queued.
 
     As ``nn.BatchNorm``: ``running = (1 - momentum)*running + momentum*batch``, with the unbiased variance; with
     ``momentum=None`` the cumulative average; an empty batch counts but changes nothing.
@@ -193,14 +214,15 @@ def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments,
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
             channels = slice(start, start + norm.num_features)
             groups.setdefault(norm.momentum, []).append((norm, channels, x if reads_x else z))
-    if not groups:
+    if not groups or _is_recomputation():
         return
-    unbiased = {id(var): var.detach() * (m / max(m - 1, 1)) for _, var in (x, z)}
+    correction = m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / max(m - 1, 1)
+    unbiased = {id(var): var.detach() * correction for _, var in (x, z)}
     for momentum, members in groups.items():
         counters = [norm.num_batches_tracked for norm, _, _ in members if norm.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)
-        if m == 0:
+        if not isinstance(m, Tensor) and m == 0:
             continue
         running, batch = [], []
         for norm, channels, (mean, var) in members:
@@ -212,6 +234,11 @@ def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments,
             continue
         for i, (old, new) in enumerate(zip(running, batch, strict=True)):
             old.lerp_(new, members[i // 2][0].num_batches_tracked.to(old.dtype).reciprocal())
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward pass runs inside a backward pass, as under ``torch.utils.checkpoint``: the second of two."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def transition(x: Tensor, norm: nn.Module, relu: nn.Module, conv: nn.Module, pool: nn.Module) -> Tensor:
@@ -233,7 +260,7 @@ def transition(x: Tensor, norm: nn.Module, relu: nn.Module, conv: nn.Module, poo
     return conv(pool(x)) if pools_first(conv, pool) else pool(conv(x))
 
 
-def _check_input(x: Tensor, layers: Sequence[Any]) -> None:
+def check_input(x: Tensor, layers: Sequence[Any]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if not layers:
@@ -254,7 +281,7 @@ def _check_input(x: Tensor, layers: Sequence[Any]) -> None:
 
 
 def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasts(x.device.type)
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
@@ -299,9 +326,13 @@ def _check_moments(x: Tensor, moments: Any) -> None:
             )
 
 
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
+
+
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if _autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

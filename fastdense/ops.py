@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import backends, schedule
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
-from .primitives import Conv, Dropout, Layer, Norm
+from .primitives import Backend, Conv, Dropout, Layer, Norm
+from .sync import SyncBackend
 
 NOT_TWICE = (
     "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
@@ -90,7 +91,7 @@ def _bottleneck_shapes(params: Sequence[Tensor], bottleneck: bool, first: int, k
 
 
 def _outputs(
-    x: Tensor, params: Sequence[Tensor], bottleneck: bool, tracked: bool, first: int, keep: bool
+    x: Tensor, params: Sequence[Tensor], bottleneck: bool, tracked: bool, first: int, keep: bool, group: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Uninitialised outputs of ``dense_block``."""
     last_weights = params[5::6] if bottleneck else params[2::3]
@@ -99,8 +100,14 @@ def _outputs(
     widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
     X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
     mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))
-    z_mean, z_var = (x.new_zeros(total, dtype=acc) for _ in range(2))  # frozen norms leave theirs unwritten
+    # Frozen norms leave theirs unwritten. With a group, the last of z_var is its number of values per channel.
+    z_mean, z_var = x.new_zeros(total, dtype=acc), x.new_zeros(total + bool(group), dtype=acc)
     return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
+
+
+def _backend(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
+    backend = backends.create(impl, x)
+    return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
 
 
 def _plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
@@ -127,6 +134,7 @@ def dense_block(
     first: int,
     recompute: bool,
     impl: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """``X, mean, var`` of the block, and what its backward needs: bottleneck rows, their means and variances.
 
@@ -138,16 +146,17 @@ def dense_block(
         first: the first layer whose parameters or inputs need a gradient: no bottleneck below it is kept.
         recompute: keep no bottlenecks at all; backward computes them again.
         impl: backend name, ``"torch"`` or ``"triton"``.
+        group: the process group that batch statistics are shared with (SyncBatchNorm), or ``""``.
     """
     layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck)
-    X, mean, var, rows, z_mean, z_var = _outputs(x, params, bottleneck, tracked, first, not recompute)
+    X, mean, var, rows, z_mean, z_var = _outputs(x, params, bottleneck, tracked, first, not recompute, group)
     if x_mean is not None and x_var is not None and tracked:
         mean[: x.shape[1]] = x_mean
         var[: x.shape[1]] = x_var
     features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
     with _plain_arithmetic(x):
         schedule.forward(
-            backends.create(impl, x),
+            _backend(impl, x, group, z_var, X.shape[1] - layers[-1].writes),
             x,
             layers,
             features,
@@ -161,8 +170,9 @@ def dense_block(
 def _(
     x: Tensor, x_mean: Any, x_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any,
     drop_rates: Any, drop_channels: bool, bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str,
+    group: str,
 ) -> Any:  # fmt: skip
-    return _outputs(x, params, bottleneck, tracked, first, not recompute)
+    return _outputs(x, params, bottleneck, tracked, first, not recompute, group)
 
 
 @torch.library.custom_op("fastdense::dense_block_backward", mutates_args=())
@@ -188,6 +198,7 @@ def dense_block_backward(
     first: int,
     recompute: bool,
     impl: str,
+    group: str,
     given_moments: bool,
     needs_x: bool,
     needs: Sequence[bool],
@@ -198,7 +209,7 @@ def dense_block_backward(
     entering = layers[0].reads
     start = 0 if needs_x else layers[first].reads
     with _plain_arithmetic(X):
-        be = backends.create(impl, X)
+        be = _backend(impl, X, group, z_var)
         Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
         G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
         gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=recompute)
@@ -253,8 +264,8 @@ def _incoming_gradient(
 def _(
     grad_X: Any, grad_mean: Any, grad_var: Any, X: Tensor, mean: Tensor, var: Tensor, rows: Any, z_mean: Any,
     z_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any, drop_rates: Any, drop_channels: bool,
-    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, given_moments: bool, needs_x: bool,
-    needs: Any,
+    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, group: str, given_moments: bool,
+    needs_x: bool, needs: Any,
 ) -> Any:  # fmt: skip
     entering = params[0].shape[0]
     x_moments = (entering if needs_x and given_moments and tracked else 0,)

@@ -5,39 +5,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
 from .reference import ConcatDenseLayer
+from .sync import group_of
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN = frozenset((*_NORMS, *_CONVS, nn.ReLU))
 
 
-def why_reference(layers: Sequence[nn.Module]) -> str | None:
-    """The reason why these layers cannot run fused, or ``None`` if they can.
+def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+    """The reason why these layers cannot run fused (with ``moments`` in or out), or ``None`` if they can.
 
     The fused path reads the children's tensors and does not call them: a child that would do anything else when called
     (a hook, a parametrization, another type) sends the whole block to the reference path.
     """
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
-        return "a global module hook is registered"
+    if reason := process_obstacle():
+        return reason
+    shares = False
     for i, layer in enumerate(layers):
         children = layer._modules
         if isinstance(layer, ConcatDenseLayer) and type(layer).forward is not ConcatDenseLayer.forward:
             return f"layer {i}: a {type(layer).__name__} has a forward of its own"
-        if reason := _changed(layer) or _structure(children):
+        if reason := changed(layer) or _structure(children):
             return f"layer {i}: {reason}"
         for name, child in children.items():
             if type(child) not in _KNOWN:
                 return f"layer {i}: its child {name!r} is a {type(child).__name__}, which fastdense does not know"
-            if reason := _changed(child):
+            if reason := changed(child):
                 return f"layer {i}: its child {name!r} {reason}"
-            if type(child) in _CONVS and (reason := _convolution(child, name)):
+            shares = shares or type(child) is nn.SyncBatchNorm
+            if type(child) in _CONVS and (reason := convolution_obstacle(child, name)):
                 return f"layer {i}: {reason}"
         if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
             return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
+    if not shares:
+        return None
+    return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, _NORMS)], moments=moments)
+
+
+def sync_obstacle(norms: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+    """Why these norms' statistics cannot be shared between processes, or ``None``."""
+    group = group_of(norms)
+    if group is None:
+        return "some of its norms share batch statistics with other processes and others do not"
+    if group and moments:
+        return "batch moments that other processes share (SyncBatchNorm) cannot be handed in or out"
+    return None
+
+
+def process_obstacle() -> str | None:
+    """What makes every block of this process, or of this export, run the reference path, or ``None``."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
+        return "a global module hook is registered"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the model is being exported (torch.export, torch.jit or ONNX)"
     return None
 
 
@@ -50,7 +75,7 @@ def pools_first(conv: Any, pool: Any) -> bool:
         and type(pool) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
         and set(_tuple(pool.padding)) == {0}
         and getattr(pool, "divisor_override", None) is None
-        and not (_changed(conv) or _changed(pool))
+        and not (changed(conv) or changed(pool))
     )
 
 
@@ -58,7 +83,8 @@ def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _changed(module: Any) -> str | None:
+def changed(module: Any) -> str | None:
+    """What makes calling ``module`` differ from its class's ``forward``, or ``None``."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "carries a hook"
     if "forward" in module.__dict__:
@@ -81,8 +107,11 @@ def _structure(children: dict[str, nn.Module | None]) -> str | None:
     return None
 
 
-def _convolution(conv: Any, name: str) -> str | None:
-    """Stride 1, no dilation, groups or bias, odd kernel with zero padding that keeps the size."""
+def convolution_obstacle(conv: Any, name: str) -> str | None:
+    """Why ``conv`` cannot run fused, or ``None``.
+
+    It must have stride 1, no dilation, groups or bias, and an odd kernel with zero padding that keeps the size.
+    """
     if conv.bias is not None:
         return f"{name} has a bias"
     if conv.groups != 1:

@@ -1,0 +1,383 @@
+"""DenseNets in the ways that people write them, and in ways that fastdense must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class ListLayer(nn.Module):
+    """Takes the list of all earlier features and has names of its own."""
+
+    def __init__(self, reads: int, k: int, bottleneck: int | None = 3, dims: int = 2, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        width = reads
+        if bottleneck is not None:
+            width = bottleneck * k
+            self.bn_a, self.squeeze = NORM[dims](reads), CONV[dims](reads, width, 1, bias=False)
+        self.bn_b, self.grow = NORM[dims](width), CONV[dims](width, k, 3, padding=1, bias=False)
+        self.drop_rate = drop_rate
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        h = torch.cat(list(features), 1)
+        if hasattr(self, "squeeze"):
+            h = self.squeeze(F.relu(self.bn_a(h)))
+        h = self.grow(torch.relu(self.bn_b(h)))
+        return F.dropout(h, self.drop_rate, self.training) if self.drop_rate else h
+
+
+class ListBlock(nn.Module):
+    layer: Callable[..., nn.Module] = ListLayer
+
+    def __init__(self, layers: int, channels: int, k: int, **options: Any) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(self.layer(channels + i * k, k, **options) for i in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step(features))
+        return torch.cat(features, 1)
+
+
+class StarLayer(nn.Module):
+    """Called with the features as separate arguments; ``efficient`` recomputes the first half in backward."""
+
+    def __init__(self, reads: int, k: int, efficient: bool = False, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(reads), nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(reads, 4 * k, kernel_size=1, bias=False)
+        self.norm2, self.relu2 = nn.BatchNorm2d(4 * k), nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4 * k, k, kernel_size=3, padding=1, bias=False)
+        self.drop_rate, self.efficient = drop_rate, efficient
+
+    def forward(self, *features: Tensor) -> Tensor:
+        def squeeze(*parts: Tensor) -> Tensor:
+            return self.conv1(self.relu1(self.norm1(torch.cat(parts, 1))))
+
+        if self.efficient and any(part.requires_grad for part in features):
+            h = checkpoint(squeeze, *features, use_reentrant=False)
+        else:
+            h = squeeze(*features)
+        h = self.conv2(self.relu2(self.norm2(h)))
+        return F.dropout(h, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else h
+
+
+class StarBlock(nn.Module):
+    def __init__(self, layers: int, channels: int, k: int, **options: Any) -> None:
+        super().__init__()
+        for i in range(layers):
+            self.add_module(f"denselayer{i + 1}", StarLayer(channels + i * k, k, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.children():
+            features.append(layer(*features))
+        return torch.cat(features, 1)
+
+
+class AppendingLayer(nn.Sequential):
+    """Returns its input with the new features behind it."""
+
+    def __init__(self, reads: int, k: int, dims: int = 2, dropout: nn.Module | None = None) -> None:
+        super().__init__()
+        self.add_module("norm1", NORM[dims](reads))
+        self.add_module("relu1", nn.ReLU(inplace=True))
+        self.add_module("conv1", CONV[dims](reads, 3 * k, 1, bias=False))
+        self.add_module("norm2", NORM[dims](3 * k))
+        self.add_module("relu2", nn.ReLU(inplace=True))
+        self.add_module("conv2", CONV[dims](3 * k, k, 3, padding=1, bias=False))
+        if dropout is not None:
+            self.add_module("dropout", dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, super().forward(x)], 1)
+
+
+class AppendingBlock(nn.Sequential):
+    def __init__(self, layers: int, channels: int, k: int, **options: Any) -> None:
+        super().__init__(*(AppendingLayer(channels + i * k, k, **options) for i in range(layers)))
+
+
+class Transition(nn.Sequential):
+    def __init__(self, channels: int, out: int, dims: int = 2) -> None:
+        super().__init__(NORM[dims](channels), nn.ReLU(), CONV[dims](channels, out, 1, bias=False), POOL[dims](2))
+
+
+class Net(nn.Module):
+    """Stem, block, transition, block, classifier."""
+
+    def __init__(self, block: Callable[..., nn.Module], k: int = 4, dims: int = 2, **options: Any) -> None:
+        super().__init__()
+        if dims != 2:
+            options["dims"] = dims
+        self.stem = CONV[dims](3, 6, 3, padding=1, bias=False)
+        self.block1 = block(2, 6, k, **options)
+        self.between = Transition(6 + 2 * k, 5, dims)
+        self.block2 = block(3, 5, k, **options)
+        self.last = NORM[dims](5 + 3 * k)
+        self.classifier = nn.Linear(5 + 3 * k, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.block2(self.between(self.block1(self.stem(x))))
+        return self.classifier(F.relu(self.last(h), inplace=True).flatten(2).mean(2))
+
+
+STYLES: dict[str, Callable[..., Net]] = {
+    "list": lambda: Net(ListBlock),
+    "list, no bottleneck": lambda: Net(ListBlock, bottleneck=None),
+    "list, 1D": lambda: Net(ListBlock, dims=1),
+    "star": lambda: Net(StarBlock),
+    "star, efficient": lambda: Net(StarBlock, efficient=True),
+    "appending": lambda: Net(AppendingBlock),
+    "appending, 3D": lambda: Net(AppendingBlock, dims=3),
+}
+SHAPES = {"list, 1D": (3, 3, 17), "appending, 3D": (2, 3, 5, 4, 7)}
+
+
+def build(style: str) -> tuple[Net, tuple[int, ...]]:
+    """A float64 network of one of ``STYLES``, and the shape of an odd, non-square input for it."""
+    torch.manual_seed(0)
+    net = STYLES[style]().double()
+    return net, SHAPES.get(style, (2, 3, 9, 6))
+
+
+# --- what fastdense must not convert -----------------------------------------------------------------------------
+
+
+class NewestFirstBlock(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.insert(0, step(features))
+        return torch.cat(features, 1)
+
+
+class CannotBeEvaluated(ListBlock):
+    """Foreign code may raise anything, anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise AssertionError("no evaluation, please")
+        return super().forward(x)
+
+
+class CannotBeCopied(ListBlock):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise LookupError("one of a kind")
+
+
+class CannotBeExtended(ListBlock):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("nobody inherits from this")
+
+
+class ReadNewestFirst(ListBlock):
+    """The output is in order; the layers read it backwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step(features[::-1]))
+        return torch.cat(features, 1)
+
+
+class OnTheSide(ListBlock):
+    """Returns what a block returns, and keeps something for later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        self.energy = features.square().mean()
+        return features
+
+
+class OutputNewestFirst(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step(features))
+        return torch.cat(features[::-1], 1)
+
+
+class OnlyNewFeatures(ListBlock):
+    """FC-DenseNet's upsampling path."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step(features))
+        return torch.cat(features[1:], 1)
+
+
+class LocalBlock(ListBlock):
+    """Every layer reads the first and the last feature map, twice the last: the widths of a DenseNet, not its wires."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for step in self.steps:
+            features.append(step([x, *[features[-1]] * (len(features) - 1)]))
+        return torch.cat(features, 1)
+
+
+class ScaledLayer(ListLayer):
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return super().forward(features) * 1.0001
+
+
+class ScaledBlock(ListBlock):
+    layer = ScaledLayer
+
+
+class SilentlyScaled(ListBlock):
+    """In evaluation alone, where a trace of the training pass does not look."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        return features if self.training else features * 1.0001
+
+
+class BiasedBlock(ListBlock):
+    """FC-DenseNet's layer: no bottleneck, and a convolution with bias."""
+
+    def __init__(self, layers: int, channels: int, k: int) -> None:
+        super().__init__(layers, channels, k, bottleneck=None)
+        for step in self.steps:
+            step.grow = nn.Conv2d(step.grow.in_channels, k, 3, padding=1)
+
+
+def changed(change: Callable[[Any], None], **options: Any) -> Callable[..., nn.Module]:
+    def block(layers: int, channels: int, k: int) -> nn.Module:
+        made = ListBlock(layers, channels, k, **options)
+        change(made.steps[-1])
+        return made
+
+    return block
+
+
+def _group_norm(layer: Any) -> None:
+    layer.bn_a = nn.GroupNorm(1, layer.squeeze.in_channels)
+
+
+def _instance_norm(layer: Any) -> None:
+    layer.bn_a = nn.InstanceNorm2d(layer.squeeze.in_channels)
+
+
+def _grouped(layer: Any) -> None:
+    layer.grow = nn.Conv2d(layer.grow.in_channels, layer.grow.out_channels, 3, padding=1, groups=4, bias=False)
+
+
+def _dilated(layer: Any) -> None:
+    layer.grow = nn.Conv2d(layer.grow.in_channels, layer.grow.out_channels, 3, padding=2, dilation=2, bias=False)
+
+
+def _reflecting(layer: Any) -> None:
+    layer.grow = nn.Conv2d(
+        layer.grow.in_channels, layer.grow.out_channels, 3, padding=1, padding_mode="reflect", bias=False
+    )
+
+
+def _weight_norm(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer.grow)
+
+
+def _old_weight_norm(layer: Any) -> None:
+    layer.grow = nn.utils.weight_norm(layer.grow)
+
+
+def _pruned(layer: Any) -> None:
+    from torch.nn.utils import prune
+
+    prune.random_unstructured(layer.grow, "weight", 0.3)
+
+
+def _own_forward(layer: Any) -> None:
+    original = layer.squeeze.forward
+    layer.squeeze.forward = lambda h: original(h) * 2
+
+
+class PReLULayer(ListLayer):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.act = nn.PReLU()
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        h = self.squeeze(self.act(self.bn_a(torch.cat(list(features), 1))))
+        return self.grow(F.relu(self.bn_b(h)))
+
+
+class PReLUBlock(ListBlock):
+    layer = PReLULayer
+
+
+class PostActivationLayer(ListLayer):
+    """Conv-BN-ReLU instead of BN-ReLU-Conv; the widths agree."""
+
+    def __init__(self, reads: int, k: int) -> None:
+        super().__init__(reads, k)
+        self.bn_a, self.bn_b = nn.BatchNorm2d(3 * k), nn.BatchNorm2d(k)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        h = F.relu(self.bn_a(self.squeeze(torch.cat(list(features), 1))))
+        return F.relu(self.bn_b(self.grow(h)))
+
+
+class PostActivationBlock(ListBlock):
+    layer = PostActivationLayer
+
+
+class DropPathLayer(ListLayer):
+    """Drops whole images, with a generator of its own."""
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        h = super().forward(features)
+        return h * h.new_empty(h.shape[0], 1, 1, 1).bernoulli_(0.5) if self.training else h
+
+
+class DropPathBlock(ListBlock):
+    layer = DropPathLayer
+
+
+class SharedBlock(ListBlock):
+    """The same second norm and second convolution in every layer."""
+
+    def __init__(self, layers: int, channels: int, k: int) -> None:
+        super().__init__(layers, channels, k)
+        for step in self.steps[1:]:
+            step.bn_b, step.grow = self.steps[0].bn_b, self.steps[0].grow
+
+
+UNSUPPORTED: dict[str, tuple[Callable[..., nn.Module], str]] = {
+    "newest first": (NewestFirstBlock, "order"),
+    "cannot be extended": (CannotBeExtended, "cannot become another class.*nobody"),
+    "cannot be copied": (CannotBeCopied, "cannot be copied.*one of a kind"),
+    "layers read newest first": (ReadNewestFirst, "order"),
+    "something on the side": (OnTheSide, "'square'"),
+    "output newest first": (OutputNewestFirst, "order"),
+    "only new features": (OnlyNewFeatures, "leaves out its input"),
+    "local": (LocalBlock, "does not read all earlier features|order"),
+    "scaled": (ScaledBlock, "'mul'"),
+    "scaled in evaluation": (SilentlyScaled, "output differs in evaluation"),
+    "bias": (BiasedBlock, "bias"),
+    "GroupNorm": (changed(_group_norm), "group_norm"),
+    "InstanceNorm": (changed(_instance_norm), "instance_norm"),
+    "groups": (changed(_grouped), "4 groups"),
+    "dilation": (changed(_dilated), "dilation"),
+    "reflecting": (changed(_reflecting), "reflect"),
+    "weight norm": (changed(_weight_norm), "parametrization"),
+    "old weight norm": (changed(_old_weight_norm), "computed from other parameters"),
+    "pruned": (changed(_pruned), "computed from other parameters"),
+    "own forward": (changed(_own_forward), "forward of its own"),
+    "PReLU": (PReLUBlock, "prelu"),
+    "post-activation": (PostActivationBlock, "relu"),
+    "drop path": (DropPathBlock, "'mul'"),
+    "shared layers": (SharedBlock, "more than once"),
+}
