@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Tests run in this many processes, each with one thread.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
@@ -44,7 +46,7 @@ types: $(ENV_READY) ## Static types (mypy)
 
 pytest: $(ENV_READY) ## The tests alone; choose some with PYTEST_ARGS="-k name"
 	@echo "== tests"
-	@$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(PYTEST_ARGS)
 
 format: $(ENV_READY) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)

@@ -1,9 +1,9 @@
-"""Write the README's figures from the records under ``benchmarks/results``.
+"""Write the tables of the README and of docs/ from the records under ``benchmarks/results``.
 
     python -m benchmarks.render [--check]
 
-A table stands between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``; ``--check`` changes nothing and exits
-with 1 if a table is not what its record says.
+A table stands between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``, or ``<!-- compiled: FILE -->`` and
+``<!-- end of compiled -->``; ``--check`` changes nothing and exits with 1 if a table is not what its record says.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-_FIGURES = re.compile(r"(<!-- figures: (?P<file>\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+PAGES = (README, README.parent / "docs" / "kernels.md")
+_TABLE = re.compile(r"(<!-- (?P<kind>figures|compiled): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL)
 
 
 def speed_table(record: dict[str, Any], file: str) -> str:
@@ -43,15 +45,42 @@ def speed_table(record: dict[str, Any], file: str) -> str:
     return "\n".join([*lines, "", conditions, ""])
 
 
+def compiled_table(record: list[dict[str, Any]], file: str) -> str:
+    """A record of ``benchmarks.kernels`` as a Markdown table: the large 2D rows of one architecture and dtype."""
+    lines = [
+        "| `k` | kernel | tile, warps | registers | shared memory | modelled issue time | modelled floor |",
+        "|--:|---|---|--:|--:|--:|--:|",
+    ]
+    rows = [row for row in record if row["arch"] == 90 and row["dtype"] == "bf16" and row["shape"].get("m", 0) > 10**5]
+    for row in rows:
+        if row["modelled_issue_us"] is None or not row["kernel"].startswith("bn_relu_conv"):
+            continue
+        config, shape = row["config"], row["shape"]
+        tile = f"{config['block_m']} x {config['block_c']} x {config['block_k']}, {config['num_warps']}"
+        lines.append(
+            f"| {row['growth_rate']} | {row['kernel']}, {shape['reads']} to {shape['writes']} | {tile} "
+            f"| {row['registers']} | {row['shared_bytes'] / 1024:.0f} KB | {row['modelled_issue_us']:.0f} us "
+            f"| {row['modelled_h100_floor_us']:.0f} us |"
+        )
+    conditions = (
+        f"Compiled for sm_90 in bfloat16 by Triton {rows[0]['triton']}, 64 images of 56 x 56 pixels. Both times are "
+        "*modelled*: issuing the inner loops' instructions at 70 % of an H100's rate, and moving the floor's bytes at "
+        f"3.0 TB/s. Nothing here was measured on a GPU. Record: [{file}](../benchmarks/results/{file})."
+    )
+    return "\n".join(["", *lines, "", conditions, ""])
+
+
+_TABLES: dict[str, Callable[[Any, str], str]] = {"figures": speed_table, "compiled": compiled_table}
+
+
 def render(text: str) -> str:
     """``text`` with every marked table made again from its record."""
 
     def table(match: re.Match[str]) -> str:
-        file = match["file"]
-        record = json.loads((RESULTS / file).read_text())
-        return f"{match[1]}{speed_table(record, file)}{match[3]}"
+        record = json.loads((RESULTS / match["file"]).read_text())
+        return f"{match[1]}{_TABLES[match['kind']](record, match['file'])}{match[4]}"
 
-    return _FIGURES.sub(table, text)
+    return _TABLE.sub(table, text)
 
 
 def main() -> None:
@@ -59,11 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     options = parser.parse_args()
-    text = README.read_text()
-    rendered = render(text)
-    if options.check:
-        sys.exit("README.md is out of date: run python -m benchmarks.render" if rendered != text else 0)
-    README.write_text(rendered)
+    for page in PAGES:
+        text = page.read_text()
+        rendered = render(text)
+        if options.check and rendered != text:
+            sys.exit(f"{page.name} is out of date: run python -m benchmarks.render")
+        page.write_text(rendered)
 
 
 if __name__ == "__main__":

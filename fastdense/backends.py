@@ -71,7 +71,10 @@ def explain(device: torch.device | str, dtype: torch.dtype | None = None) -> tup
     if device.type != "cuda":
         return "torch", "Triton's interpreter is for checking kernels: ask for it with impl='triton'"
     major, minor = torch.cuda.get_device_capability(device)
-    return "triton", f"a CUDA GPU of compute capability {major}.{minor}; the kernels are tried on it before their first use"
+    return (
+        "triton",
+        f"a CUDA GPU of compute capability {major}.{minor}; the kernels are tried on it before their first use",
+    )
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:

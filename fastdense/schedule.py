@@ -68,9 +68,7 @@ def backward(
         G_new = G[layer.new]
 
         if layer.conv1x1 is None:
-            gradients[l] = be.bn_relu_conv_backward(
-                G_new, new, layer.conv3x3, H, G_H, layer.dropout, accumulate=True
-            )
+            gradients[l] = be.bn_relu_conv_backward(G_new, new, layer.conv3x3, H, G_H, layer.dropout, accumulate=True)
             continue
 
         if recompute:

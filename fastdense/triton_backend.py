@@ -278,6 +278,7 @@ class TritonBackend:
             HAS_MOMENTS=out.mean is not None, HAS_DROPOUT=dropout is not None,
             PER_CHANNEL=dropout is not None and dropout.per_channel, INPUT_PRECISION=self.precision,
             X_UNIT=_readable(x), W_UNIT=weight.unit(self.dtype.itemsize),
+            OUT_UNIT=_unit(self.dtype.itemsize, writes, out.rows.stride(0)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c, config=config,
         )  # fmt: skip
 
@@ -375,8 +376,9 @@ def _reader(norm: Norm, source: Features) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _readable(rows: Tensor) -> int:
     """In units of how many channels rows may be read beyond their last one: there is memory, of whatever content."""
     (m, channels), stride, itemsize = rows.shape, rows.stride(0), rows.element_size()
-    unit = _unit(itemsize, stride, rows.storage_offset() % stride)
-    end = rows.storage_offset() + (m - 1) * stride + -(-channels // unit) * unit
+    first = int(rows.storage_offset())
+    unit = _unit(itemsize, stride, first % stride)
+    end = first + (m - 1) * stride + -(-channels // unit) * unit
     return unit if end * itemsize <= rows.untyped_storage().nbytes() else _unit(itemsize, stride, channels)
 
 

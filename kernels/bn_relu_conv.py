@@ -25,7 +25,7 @@ def _load_activation(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` of the pixels that lie one tap away (one row of taps if ``SHIFTS > 1``)."""
+    """``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` of the pixels one tap away (one row of taps where ``SHIFTS > 1``)."""
     c_mask = c < in_units(C, W_UNIT)
     dx = 0 if SHIFTS > 1 else tap % KW - KW // 2
     dz, dy = tap // (KH * KW) - KD // 2, tap // KW % KH - KH // 2
@@ -33,9 +33,7 @@ def _load_activation(
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
     stride = in_units(stride_xm, X_UNIT)
     x = tl.load(x_ptr + (first_row + distance) * stride + offsets(local, c, stride), mask=mask, other=0.0)
-    mean, scale, beta = load_reader(
-        reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps
-    )
+    mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
     # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
     activation = relu((x.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :])
     if KD * KH * KW > 1:  # padding comes after the ReLU
@@ -72,7 +70,7 @@ def bn_relu_conv_kernel(
     eps, layer, threshold, keep_scale,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
     HAS_MOMENTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out = dropout(conv(relu((x - mean)*gamma/sqrt(var + eps) + beta)))``, padded with 0 after the ReLU.
@@ -80,7 +78,8 @@ def bn_relu_conv_kernel(
     out [m, K, feature dtype, rows ``stride_om`` apart], m over [N, D, H, W]; its moments out_mean, out_var [K, fp32]
     partial, counter: see finish_moments
     x [m, C, feature dtype, rows ``stride_xm`` apart, readable up to a multiple of X_UNIT]; mean, var, gamma, beta [C]
-    w [K, C, KD*KH*KW, feature dtype, any strides; W_UNIT divides C and all but the smallest]; seed [1, int64]
+    w [K, C, KD*KH*KW, feature dtype, any strides; W_UNIT divides C and all but the smallest]; seed [1, int64]; OUT_UNIT
+    divides K and ``stride_om``
     SHIFTS is KW: x is loaded once for each row of taps, whose products are shifted; or 1: once for each tap.
     Grid: (programs * output-channel tiles), channels fastest; a tile yields ROWS = BLOCK_M - SHIFTS + 1 rows of out.
     """
@@ -118,8 +117,9 @@ def bn_relu_conv_kernel(
             out *= dropout_scale(seed_ptr, rows, k, K, D * H * W, layer, threshold, keep_scale, PER_CHANNEL)
         stored = to_storage(out, out_ptr.dtype.element_ty)
         mine = (local >= HALO) & (local < BLOCK_M - HALO) & (first_row + local < m)
-        out_tile = out_ptr + first_row * stride_om + offsets(local, k, stride_om)
-        out_mask = mine[:, None] & (k < K)[None, :]
+        out_stride = in_units(stride_om, OUT_UNIT)
+        out_tile = out_ptr + first_row * out_stride + offsets(local, k, out_stride)
+        out_mask = mine[:, None] & (k < in_units(K, OUT_UNIT))[None, :]
         tl.store(out_tile, stored, mask=out_mask)
         if HAS_MOMENTS:
             # Read again, in the layout of the store: its threads hold whole pieces of columns, the product's do not.

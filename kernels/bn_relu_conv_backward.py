@@ -1,4 +1,4 @@
-"""The backward kernel: lazy gradient in, data gradient, weight gradient, ReLU's mask and BatchNorm's sums in one pass."""
+"""The backward kernel: lazy gradient in, data and weight gradient, ReLU's mask and BatchNorm's sums in one pass."""
 
 import triton
 import triton.language as tl
@@ -195,10 +195,8 @@ def _pass_over_rows(
     group, split = row_and_column(row, splits)
     group, split = group.to(tl.int32), split.to(tl.int64)
     columns = (first_column + column) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Element by element, and over the rows at the end; but where weight gradients fill the registers, tile by tile.
-    SUM_ROWS: tl.constexpr = 1 if BOTH and GROUP > 1 else BLOCK_M
-    sum_dy = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
-    sum_centred = tl.zeros([SUM_ROWS, BLOCK_C], tl.float32)
+    sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)  # added up over rows at the end
+    sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     dw = ()
     w = ()
     for i in tl.static_range(GROUP):
@@ -234,20 +232,14 @@ def _pass_over_rows(
         x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
         stride = in_units(stride_xm, X_UNIT)
         x = tl.load(x_ptr + first_row * stride + offsets(local, c, stride), mask=x_mask, other=0.0)
-        mean, scale, beta = load_reader(
-            reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps
-        )
+        mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
         centred = x.to(tl.float32) - mean[None, :]
         y = centred * scale[None, :] + beta[None, :]
         if NEEDS_DY:
             dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
-            if SUM_ROWS == 1:
-                sum_dy += tl.sum(dy, 0, keep_dims=True)
-                sum_centred += tl.sum(dy * centred, 0, keep_dims=True)
-            else:
-                sum_dy += dy
-                sum_centred += dy * centred
+            sum_dy += dy
+            sum_centred += dy * centred
             if HAS_INTO:
                 share = dy * scale[None, :]
                 _add_to_gradient(D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
@@ -259,7 +251,8 @@ def _pass_over_rows(
             dw = added
     if NEEDS_DY:
         _finish_sums(
-            dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), reader_ptrs,
+            dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
+            tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), reader_ptrs,
             m, C, start, eps, split, splits, column, columns, HAS_BATCH, ACCUMULATE, BLOCK_C,
         )  # fmt: skip
     if NEEDS_WEIGHT:

@@ -18,13 +18,13 @@ import torch
 OPERATIONS = ("bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "add_up", "activation")
 FORMS = ("rows", "taps", "scratch")
 
-MAX_SHARED_UNITS = 4  # weight gradient tiles that a program holds beside its data gradient
+MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can hold beside its data gradient
 MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
 MATERIALISE_ELEMENTS = 1 << 22  # from here on one more launch is cheaper than forming a lazy gradient for each tap
 
 
 class Shape(NamedTuple):
-    """One convolution: values per channel, channels read and written, kernel taps; is there dropout, is it lazy?"""
+    """One convolution: values per channel, channels read and written, taps; whether with dropout, whether lazy."""
 
     m: int
     reads: int
@@ -71,59 +71,64 @@ class LaunchConfig:
 
 _Table = dict[tuple[str, str], LaunchConfig]
 
-# Operation and variant: of bn_relu_conv "1x1", "taps", "wide taps", "many taps" (3D) or "dropout"; of its backward "1x1",
-# "wide", "taps", "wide taps", and the last two "lazy". Wide means more than 32 output channels where there are taps, and
-# more than one unit of them where there are none. These are for 16-bit features.
+# Operation and variant: of bn_relu_conv "1x1", "narrow taps" (at most 16 output channels), "taps", "wide taps" (more
+# than 32), "many taps" (3D) or "dropout"; of its backward "1x1", "wide" (more than one unit), "taps", "wide taps", and
+# the last two "lazy". For 16-bit features.
 _SM80: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
+    ("bn_relu_conv", "narrow taps"): LaunchConfig(128, 32, 16, 4, 2),
     ("bn_relu_conv", "taps"): LaunchConfig(128, 32, 32, 4, 2),
     ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 1),
     ("bn_relu_conv", "many taps"): LaunchConfig(64, 32, 32, 4, 2),
     ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 8, 2),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 32, 128, 4, 2),
-    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 4, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 4, 2, group=4),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=1, weight_block_c=128),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
-    ("copy", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("copy", ""): LaunchConfig(32, 64, 64, 4, 1),
     ("resolve", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
 }
 _SM90: _Table = _SM80 | {
+    ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 2),
     ("bn_relu_conv", "taps"): LaunchConfig(64, 64, 32, 4, 2),
     ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
-    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 8, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3, weight_block_c=128),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
-_SM100: _Table = _SM90 | {}
-# fp32 features: half the tile for the same registers and shared memory.
+_SM100: _Table = _SM90 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2)}
+# fp32 features: smaller tiles for the same registers and shared memory.
 _FP32: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 32, 64, 4, 2),
-    ("bn_relu_conv", "taps"): LaunchConfig(64, 16, 32, 4, 2),
-    ("bn_relu_conv", "wide taps"): LaunchConfig(32, 32, 64, 4, 2),
-    ("bn_relu_conv", "many taps"): LaunchConfig(64, 16, 32, 4, 2),
-    ("bn_relu_conv", "dropout"): LaunchConfig(32, 32, 32, 8, 2),
-    ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
-    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1),
-    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 2, weight_block_m=32, weight_block_c=32),
-    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 2, weight_block_m=32, weight_block_c=32),
-    ("bn_relu_conv_backward", "wide taps"): LaunchConfig(32, 32, 64, 4, 2, weight_block_m=32, weight_block_c=32),
-    ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(32, 32, 64, 4, 2, weight_block_m=32, weight_block_c=32),
-    ("copy", ""): LaunchConfig(64, 32, 32, 4, 1),
+    ("bn_relu_conv", "narrow taps"): LaunchConfig(32, 32, 16, 4, 2),
+    ("bn_relu_conv", "taps"): LaunchConfig(32, 32, 32, 4, 2),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(32, 32, 64, 8, 2),
+    ("bn_relu_conv", "many taps"): LaunchConfig(32, 32, 32, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(32, 16, 32, 4, 2),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(16, 32, 128, 8, 1),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1, group=4),
+    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
+} | {
+    ("bn_relu_conv_backward", lazy + taps): LaunchConfig(32, 32, 32, 8, 2, weight_block_m=32, weight_block_c=32)
+    for lazy in ("", "lazy ")
+    for taps in ("taps", "wide taps")
 }
 _FP32_SM90: _Table = _FP32 | {
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
 }
 # 100 KB of shared memory a multiprocessor instead of 164: shallower pipelines.
 _SM86: _Table = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
-    key: replace(config, block_m=128, block_c=64, block_k=min(config.block_k, 64), group=9)
+    key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group)
     for key, config in _SM80.items()
 }
 
@@ -144,7 +149,7 @@ def _block_of_outputs(writes: int, taps: int) -> int:
     if whole <= most and (taps > 1 or 3 * whole <= 4 * writes or whole <= 32):
         return whole
     units = {block: -(-writes // block) for block in (64, 32)}
-    return min(units, key=lambda block: (units[block] > MAX_SHARED_UNITS, units[block] * block))
+    return min(units, key=lambda block: (units[block] > MAX_UNITS, units[block] * block))
 
 
 def _variant(op: str, shape: Shape) -> str:
@@ -157,7 +162,8 @@ def _variant(op: str, shape: Shape) -> str:
     if op == "bn_relu_conv" and shape.taps > 9 and shape.writes <= 32:
         return "many taps"
     lazy = "lazy " if shape.lazy and op == "bn_relu_conv_backward" else ""
-    return lazy + ("taps" if shape.writes <= 32 else "wide taps")
+    narrow = "narrow " if shape.writes <= 16 and op == "bn_relu_conv" else ""
+    return lazy + ("wide taps" if shape.writes > 32 else narrow + "taps")
 
 
 @lru_cache(maxsize=4096)
@@ -175,12 +181,12 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, got {op!r}")
     table = TABLES[max((known for known in TABLES if known <= arch), default=0)]
     if arch and dtype == torch.float32:
-        table = table | (_FP32 if arch < 90 else _FP32_SM90)
+        table = table | (_FP32_SM90 if 90 <= arch < 100 else _FP32)
     config = table[op, _variant(op, shape)]
     if op == "bn_relu_conv_backward":
         block_k = _block_of_outputs(shape.writes, shape.taps)
         units = shape.taps * -(-shape.writes // block_k)
-        group = min(units, config.group if shape.taps > 1 else MAX_SHARED_UNITS)
+        group = min(units, config.group)
         weight_block_c = min(config.weight_block_c, max(_covering(shape.reads), 64))  # a matrix product of 64 rows
         return replace(config, block_k=block_k, group=group, weight_block_c=weight_block_c)
     if not op.startswith("bn_relu"):

@@ -1,4 +1,4 @@
-"""The error budget that the kernels are held to, and the shapes that hurt: shared by their tests, on whatever device."""
+"""The error budget that the kernels are held to, and the shapes that hurt; for tests on whatever device."""
 
 from __future__ import annotations
 

@@ -12,15 +12,18 @@ import torch
 from benchmarks import render, runner, speed
 
 
-def test_readme_agrees_with_the_records() -> None:
-    text = render.README.read_text()
-    assert "<!-- figures:" in text
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
+def test_pages_agree_with_the_records(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- figures:" in text or "<!-- compiled:" in text
     assert render.render(text) == text
 
 
-def test_a_changed_figure_is_noticed() -> None:
-    text = render.README.read_text()
-    assert render.render(text.replace(" MB |", " GB |", 1)) == text
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
+def test_a_changed_figure_is_noticed(page: Path) -> None:
+    text = page.read_text()
+    changed = text.replace(" MB |", " GB |", 1).replace(" KB |", " GB |", 1)
+    assert changed != text and render.render(changed) == text
 
 
 def test_timing_summary() -> None:

@@ -47,7 +47,12 @@ def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
 @pytest.mark.parametrize(
     ("layers", "channels", "k", "shape"),
-    [(3, 64, 32, (4, 64, 56, 56)), (2, 512, 32, (16, 512, 14, 14)), (2, 960, 32, (8, 960, 7, 7)), (3, 96, 12, (16, 96, 32, 32))],
+    [
+        (3, 64, 32, (4, 64, 56, 56)),
+        (2, 512, 32, (16, 512, 14, 14)),
+        (2, 960, 32, (8, 960, 7, 7)),
+        (3, 96, 12, (16, 96, 32, 32)),
+    ],
 )
 def test_layers_of_real_networks(
     layers: int, channels: int, k: int, shape: tuple[int, ...], mode: str, dtype: torch.dtype

@@ -71,9 +71,7 @@ def test_a_layer_and_step(recompute: bool, weights: torch.dtype) -> None:
 
 def test_weights_in_another_order_are_copied_together() -> None:
     """As torchvision's modules hold them: a block's 3x3 weights take one copy, however many layers there are."""
-    one, two = (
-        launches(n, recompute=False, bn_size=4, weights=F16, drop=0.0, contiguous=True).total() for n in (2, 4)
-    )
+    one, two = (launches(n, recompute=False, bn_size=4, weights=F16, drop=0.0, contiguous=True).total() for n in (2, 4))
     assert (two - one) / 2 == 4
 
 

@@ -1,0 +1,88 @@
+"""The kernels compiled for GPUs that are not here: no spills, tensor cores, wide loads; and the committed record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernels
+from benchmarks.compiled import _loops
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def record() -> list[kernels.Row]:
+    """The full matrix, as committed."""
+    return [kernels.Row(**row) for row in json.loads(kernels.RECORD.read_text())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_row_compiles_and_keeps_the_rules(tmp_path: Path) -> None:
+    """sm_80 and sm_90 in bfloat16; of other dtypes and architectures each kernel once. In a process of its own: here
+    the kernels are interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [kernels.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
+    assert {row.arch for row in rows} == set(kernels.SM_COUNT)
+    assert {row.dtype for row in rows} == set(kernels.PRECISIONS)
+    assert not any(kernels.defects(row) for row in rows)
+    full = [row for row in rows if row.arch in (80, 90) and row.dtype == "bf16"]
+    assert {row.growth_rate for row in full} == {12, 24, 32, 40, 48}
+    assert len(full) > 50
+
+
+def test_the_record_is_of_these_sources(record: list[kernels.Row]) -> None:
+    wanted = kernels.sources_digest()
+    found = {row.sources for row in record}
+    assert found == {wanted}, "the kernels have changed: run python -m benchmarks.kernels --all"
+
+
+def test_the_record_is_whole_and_keeps_the_rules(record: list[kernels.Row]) -> None:
+    assert {(row.arch, row.dtype) for row in record} == {
+        (arch, dtype) for arch in kernels.SM_COUNT for dtype in kernels.PRECISIONS
+    }
+    for arch in kernels.SM_COUNT:
+        for dtype in kernels.PRECISIONS:
+            mine = [row for row in record if (row.arch, row.dtype) == (arch, dtype)]
+            assert {row.growth_rate for row in mine} == {12, 24, 32, 40, 48}
+    assert [row for row in record if kernels.defects(row)] == []
+
+
+def test_a_broken_rule_is_noticed(record: list[kernels.Row]) -> None:
+    row = next(r for r in record if r.arch == 90 and r.dtype == "bf16" and r.kernel == "bn_relu_conv 3x3")
+    assert kernels.defects(row) == []
+    for change, message in (
+        ({"stack_bytes": 8}, "8 bytes of stack"),
+        ({"shared_bytes": 10**6}, "shared memory"),
+        ({"tensor_core_instructions": 0, "tensor_core": ""}, "tensor cores by nothing"),
+        ({"tensor_core": "HMMA"}, "tensor cores by HMMA, expected HGMMA"),
+        ({"vector128_loads": 0}, "no 128-bit load"),
+    ):
+        found = kernels.defects(dataclasses.replace(row, **change))
+        assert len(found) == 1 and message in found[0]
+
+
+def test_loops_are_read_from_the_code() -> None:
+    code = """
+.L_x_0:
+        /*0000*/ MOV R1, R2 ;
+.L_x_1:
+        /*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0020*/ @P0 BRA `(.L_x_1) ;
+        /*0030*/ FADD R4, R4, R5 ;
+        /*0040*/ @!P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0050*/ FFMA R1, R1, R1, R1 ;
+        /*0060*/ @P0 BRA `(.L_x_2) ;
+"""
+    assert _loops(code) == ((3, (2,)),)
