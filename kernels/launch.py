@@ -110,22 +110,21 @@ _FP32: _Table = {
     ("bn_relu_conv", "taps"): LaunchConfig(32, 32, 32, 4, 2),
     ("bn_relu_conv", "wide taps"): LaunchConfig(32, 32, 64, 8, 2),
     ("bn_relu_conv", "many taps"): LaunchConfig(32, 32, 32, 4, 2),
-    ("bn_relu_conv", "dropout"): LaunchConfig(32, 16, 32, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(32, 16, 32, 4, 1),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(16, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1, group=4),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
 } | {
-    ("bn_relu_conv_backward", lazy + taps): LaunchConfig(32, 32, 32, 8, 2, weight_block_m=32, weight_block_c=32)
-    for lazy in ("", "lazy ")
-    for taps in ("taps", "wide taps")
+    ("bn_relu_conv_backward", taps): LaunchConfig(32, 32, 32, 8, stages, weight_block_m=32, weight_block_c=32)
+    for taps, stages in (("taps", 2), ("lazy taps", 1), ("wide taps", 2), ("lazy wide taps", 1))
 }
 _FP32_SM90: _Table = _FP32 | {
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
 }
-# 100 KB of shared memory a multiprocessor instead of 164: shallower pipelines.
-_SM86: _Table = {key: replace(config, num_stages=min(config.num_stages, 2)) for key, config in _SM80.items()}
+# A compiler of its own mind; 100 KB of shared memory a multiprocessor instead of 164 are enough for the same tiles.
+_SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
     key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group)
