@@ -162,19 +162,31 @@ def _tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for ``arch`` (compute capability times ten) and read the result; the kernels must not be interpreted."""
+def _compile(launch: Launch, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = specialise(launch)
     config = launch.config
-    result = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
+    return triton.compile(
+        ASTSource(launch.kernel, *specialise(launch)),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
     )
+
+
+def products_in_flight(launch: Launch, arch: int) -> int:
+    """How many of Hopper's asynchronous products may still run when the code goes on, at most.
+
+    With operands in registers, which the next step of a loop overwrites, it has to be none.
+    """
+    waits = re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", _compile(launch, arch).asm["ttgir"])
+    return max(map(int, waits), default=0)
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile for ``arch`` (compute capability times ten) and read the result; the kernels must not be interpreted."""
+    result = _compile(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()

@@ -17,8 +17,8 @@ from . import backends, schedule
 from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
 from .primitives import Backend, Conv, Layer, Norm
 
-# Relative 2-norm, ten roundings: a wrong kernel is off by far more, and a right one, here, by about one.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Relative 2-norm, some roundings (float32 may multiply in TF32): a right kernel is off by one, a wrong one by far more.
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 @lru_cache(maxsize=64)
@@ -27,11 +27,13 @@ def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         with torch.no_grad():
             got = _results(lambda x: backends.create(name, x), device, dtype)
-            want = _results(lambda x: backends.create("torch", x), torch.device("cpu"), torch.float64)
+            want = _results(lambda x: backends.create("torch", x), device, torch.float64)
+    except torch.OutOfMemoryError:  # says nothing of the kernels, and is not remembered
+        raise
     except Exception as error:  # whatever a compiler or a driver raises
         return f"a trial of its kernels on {device} in {dtype} failed with {type(error).__name__}: {error}"
     for what, truth in want.items():
-        off = (got[what].cpu().double().reshape(truth.shape) - truth).norm().item() / truth.norm().item()
+        off = (got[what].double().reshape(truth.shape) - truth).norm().item() / truth.norm().item()
         if not off <= TOLERANCE[dtype]:  # nor if it is NaN
             return f"in a trial of its kernels on {device} in {dtype}, {what} was off by {off:.1e}"
     return None
@@ -40,7 +42,8 @@ def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def _results(create: Callable[[Tensor], Backend], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that one layer's forward and backward pass compute, from the same numbers whatever the dtype."""
     generator = torch.Generator().manual_seed(0)
-    reads, k, wide, (n, height, width) = 40, 24, 96, (2, 13, 11)
+    # Several steps over the channels; on a GPU several tiles a program, and as many programs as it takes.
+    reads, k, wide, (n, height, width) = 200, 24, 96, (2, 13, 11) if device.type == "cpu" else (2, 199, 193)
     acc = accumulation_dtype(dtype)
 
     def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:

@@ -103,8 +103,11 @@ def _architecture(device: torch.device) -> tuple[int, int]:
 
 
 def _fp32_precision() -> str:
-    """How fp32 products are formed: PyTorch's setting for convolutions."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    """How fp32 products are formed, ``"tf32"`` or ``"ieee"``: PyTorch's setting for convolutions."""
+    setting = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    if setting is None:  # before PyTorch 2.9; where both exist, the older one may not be read once the newer is set
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def _dropout_arguments(dropout: Dropout | None) -> tuple[int, int, float]:

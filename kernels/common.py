@@ -8,12 +8,25 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def _to_tf32(x):
+    """fp32 rounded to the ten bits that tensor cores look at; by themselves they would cut the others off."""
+    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """``acc + a @ b`` in fp32."""
     if INTERPRET:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
+        if INPUT_PRECISION == "tf32":
+            a, b = _to_tf32(a), _to_tf32(b)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        # Uses the result, so that the compiler waits for it: Triton before 3.7 lets Hopper's asynchronous products run
+        # into the next step of a pipelined loop, which overwrites the registers that they still read (issue 9433).
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
     return acc
 
 

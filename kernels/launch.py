@@ -72,8 +72,8 @@ class LaunchConfig:
 _Table = dict[tuple[str, str], LaunchConfig]
 
 # Operation and variant: of bn_relu_conv "1x1", "narrow taps" (at most 16 output channels), "taps", "wide taps" (more
-# than 32), "many taps" (3D) or "dropout"; of its backward "1x1", "wide" (more than one unit), "taps", "wide taps", and
-# the last two "lazy". For 16-bit features.
+# than 32), "many taps" (3D) or "dropout"; of its backward "1x1", "wide" (more than one unit), "taps", "wide taps",
+# "many taps", and these three "lazy". What has no row for many taps takes that for taps. For 16-bit features.
 _SM80: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
     ("bn_relu_conv", "narrow taps"): LaunchConfig(128, 32, 16, 4, 2),
@@ -102,9 +102,20 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
-_SM100: _Table = _SM90 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2)}
+_SM100: _Table = _SM90 | {
+    ("bn_relu_conv", "1x1"): LaunchConfig(128, 32, 128, 8, 2),
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
+}
+_SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
+
+
+def _weight_32(num_warps: int, num_stages: int) -> LaunchConfig:
+    """A backward tile for fp32 features and several taps."""
+    return LaunchConfig(32, 32, 32, num_warps, num_stages, weight_block_m=32, weight_block_c=32)
+
+
 # fp32 features: smaller tiles for the same registers and shared memory.
-_FP32: _Table = {
+_FP32_SM80: _Table = _SM80 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 32, 64, 4, 2),
     ("bn_relu_conv", "narrow taps"): LaunchConfig(32, 32, 16, 4, 2),
     ("bn_relu_conv", "taps"): LaunchConfig(32, 32, 32, 4, 2),
@@ -113,18 +124,25 @@ _FP32: _Table = {
     ("bn_relu_conv", "dropout"): LaunchConfig(32, 16, 32, 4, 1),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(16, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1, group=4),
+    ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "lazy many taps"): _weight_32(8, 1),
+    ("bn_relu_conv_backward", "wide taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "lazy wide taps"): _weight_32(8, 1),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
-} | {
-    ("bn_relu_conv_backward", taps): LaunchConfig(32, 32, 32, 8, stages, weight_block_m=32, weight_block_c=32)
-    for taps, stages in (("taps", 2), ("lazy taps", 1), ("wide taps", 2), ("lazy wide taps", 1))
 }
-_FP32_SM90: _Table = _FP32 | {
-    ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 32, 128, 8, 1),
-    ("bn_relu_conv_backward", "taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
-    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(32, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
+_FP32_SM86: _Table = _FP32_SM80 | {
+    ("bn_relu_conv", "wide taps"): LaunchConfig(32, 16, 64, 4, 2),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(32, 16, 128, 8, 1),
 }
-# A compiler of its own mind; 100 KB of shared memory a multiprocessor instead of 164 are enough for the same tiles.
-_SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
+_FP32_SM90: _Table = _FP32_SM80 | {
+    ("bn_relu_conv", "1x1"): LaunchConfig(64, 16, 64, 4, 2),
+    ("bn_relu_conv", "taps"): LaunchConfig(32, 16, 32, 4, 2),
+    ("bn_relu_conv", "many taps"): LaunchConfig(32, 16, 32, 4, 2),
+    ("bn_relu_conv_backward", "taps"): _weight_32(4, 1),
+    ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 1),
+}
+_FP32_SM100: _Table = _FP32_SM80 | {("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 1)}
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
     key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group)
@@ -132,6 +150,9 @@ _INTERPRETER: _Table = {
 }
 
 TABLES = {0: _INTERPRETER, 80: _SM80, 86: _SM86, 89: _SM86, 90: _SM90, 100: _SM100, 120: _SM86}
+FP32_TABLES = {
+    0: _INTERPRETER, 80: _FP32_SM80, 86: _FP32_SM86, 89: _FP32_SM86, 90: _FP32_SM90, 100: _FP32_SM100, 120: _FP32_SM86,
+}  # fmt: skip
 
 _overrides: dict[str, dict[str, Any]] = {}
 
@@ -158,11 +179,11 @@ def _variant(op: str, shape: Shape) -> str:
         return "1x1" if _block_of_outputs(shape.writes, 1) >= shape.writes else "wide"
     if not op.startswith("bn_relu_conv"):
         return ""
-    if op == "bn_relu_conv" and shape.taps > 9 and shape.writes <= 32:
-        return "many taps"
     lazy = "lazy " if shape.lazy and op == "bn_relu_conv_backward" else ""
+    if shape.writes > 32:
+        return lazy + "wide taps"
     narrow = "narrow " if shape.writes <= 16 and op == "bn_relu_conv" else ""
-    return lazy + ("wide taps" if shape.writes > 32 else narrow + "taps")
+    return lazy + ("many " if shape.taps > 9 else narrow) + "taps"
 
 
 @lru_cache(maxsize=4096)
@@ -178,10 +199,10 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
     """
     if op not in OPERATIONS:
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, got {op!r}")
-    table = TABLES[max((known for known in TABLES if known <= arch), default=0)]
-    if arch and dtype == torch.float32:
-        table = table | (_FP32_SM90 if 90 <= arch < 100 else _FP32)
-    config = table[op, _variant(op, shape)]
+    tables = FP32_TABLES if dtype == torch.float32 else TABLES
+    table = tables[max((known for known in tables if known <= arch), default=0)]
+    variant = _variant(op, shape)
+    config = table.get((op, variant)) or table[op, variant.replace("many ", "")]
     if op == "bn_relu_conv_backward":
         block_k = _block_of_outputs(shape.writes, shape.taps)
         units = shape.taps * -(-shape.writes // block_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ def decided_relus(block: nn.Module) -> None:
     """beta far from 0, so that every channel's ReLU is on or off whatever the roundings.
 
     In 16 bit one value within a rounding of 0 switches a ReLU and outweighs everything else, whoever computes: that is
-    luck, which takes many inputs to average (test_relus_that_switch).
+    luck, of which a median over some inputs is free (test_relus_that_switch).
     """
     with torch.no_grad():
         for norm in block.modules():
@@ -77,8 +78,8 @@ def check_budget(
 ) -> None:
     """``error <= 2*(PyTorch's error in the same dtype) + tolerance`` for outputs, gradients and statistics.
 
-    In the 2-norm and element-wise, root mean squares over ``inputs``, where PyTorch's error is the textbook block's in
-    the same dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
+    In the 2-norm and element-wise, medians over ``inputs``, where PyTorch's error is the textbook block's in the same
+    dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
     """
     decided = dtype != F32 if decided is None else decided
     squares: dict[str, list[tuple[float, float, float, float]]] = {}
@@ -96,17 +97,20 @@ def check_budget(
         x = (random_input(shape, dtype=torch.float64, layout=layout, seed=seed).detach() + shift).to(DEVICE, dtype)
         x.requires_grad_(needs_x)
         got, textbook = results(fast, x), results(peer, x)
-        for name, want in results(truth, x.detach().double().requires_grad_(needs_x)).items():
+        exact = results(truth, x.detach().double().requires_grad_(needs_x))
+        # In 16 bit, a gradient that vanishes but for eps, because BatchNorm takes its scale away, is all rounding.
+        largest = max((g.norm().item() for name, g in exact.items() if g is not None and "grad" in name), default=0.0)
+        for name, want in exact.items():
             assert (got[name] is None) == (want is None), name
             if want is None or "num_batches" in name:
+                continue
+            if dtype != F32 and "grad" in name and want.norm().item() < 1e-4 * largest:
                 continue
             mine, theirs = (_errors(found[name], want) for found in (got, textbook))
             squares.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
     tolerance = TOLERANCE[dtype]
     for name, rows in squares.items():
-        norm, peer_norm, element, peer_element = (
-            (sum(value**2 for value in column) / len(rows)) ** 0.5 for column in zip(*rows, strict=True)
-        )
+        norm, peer_norm, element, peer_element = (statistics.median(column) for column in zip(*rows, strict=True))
         assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
         assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
 
@@ -134,4 +138,4 @@ def check_shape(name: str, dtype: torch.dtype) -> None:
     *arguments, shape, mode = SHAPES[name]
     # Where almost nothing but BatchNorm is left, always-on ReLUs make a linear network: gradients vanish in its scale.
     linear = dtype != F32 and name in ("one pixel", "k = 1")
-    check_budget(tuple(arguments), shape, dtype, recompute=mode, **{"decided": False, "inputs": 8} if linear else {})
+    check_budget(tuple(arguments), shape, dtype, recompute=mode, **{"decided": False, "inputs": 9} if linear else {})

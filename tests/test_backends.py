@@ -70,7 +70,7 @@ _right = TritonBackend.bn_relu_conv
 
 def _wrong(self: TritonBackend, *arguments: object, out: Features, **keywords: object) -> None:
     _right(self, *arguments, out=out, **keywords)  # type: ignore[arg-type]
-    out.rows[1] *= 1.01
+    out.rows[::2] *= 1.1
 
 
 def _raises(self: TritonBackend, *arguments: object, **keywords: object) -> None:
@@ -150,6 +150,23 @@ def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatc
         backends.resolve("triton", CPU, torch.float32)
     with pytest.raises(RuntimeError, match="CUDA GPU"):
         backends.resolve("triton", torch.device("meta"), torch.float32)
+
+
+def test_fp32_products_follow_pytorchs_setting_old_and_new() -> None:
+    """A setting made in the new way makes the old attribute unreadable: hence a fresh process."""
+    code = """
+import torch
+from fastdense.triton_backend import _fp32_precision
+print(_fp32_precision())
+torch.backends.cudnn.allow_tf32 = False
+print(_fp32_precision())
+if hasattr(torch.backends.cudnn, "conv"):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+print(_fp32_precision())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    new = hasattr(torch.backends.cudnn, "conv")
+    assert done.stdout.split() == ["tf32", "ieee", "tf32" if new else "ieee"], done.stdout + done.stderr
 
 
 def test_create() -> None:

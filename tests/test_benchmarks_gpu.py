@@ -114,7 +114,10 @@ def test_what_has_finished_is_kept_until_the_code_or_the_user_changes(
 
 
 @pytest.mark.slow
-def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_stages_in_the_background_end_before_the_first_timed_one(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # whoever has set it
     background = Stage("beside", "stages_for_tests:finish", 120, background=True)
     timed = Stage("timed", "stages_for_tests:finish", 120, timed=True)
     complete, said = run(background, stage("finish", deterministic=True), timed)

@@ -125,7 +125,7 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
     assert header["runs"] == {"reference": "reference", "fastdense": "torch"}
     assert (header["device"], header["seed"], header["threads"]) == ("cpu", 0, 1)
     assert header["config"]["depth"] == 10 and header["config"]["compare"] is True
-    assert header["command"].startswith("fastdense ")
+    assert header["command"].split()[0] == "fastdense"
     assert header["steps"] == 30
 
     kinds = [record["event"] for record in rest]

@@ -41,6 +41,22 @@ def test_every_row_compiles_and_keeps_the_rules(tmp_path: Path) -> None:
     assert len(full) > 50
 
 
+@pytest.mark.slow
+def test_no_product_of_hoppers_is_left_behind() -> None:
+    """Triton lets them run into the next step of a loop, and before 3.7 overwrote the registers that they read."""
+    code = """
+import torch
+from benchmarks.compiled import Case, plan, products_in_flight
+launches = plan(Case(32, 160, 64, (56, 56), torch.bfloat16), 90)
+found = [products_in_flight(l, 90) for l in launches if l.kernel.__name__.startswith("bn_relu_conv")]
+print(len(found), max(found))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["4", "0"], done.stdout + done.stderr
+
+
 def test_the_record_is_of_these_sources(record: list[kernels.Row]) -> None:
     wanted = kernels.sources_digest()
     found = {row.sources for row in record}
