@@ -212,10 +212,15 @@ def defects(row: Row) -> list[str]:
     return found
 
 
+def precisions(arch: int) -> list[str]:
+    """What is reported for an architecture: everything, but of sm_86 what differs from sm_80 in use, 16 bit."""
+    return [name for name, (dtype, _) in PRECISIONS.items() if arch != 86 or dtype.itemsize == 2]
+
+
 def jobs(archs: list[int], *, everything: bool) -> Iterator[tuple[int, str, bool, int]]:
     """What to compile, as ``_job`` takes it."""
     for arch in archs:
-        for precision in PRECISIONS:
+        for precision in precisions(arch):
             every = everything or (precision == "bf16" and arch in (80, 90))
             for index in range(len(launches(arch, precision, every=every))):
                 yield arch, precision, every, index

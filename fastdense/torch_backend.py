@@ -325,9 +325,8 @@ class TorchBackend:
             _from(sums[1], lo).add_(dy.mul_(_from(v, lo)).sum(0))
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
-        if sums is None:
-            return [None, None, d_weight]
-        return [*self._merge_gradients(sums, conv.norm, source, into, accumulate), d_weight]
+        merged = (None, None) if sums is None else self._merge_gradients(sums, conv.norm, source, into, accumulate)
+        return [*merged, d_weight]
 
     def _merge_gradients(
         self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None, accumulate: bool
