@@ -103,7 +103,7 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
 _SM100: _Table = _SM90 | {
-    ("bn_relu_conv", "1x1"): LaunchConfig(128, 32, 128, 8, 2),
+    ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
 }
 _SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
@@ -142,7 +142,10 @@ _FP32_SM90: _Table = _FP32_SM80 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(4, 1),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 1),
 }
-_FP32_SM100: _Table = _FP32_SM80 | {("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 1)}
+_FP32_SM100: _Table = _FP32_SM90 | {
+    ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 1),
+}
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
     key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group)
