@@ -233,6 +233,36 @@ def test_nan_and_inf_propagate(where: str, value: float) -> None:
         assert torch.equal(ours.isfinite(), theirs.isfinite()), name
 
 
+def test_a_nan_passes_the_gradient_on() -> None:
+    """As PyTorch's ReLU does; with frozen norms one NaN stays one, and what its mask does can be seen."""
+    found = []
+    for block in block_pair(2, 6, 3, 4, dtype=F32, impl="triton"):
+        ordinary_gammas(block)
+        x = random_input((2, 6, 5, 4), dtype=F32).detach()
+        x[1, 2, 3, 1] = float("nan")
+        found.append(results(block.to(DEVICE).eval(), x.to(DEVICE).requires_grad_())["x.grad"])
+    want, got = found
+    assert want is not None and got is not None
+    assert want.isfinite().all() and want[1, 2, 3, 1] != 0
+    assert_close("x.grad", got, want, 1e-5)
+
+
+def test_moments_of_many_programs() -> None:
+    """More groups of programs than one step merges, which only a large GPU has otherwise."""
+    generator = torch.Generator().manual_seed(5)
+    drift = torch.linspace(0, 3, 16 * 330).view(-1, 1, 1, 1)  # so that programs' means differ
+    x = (torch.randn(16 * 330, 3, 1, 1, generator=generator) + drift + 1e3).to(DEVICE)
+    be = TritonBackend(x)
+    be.sm_count = 150
+    out = Features(torch.empty(be.m, 3, device=DEVICE), *torch.empty(2, 3, device=DEVICE))
+    with launch.override("copy", block_m=16):
+        be.copy_with_moments(x.contiguous(memory_format=torch.channels_last), out)
+    mean, var = _moments(out.rows)
+    assert out.mean is not None and out.var is not None
+    assert_close("mean", out.mean, mean, 1e-6)
+    assert_close("var", out.var, var, 1e-5)
+
+
 def test_reruns_are_bit_equal() -> None:
     for arguments, shape in (((2, 20, 2, 8), (2, 20, 4, 5)), ((2, 9, None, 5), (2, 9, 4, 5))):
         with tiles(16):
