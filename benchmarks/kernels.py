@@ -6,7 +6,7 @@ compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, f
 shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; and two
 *modelled* times, the floor that these imply on an H100 and the time to issue the inner loops' instructions. Without
 options: every row for sm_80 and sm_90 in bfloat16, and one row of each kernel for other dtypes and architectures; with
-``--all`` every row of everything. Ends with 1 if a row breaks a rule (:func:`defects`).
+``--all`` every row (of sm_86 those in 16 bit). Ends with 1 if a row breaks a rule (:func:`defects`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tile sizes and how the rows are split over programs: small tables, one pure function, no search.
 
-The tables hold the largest tiles that compile without spills (``python -m benchmarks.kernels`` lists every row); they
-are to be settled by measurement on a GPU. A tile that covers a short dimension is cut down to it.
+The tables hold tiles that compile without spills, of those that were tried the ones with the fewest instructions to
+issue (``python -m benchmarks.kernels`` lists the rows); they are to be settled by measurement on a GPU. A tile that
+covers a short dimension is cut down to it.
 Importing this module needs neither Triton nor a GPU.
 """
 
@@ -20,7 +21,7 @@ FORMS = ("rows", "taps", "scratch")
 
 MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can hold beside its data gradient
 MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
-MATERIALISE_ELEMENTS = 1 << 22  # from here on one more launch is cheaper than forming a lazy gradient for each tap
+MATERIALISE_ELEMENTS = 1 << 22  # from here on a lazy gradient is written out for many taps; a guess, not measured
 
 
 class Shape(NamedTuple):

@@ -82,7 +82,7 @@ def check_budget(
     dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
     """
     decided = dtype != F32 if decided is None else decided
-    squares: dict[str, list[tuple[float, float, float, float]]] = {}
+    errors: dict[str, list[tuple[float, float, float, float]]] = {}
     for seed in range(inputs):
         truth, _ = block_pair(*arguments, spatial_dims=len(shape) - 2, change=change)
         peer, fast = block_pair(
@@ -107,9 +107,9 @@ def check_budget(
             if dtype != F32 and "grad" in name and want.norm().item() < 1e-4 * largest:
                 continue
             mine, theirs = (_errors(found[name], want) for found in (got, textbook))
-            squares.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
+            errors.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
     tolerance = TOLERANCE[dtype]
-    for name, rows in squares.items():
+    for name, rows in errors.items():
         norm, peer_norm, element, peer_element = (statistics.median(column) for column in zip(*rows, strict=True))
         assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
         assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
