@@ -238,7 +238,7 @@ def _run(module: Any, spec: BlockSpec | TransitionSpec, impl: str, x: Tensor) ->
     if recompute is None:
         asked = any(getattr(found[node], flag, False) for node, flag in spec.flags)
         recompute = "bottlenecks" if asked else "activations"
-    return None, functional.fused_block(x, layers, recompute, impl)
+    return None, functional.fused_block(x, layers, recompute, impl)[0]
 
 
 def _say_once(module: Any, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.autograd import forward_ad
 
 from . import backends, checks, memory, ops, reference, trial
 from .features import accumulation_dtype
-from .supported import pools_first, why_reference
+from .statistics import update_running_statistics
+from .supported import why_reference
 from .sync import group_of
 
-__all__ = ["dense_block", "transition"]
+__all__ = ["dense_block"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -41,7 +42,8 @@ def dense_block(
             ``"bottlenecks"`` keeps the features alone; ``"auto"`` decides by the device's free memory.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         moments: mean and biased variance ``[C0]`` of ``x`` over batch and space, if they are known already, in
-            float32 (float64 for float64 features). Gradients flow back through them.
+            float32 (float64 for float64 features). Where they require gradients, what the block does with them flows
+            back through them; else it is part of the gradient of ``x``, whose moments they are.
         return_moments: return ``(features, mean, var)``, the moments of all output channels, all differentiable.
 
     Returns:
@@ -63,16 +65,43 @@ def dense_block(
 
     Source: arXiv 1608.06993, equation 2 and section 3.
     """
-    layers = list(layers)
+    strict = moments is not None or return_moments
+    output, known = run_block(x, list(layers), recompute, impl, moments, return_moments, strict=strict)
+    if not return_moments:
+        return output
+    return output, *(known or _moments(output))
+
+
+def run_block(
+    x: Tensor,
+    layers: Sequence[Any],
+    recompute: str,
+    impl: str,
+    moments: Moments | None = None,
+    want_moments: bool = False,
+    *,
+    strict: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """The block's output, and its moments if they are wanted and known; ``moments`` are those of ``x``.
+
+    Where moments cannot be handed in or out (SyncBatchNorm) they are computed where they are needed, or if ``strict``
+    the reference path runs.
+    """
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
     check_input(x, layers)
-    if impl != "reference" and (reason := why_reference(layers, moments=moments is not None or return_moments)):
-        _say_once(refusal(impl, reason))
+    if impl != "reference" and (reason := why_reference(layers, moments=strict)):
+        say_once(refusal(impl, reason))
         impl = "reference"
     if impl == "reference":
-        return _reference(x, layers, return_moments)
-    return fused_block(x, layers, recompute, impl, moments, return_moments)
+        return reference.dense_block(x, layers), None
+    return fused_block(x, layers, recompute, impl, moments, want_moments)
+
+
+def _moments(features: Tensor) -> Moments:
+    axes = [0, *range(2, features.dim())]
+    var, mean = torch.var_mean(features.to(accumulation_dtype(features.dtype)), dim=axes, correction=0)
+    return mean, var
 
 
 def refusal(impl: str, reason: str) -> str:
@@ -88,23 +117,25 @@ def fused_block(
     recompute: str,
     impl: str,
     moments: Moments | None = None,
-    return_moments: bool = False,
-) -> Any:
-    """``dense_block`` for layers that are known to run fused, with ``x`` checked already."""
-    _refuse_transforms(x)
-    x = _autocast(x)
+    want_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """``run_block`` for layers that are known to run fused, with ``x`` checked already."""
+    refuse_transforms(x)
+    if moments is not None and autocast(x) is not x:
+        moments = None  # they were those of other values
+    x = autocast(x)
     _check_layers(x, layers)
-    _check_moments(x, moments)
-    return _fused(x, layers, recompute, _backend(impl, x), moments, return_moments)
+    check_moments(x, moments)
+    return _fused(x, layers, recompute, backend_name(impl, x), moments, want_moments)
 
 
-def _backend(impl: str, x: Tensor) -> str:
+def backend_name(impl: str, x: Tensor) -> str:
     """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
     name = backends.resolve(impl, x.device, x.dtype)
     if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(x.device):
         return name
     if (reason := trial.failure(name, x.device, x.dtype)) is not None:
-        _say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
+        say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
         return "torch"
     return name
 
@@ -113,26 +144,19 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _reference(x: Tensor, layers: list[nn.Module], return_moments: bool) -> Any:
-    features = reference.dense_block(x, layers)
-    if not return_moments:
-        return features
-    axes = [0, *range(2, features.dim())]
-    var, mean = torch.var_mean(features.to(accumulation_dtype(features.dtype)), dim=axes, correction=0)
-    return features, mean, var
-
-
 def _fused(
-    x: Tensor, layers: Sequence[Any], recompute: str, impl: str, moments: Moments | None, return_moments: bool
-) -> Any:
+    x: Tensor, layers: Sequence[Any], recompute: str, impl: str, moments: Moments | None, want_moments: bool
+) -> tuple[Tensor, Moments | None]:
     convs = [pair for layer in layers for pair in _convolutions(layer)]
     norms = [norm for norm, _ in convs]
-    params = [tensor for norm, conv in convs for tensor in (*_affine(norm, x), conv.weight)]
+    params = [tensor for norm, conv in convs for tensor in (*affine(norm, x), conv.weight)]
     frozen = [not (norm.training or norm.running_mean is None) for norm in norms]
     per_layer = len(convs) // len(layers)
-    tracked = return_moments or not all(frozen[::per_layer])
-    m = x.shape[0] * x.shape[2:].numel()
     group = group_of(norms) or ""
+    if group:
+        moments, want_moments = None, False  # they would be this process's alone
+    tracked = want_moments or not all(frozen[::per_layer])
+    m = x.shape[0] * x.shape[2:].numel()
     if m == 1 and not all(frozen) and not group:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
@@ -168,8 +192,8 @@ def _fused(
         _restore_rng(x.device, rng)
         raise
     count = z_var[-1] if group else m
-    _update_running_statistics(norms, per_layer, (mean, var), (z_mean, z_var), count)
-    return (X, mean, var) if return_moments else X
+    update_running_statistics(_batch_moments(norms, per_layer, (mean, var), (z_mean, z_var)), count)
+    return X, (mean, var) if want_moments else None
 
 
 def _convolutions(layer: Any) -> list[tuple[Any, Any]]:
@@ -179,7 +203,7 @@ def _convolutions(layer: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if norm.weight is not None:
         return norm.weight, norm.bias
     dtype = accumulation_dtype(x.dtype)
@@ -198,66 +222,18 @@ def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor]
     return len(params) // per_layer
 
 
-@torch.no_grad()
-def _update_running_statistics(norms: Sequence[Any], per_layer: int, x: Moments, z: Moments, m: int | Tensor) -> None:
-    """Every training norm's running statistics, once a step, after all kernels were queued.
-
-    As ``nn.BatchNorm``: ``running = (1 - momentum)*running + momentum*batch``, with the unbiased variance; with
-    ``momentum=None`` the cumulative average; an empty batch counts but changes nothing.
-    """
-    groups: dict[float | None, list[tuple[Any, slice, Moments]]] = {}
+def _batch_moments(
+    norms: Sequence[Any], per_layer: int, x: Moments, z: Moments
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each norm that takes batch statistics, with those of the channels that it reads."""
     bottleneck = 0
     for i, norm in enumerate(norms):
         reads_x = per_layer == 1 or i % 2 == 0
         start = 0 if reads_x else bottleneck
         bottleneck += 0 if reads_x else norm.num_features
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            channels = slice(start, start + norm.num_features)
-            groups.setdefault(norm.momentum, []).append((norm, channels, x if reads_x else z))
-    if not groups or _is_recomputation():
-        return
-    correction = m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / max(m - 1, 1)
-    unbiased = {id(var): var.detach() * correction for _, var in (x, z)}
-    for momentum, members in groups.items():
-        counters = [norm.num_batches_tracked for norm, _, _ in members if norm.num_batches_tracked is not None]
-        if counters:
-            torch._foreach_add_(counters, 1)
-        if not isinstance(m, Tensor) and m == 0:
-            continue
-        running, batch = [], []
-        for norm, channels, (mean, var) in members:
-            for old, new in ((norm.running_mean, mean.detach()), (norm.running_var, unbiased[id(var)])):
-                running.append(old)
-                batch.append(new[channels].to(old.dtype))
-        if momentum is not None:
-            torch._foreach_lerp_(running, batch, momentum)
-            continue
-        for i, (old, new) in enumerate(zip(running, batch, strict=True)):
-            old.lerp_(new, members[i // 2][0].num_batches_tracked.to(old.dtype).reciprocal())
-
-
-def _is_recomputation() -> bool:
-    """Whether this forward pass runs inside a backward pass, as under ``torch.utils.checkpoint``: the second of two."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-
-
-def transition(x: Tensor, norm: nn.Module, relu: nn.Module, conv: nn.Module, pool: nn.Module) -> Tensor:
-    """DenseNet's transition, BN-ReLU-Conv1x1-AvgPool, with the pooling done first where that changes nothing.
-
-    An average without padding and a 1x1 convolution commute, so pooling first gives the same result for a quarter of
-    the convolution's work (an eighth in 3D). Any other pooling or convolution keeps its place.
-
-    Args:
-        x: ``[N, C, *spatial]``.
-        norm, relu, conv, pool: the transition's modules; each is called once.
-
-    Returns:
-        ``[N, C_out, *(spatial // 2)]``.
-
-    Equivalent to ``pool(conv(relu(norm(x))))``. Source: arXiv 1608.06993, section 3, "Pooling layers".
-    """
-    x = relu(norm(x))
-    return conv(pool(x)) if pools_first(conv, pool) else pool(conv(x))
+        if norm.training:
+            mean, var = x if reads_x else z
+            yield norm, mean[start : start + norm.num_features], var[start : start + norm.num_features]
 
 
 def check_input(x: Tensor, layers: Sequence[Any]) -> None:
@@ -281,7 +257,7 @@ def check_input(x: Tensor, layers: Sequence[Any]) -> None:
 
 
 def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = _autocasts(x.device.type)
+    autocast = autocasts(x.device.type)
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
@@ -312,7 +288,7 @@ def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
         channels += reads
 
 
-def _check_moments(x: Tensor, moments: Any) -> None:
+def check_moments(x: Tensor, moments: Any) -> None:
     if moments is None:
         return
     if not (isinstance(moments, tuple) and len(moments) == 2 and all(map(torch.is_tensor, moments))):
@@ -326,18 +302,18 @@ def _check_moments(x: Tensor, moments: Any) -> None:
             )
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if _autocasts(device) and x.dtype != torch.float64:
+    if autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
-def _refuse_transforms(x: Tensor) -> None:
+def refuse_transforms(x: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
@@ -347,7 +323,7 @@ def _refuse_transforms(x: Tensor) -> None:
 
 
 @lru_cache(maxsize=256)
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks, functional
+from . import checks, functional, pooling
+from .functional import Moments
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
+from .supported import changed, process_obstacle
 
 __all__ = [
     "DenseBlock",
@@ -94,8 +97,13 @@ class DenseBlock(ConcatDenseBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``."""
+        return self._run(x)[0]
+
+    def _run(
+        self, x: Tensor, moments: Moments | None = None, want_moments: bool = False
+    ) -> tuple[Tensor, Moments | None]:
         recompute = checks.recompute_mode(self.recompute, self.memory_efficient)
-        return functional.dense_block(x, self.values(), recompute=recompute, impl=self.impl)
+        return functional.run_block(x, list(self.values()), recompute, self.impl, moments, want_moments)
 
     def extra_repr(self) -> str:
         return f"recompute={checks.recompute_mode(self.recompute, self.memory_efficient)!r}, impl={self.impl!r}"
@@ -120,14 +128,23 @@ class Transition(ConcatTransition):
     Shape:
         ``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``.
 
-    Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work.
+    Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work. For backward
+    the input is kept, and nothing else. Equivalent to ``pool(conv(relu(norm(x))))``.
+
+    Source: arXiv 1608.06993, section 3.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``."""
+        return self._run(x)[0]
+
+    def _run(
+        self, x: Tensor, moments: Moments | None = None, want_moments: bool = False
+    ) -> tuple[Tensor, Moments | None]:
         if checks.impl_name(self.impl) == "reference":
-            return super().forward(x)
-        return functional.transition(x, self.norm, self.relu, self.conv, self.pool)
+            return super().forward(x), None
+        parts = self.norm, self.relu, self.conv, self.pool
+        return pooling.run_transition(x, *parts, self.impl, moments, want_moments)
 
 
 class DenseNet(nn.Module):
@@ -203,6 +220,7 @@ class DenseNet(nn.Module):
                 channels = max(1, channels // 2)
         self.features.add_module("norm5", BATCH_NORM[spatial_dims](channels, **at))
         self.classifier = nn.Linear(channels, num_classes, **at)
+        self.impl = impl
         self._initialise()
 
     @torch.no_grad()
@@ -216,9 +234,49 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores ``[N, num_classes]``."""
-        features = F.relu(self.features(x), inplace=True)
-        pooled = features.flatten(2).mean(2)
-        return self.classifier(pooled)
+        if self._by_modules():
+            features = F.relu(self.features(x), inplace=True)
+            return self.classifier(features.flatten(2).mean(2))
+        return self.classifier(self._pooled_features(x))
+
+    def _by_modules(self) -> bool:
+        """Whether ``features`` is to be called as the module that it is: it may be hooked, replaced or exported."""
+        plain = type(self.features) is nn.Sequential and not _changed(self.features)
+        return not plain or checks.impl_name(self.impl) == "reference" or process_obstacle() is not None
+
+    def _pooled_features(self, x: Tensor) -> Tensor:
+        """What the head hands to the classifier, ``[N, C]``; moments go from who computes them to the next reader."""
+        moments: Moments | None = None
+        children: list[tuple[str, Any]] = list(self.features._modules.items())
+        while children:
+            name, child = children.pop(0)
+            if name == "norm0" and [follower for follower, _ in children[:2]] == ["relu0", "pool0"]:
+                (_, relu), (_, pool) = children.pop(0), children.pop(0)
+                x, moments = pooling.run_stem(x, child, relu, pool, self.impl, _wants_moments(children))
+            elif type(child) in (DenseBlock, Transition) and not _changed(child):
+                x, moments = child._run(x, moments, _wants_moments(children))
+            elif name == "norm5" and not children:
+                return pooling.run_head(x, child, self.impl, moments)
+            else:
+                x, moments = child(x), None
+        return F.relu(x).flatten(2).mean(2)
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether calling ``module`` is more than its ``forward``: hooks, ``module.compile()``."""
+    return changed(module) is not None or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _wants_moments(children: list[tuple[str, Any]]) -> bool:
+    """Whether the next of ``children`` normalises what it reads with batch statistics."""
+    if not children:
+        return False
+    child = children[0][1]
+    if type(child) is DenseBlock:
+        child = next(iter(child.values())).norm1
+    elif type(child) is Transition:
+        child = child.norm
+    return isinstance(child, _BatchNorm) and (child.training or child.running_mean is None)
 
 
 def _stem(

@@ -105,12 +105,13 @@ def _outputs(
     return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
 
 
-def _backend(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
+def backend_of(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
+    """The backend for one call; the last of ``z_var`` is a group's number of values per channel."""
     backend = backends.create(impl, x)
     return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
 
 
-def _plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
+def plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
     """Keeps autocast from casting inside an operator: dtypes were settled at the door."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
@@ -154,9 +155,9 @@ def dense_block(
         mean[: x.shape[1]] = x_mean
         var[: x.shape[1]] = x_var
     features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
-    with _plain_arithmetic(x):
+    with plain_arithmetic(x):
         schedule.forward(
-            _backend(impl, x, group, z_var, X.shape[1] - layers[-1].writes),
+            backend_of(impl, x, group, z_var, X.shape[1] - layers[-1].writes),
             x,
             layers,
             features,
@@ -199,22 +200,25 @@ def dense_block_backward(
     recompute: bool,
     impl: str,
     group: str,
-    given_moments: bool,
+    lazy: bool,
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of ``x, x_mean, x_var`` and of every parameter; empty tensors where none is needed."""
+    """Gradients of ``x, x_mean, x_var`` and of every parameter; empty tensors where none is needed.
+
+    With ``lazy`` that of ``x`` leaves out what goes through its moments, which get their own; else it is whole.
+    """
     layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, needs)
     features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
     entering = layers[0].reads
     start = 0 if needs_x else layers[first].reads
-    with _plain_arithmetic(X):
-        be = _backend(impl, X, group, z_var)
+    with plain_arithmetic(X):
+        be = backend_of(impl, X, group, z_var)
         Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
         G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
         gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=recompute)
         grad_x, grad_x_mean, grad_x_var = X.new_empty(0), mean.new_empty(0), var.new_empty(0)
-        if needs_x and given_moments:
+        if needs_x and lazy:
             grad_x = be.resolve(LazyGradient(G.D[:, :entering], None, None), features[:entering])
             if G.a is not None and G.b is not None:
                 grad_x_mean, grad_x_var = G.a[:entering] * be.m, G.b[:entering] * (be.m / 2)
@@ -222,12 +226,12 @@ def dense_block_backward(
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
     return grad_x, grad_x_mean, grad_x_var, [
-        _like(param, gradient) if wanted and gradient is not None else param.new_empty(0)
+        gradient_like(param, gradient) if wanted and gradient is not None else param.new_empty(0)
         for param, gradient, wanted in zip(params, flat, needs, strict=True)
     ]  # fmt: skip
 
 
-def _like(param: Tensor, gradient: Tensor) -> Tensor:
+def gradient_like(param: Tensor, gradient: Tensor) -> Tensor:
     """``gradient`` with the shape, dtype and strides of ``param``: optimizers and DDP want them to agree."""
     gradient = gradient.reshape(param.shape)
     strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
@@ -264,11 +268,11 @@ def _incoming_gradient(
 def _(
     grad_X: Any, grad_mean: Any, grad_var: Any, X: Tensor, mean: Tensor, var: Tensor, rows: Any, z_mean: Any,
     z_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any, drop_rates: Any, drop_channels: bool,
-    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, group: str, given_moments: bool,
+    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, group: str, lazy: bool,
     needs_x: bool, needs: Any,
 ) -> Any:  # fmt: skip
     entering = params[0].shape[0]
-    x_moments = (entering if needs_x and given_moments and tracked else 0,)
+    x_moments = (entering if needs_x and lazy and tracked else 0,)
     grad_x = X.new_empty(0)
     if needs_x:
         grad_x = empty_features((X.shape[0], entering, *X.shape[2:]), dtype=X.dtype, device=X.device)
@@ -278,13 +282,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, x_mean, _, params, frozen_stats, seed, *static = inputs
+    _, _, _, params, frozen_stats, seed, *static = inputs
     X, mean, var, rows, z_mean, z_var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*rows, z_mean, z_var)
     ctx.save_for_backward(X, mean, var, z_mean, z_var, seed, *rows, *params, *frozen_stats)
     ctx.counts = (len(rows), len(params), len(frozen_stats))
-    ctx.static, ctx.given_moments = static, x_mean is not None
+    ctx.static = static
 
 
 def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> Any:
@@ -292,11 +296,12 @@ def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_va
     kept, parameters, _ = ctx.counts
     rows, params, frozen_stats = lists[:kept], lists[kept : kept + parameters], lists[kept + parameters :]
     needs_x, needs = any(ctx.needs_input_grad[:3]), list(ctx.needs_input_grad[3])
+    lazy = any(ctx.needs_input_grad[1:3])
     grad_x, grad_x_mean, grad_x_var, gradients = torch.ops.fastdense.dense_block_backward(
         grad_X, grad_mean, grad_var, X, mean, var, rows, z_mean, z_var, params, frozen_stats, seed, *ctx.static,
-        ctx.given_moments, needs_x, needs,
+        lazy, needs_x, needs,
     )  # fmt: skip
-    given = needs_x and ctx.given_moments and grad_x_mean.numel() > 0
+    given = lazy and grad_x_mean.numel() > 0
     return (
         grad_x if needs_x else None,
         grad_x_mean if given else None,

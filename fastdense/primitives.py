@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,25 @@ class Norm(NamedTuple):
     frozen: tuple[Tensor, Tensor] | None = None  # running (mean, var), used instead of the batch's
 
 
+class Pool(NamedTuple):
+    """Pooling of what a BatchNorm and its ReLU make of some features: windows, one size for each spatial dimension."""
+
+    kind: str  # "average" (disjoint windows), "maximum", or "mean": over all pixels of an image
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    def sizes(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """The spatial size of the output; none for ``"mean"``."""
+        windows = zip(spatial, self.kernel, self.stride, self.padding, strict=self.kind != "mean")
+        return tuple((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in windows)
+
+    @property
+    def taps(self) -> int:
+        """Pixels in a window."""
+        return math.prod(self.kernel)
+
+
 class Conv(NamedTuple):
     """BN-ReLU-Conv: the norm, the weight ``[out, in, *kernel]``, and which of (gamma, beta, weight) need gradients."""
 
@@ -28,6 +48,7 @@ class Conv(NamedTuple):
     weight: Tensor
     needs: tuple[bool, bool, bool] = (True, True, True)
     operand: Tensor | None = None  # the weight as the backend reads it, if that is another tensor
+    pool: Pool | None = None  # average pooling between the ReLU and a 1x1 convolution
 
 
 class Dropout(NamedTuple):
@@ -49,6 +70,11 @@ class Layer(NamedTuple):
     dropout: Dropout | None = None
 
     @property
+    def convs(self) -> list[Conv]:
+        """Its convolutions, in the order of their execution."""
+        return [self.conv3x3] if self.conv1x1 is None else [self.conv1x1, self.conv3x3]
+
+    @property
     def earlier(self) -> slice:
         """The channels of ``[H_0, ..., H_l]``."""
         return slice(0, self.reads)
@@ -60,7 +86,7 @@ class Layer(NamedTuple):
 
 
 class Backend(Protocol):
-    """What the schedule asks of a backend, over rows of pixels, channels last, for one call of one block.
+    """What a schedule asks of a backend, over rows of pixels, channels last, for one call of one block.
 
     Batch moments and BatchNorm's gradients belong to whoever produces the values: each primitive merges its own partial
     sums. Another process's share of a channel's moments is merged with ``out.mean, out.var`` after the call, its share
@@ -71,14 +97,20 @@ class Backend(Protocol):
     def m(self) -> int:
         """Values per channel."""
 
-    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The layers with their weights as this backend reads them: a block's casts and copies in a few calls."""
+    def prepare(self, convs: Sequence[Conv]) -> Sequence[Conv]:
+        """The convolutions with their weights as this backend reads them: a block's casts and copies in a few calls."""
+
+    def moments(self, of: Features) -> None:
+        """The batch moments of ``of``, from its rows."""
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
         """``out = x``, with the moments of ``out`` if it is tracked."""
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """``out = dropout(conv(relu(bn(source))))``, with the moments of ``out`` as stored if it is tracked."""
+        """``out = dropout(conv(pool(relu(bn(source)))))``, with the moments of ``out`` as stored if it is tracked."""
+
+    def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
+        """``out = pool(relu(bn(source)))``, with the moments of ``out`` as stored if it is tracked."""
 
     def bn_relu_conv_backward(
         self,
@@ -93,15 +125,20 @@ class Backend(Protocol):
     ) -> Gradients:
         """``[dgamma, dbeta, dweight]``, each ``None`` if nobody needs it, from ``grad`` of ``output``.
 
-        With ``dy = conv^T(grad) * (relu's mask)``, adds ``gamma*r*dy`` to ``into.D`` and the batch statistics' share to
-        ``into.a`` and ``into.b``, or writes them there.
+        With ``dy = pool^T(conv^T(grad)) * (relu's mask)``, adds ``gamma*r*dy`` to ``into.D`` and the batch statistics'
+        share to ``into.a`` and ``into.b``, or writes them there.
         """
+
+    def bn_relu_pool_backward(
+        self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
+    ) -> Gradients:
+        """``[dgamma, dbeta]`` from the output's gradient, rows ``[m_out, C]``; writes the input's to ``into``."""
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` of a bottleneck, unwritten; ``D`` is shared by all of them."""
 
-    def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
-        """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]``."""
+    def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
+        """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]``, in ``out`` (which may be ``D``'s memory) if given."""
 
     def finish(self) -> None:
         """Complete what was put off: the weights' gradients are whole only now."""

@@ -31,7 +31,7 @@ def forward(
     ``Z`` may name one buffer several times: what nobody keeps, the next layer overwrites. With ``given_moments`` the
     moments of ``x`` are in ``X`` already.
     """
-    layers = be.prepare(layers)
+    layers = _prepared(be, layers)
     H_0 = X[: x.shape[1]]
     be.copy_with_moments(x, out=H_0.without_moments() if given_moments else H_0)
 
@@ -59,7 +59,7 @@ def backward(
     Layers below ``first`` need no gradient and are not visited. With ``recompute``, ``Z_l`` holds its moments only:
     its rows are scratch, filled again here.
     """
-    layers = be.prepare(layers)
+    layers = _prepared(be, layers)
     gradients: list[Gradients] = [[] for _ in layers]
     for l in reversed(range(first, len(layers))):
         layer = layers[l]
@@ -81,3 +81,9 @@ def backward(
         gradients[l] = d1x1 + d3x3
     be.finish()
     return gradients
+
+
+def _prepared(be: Backend, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with their weights as the backend reads them."""
+    ready = iter(be.prepare([conv for layer in layers for conv in layer.convs]))
+    return [layer._replace(conv1x1=layer.conv1x1 and next(ready), conv3x3=next(ready)) for layer in layers]

@@ -79,6 +79,46 @@ def pools_first(conv: Any, pool: Any) -> bool:
     )
 
 
+def norm_obstacle(norm: Any, relu: Any) -> str | None:
+    """Why BatchNorm and ReLU (``None`` if nobody calls one) cannot run fused, or ``None``."""
+    for name, module, known in (("norm", norm, _NORMS), ("ReLU", relu, (nn.ReLU,))):
+        if module is None:
+            continue
+        if type(module) not in known:
+            return f"its {name} is a {type(module).__name__}, which fastdense does not know"
+        if reason := changed(module):
+            return f"its {name} {reason}"
+    return None
+
+
+def average_obstacle(conv: Any, pool: Any) -> str | None:
+    """Why average pooling and a 1x1 convolution cannot run fused, or ``None``."""
+    if not pools_first(conv, pool):
+        return "its pooling and its convolution cannot change places"
+    if conv.bias is not None or conv.groups != 1:
+        return f"its convolution has {'a bias' if conv.bias is not None else f'{conv.groups} groups'}"
+    if _sizes(pool.kernel_size) != _sizes(pool.stride) or pool.ceil_mode:
+        return f"its windows overlap, leave gaps or reach over the rim ({pool})"
+    return None
+
+
+def maximum_obstacle(pool: Any) -> str | None:
+    """Why maximum pooling cannot run fused, or ``None``."""
+    if type(pool) not in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
+        return f"its pooling is a {type(pool).__name__}, which fastdense does not know"
+    if reason := changed(pool):
+        return f"its pooling {reason}"
+    if set(_tuple(pool.dilation)) != {1} or pool.ceil_mode or pool.return_indices:
+        return f"its pooling is dilated, reaches over the rim or returns indices ({pool})"
+    return None
+
+
+def _sizes(value: int | tuple[int, ...]) -> set[int] | tuple[int, ...]:
+    """For a comparison: one number stands for all dimensions."""
+    sizes = _tuple(value)
+    return set(sizes) if len(set(sizes)) == 1 else sizes
+
+
 def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 

@@ -7,7 +7,7 @@ share of ``(a, b)``, linear in the two sums, by another. ``dgamma`` and ``dbeta`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .features import Features, LazyGradient
-from .primitives import Backend, Conv, Dropout, Gradients, Layer
+from .primitives import Backend, Conv, Dropout, Gradients, Norm, Pool
 
 __all__ = ["SyncBackend", "group_of"]
 
@@ -67,9 +67,14 @@ class SyncBackend:
         """Values per channel in this process."""
         return self.inner.m
 
-    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+    def prepare(self, convs: Sequence[Conv]) -> Sequence[Conv]:
         """As ``inner``."""
-        return self.inner.prepare(layers)
+        return self.inner.prepare(convs)
+
+    def moments(self, of: Features) -> None:
+        """As ``inner``, with everybody's moments."""
+        self.inner.moments(of)
+        self._share_moments(of)
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
         """As ``inner``, with everybody's moments."""
@@ -81,6 +86,11 @@ class SyncBackend:
         self.inner.bn_relu_conv(source, conv, out, dropout)
         self._share_moments(out)
 
+    def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
+        """As ``inner``, with everybody's moments."""
+        self.inner.bn_relu_pool(source, norm, pool, out)
+        self._share_moments(out)
+
     def _share_moments(self, out: Features) -> None:
         """Everybody's moments from this process's, by Chan's formula; ``E[x^2] - E[x]^2`` would cancel."""
         if out.mean is None or out.var is None or out.rows.storage_offset() == self.unread:
@@ -89,7 +99,7 @@ class SyncBackend:
         channels = out.mean.numel()
         # Everybody's moments side by side: each process fills its own row, and the sum puts them together.
         table = out.mean.new_zeros(size, 2 * channels + 1)  # [processes, mean | var | count]
-        torch.cat((out.mean, out.var, out.mean.new_full((1,), self.m)), out=table[rank])
+        torch.cat((out.mean, out.var, out.mean.new_full((1,), out.rows.shape[0])), out=table[rank])
         dist.all_reduce(table, group=self.group)
         means, variances, counts = table.split((channels, channels, 1), dim=1)
         total = counts.sum()
@@ -112,24 +122,49 @@ class SyncBackend:
         accumulate: bool,
     ) -> Gradients:
         """As ``inner``; ``into.a`` and ``into.b`` get everybody's share."""
-        if into is None or into.a is None or into.b is None or conv.norm.frozen is not None:
-            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, dropout, accumulate=accumulate)
+        gradients: Gradients = []
+
+        def inner(mine: LazyGradient | None) -> None:
+            gradients[:] = self.inner.bn_relu_conv_backward(
+                grad, output, conv, source, mine, dropout, accumulate=accumulate
+            )
+
+        self._share_sums(inner, conv.norm, into, accumulate)
+        return gradients
+
+    def bn_relu_pool_backward(
+        self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
+    ) -> Gradients:
+        """As ``inner``; ``into.a`` and ``into.b`` get everybody's share."""
+        gradients: Gradients = []
+
+        def inner(mine: LazyGradient | None) -> None:
+            gradients[:] = self.inner.bn_relu_pool_backward(grad, norm, pool, source, mine)
+
+        self._share_sums(inner, norm, into, accumulate=False)
+        return gradients
+
+    def _share_sums(
+        self, inner: Callable[[LazyGradient | None], None], norm: Norm, into: LazyGradient | None, accumulate: bool
+    ) -> None:
+        """``inner`` on coefficients of its own, whose sum over all processes goes to ``into``."""
+        if into is None or into.a is None or into.b is None or norm.frozen is not None:
+            inner(into)
+            return
         shares = torch.zeros(2, into.a.numel(), dtype=into.a.dtype, device=into.a.device)
-        mine = LazyGradient(into.D, shares[0], shares[1], into.start)
-        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, mine, dropout, accumulate=accumulate)
+        inner(LazyGradient(into.D, shares[0], shares[1], into.start))
         shares.mul_(max(self.m, 1) / self.total.clamp(min=1))  # inner divided by its own count
         dist.all_reduce(shares, group=self.group)
         for vector, share in zip((into.a, into.b), shares, strict=True):
             vector.add_(share) if accumulate else vector.copy_(share)
-        return gradients
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """As ``inner``."""
         return self.inner.gradient_buffer(of)
 
-    def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
+    def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
         """As ``inner``."""
-        return self.inner.resolve(grad, of)
+        return self.inner.resolve(grad, of, out)
 
     def finish(self) -> None:
         """As ``inner``."""

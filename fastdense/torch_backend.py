@@ -7,21 +7,20 @@ in the accumulation dtype; a matrix product takes operands in the feature dtype.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .aten import Convolution, MaxPool
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
 from .philox import keep_mask
-from .primitives import Conv, Dropout, Gradients, Layer, Norm
+from .primitives import Conv, Dropout, Gradients, Norm, Pool
 
 CHUNK_BYTES = 4 << 20
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the accumulation dtype
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, biased variance) of each chunk
@@ -55,64 +54,6 @@ def _from(tensor: Tensor, channel: int) -> Tensor:
     return tensor if channel == 0 else tensor[..., channel:]
 
 
-class _Kernel:
-    """A convolution over rows: stride 1, odd kernel, "same" zero padding.
-
-    A 1x1 kernel is one matrix product; one spatial dimension is run as two of which the first has one pixel.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, spatial: tuple[int, ...]) -> None:
-        self.out_channels, self.in_channels = weight.shape[:2]
-        self.pointwise = weight.shape[2:].numel() == 1
-        one_d = len(spatial) == 1
-        self.spatial = (1, *spatial) if one_d else spatial
-        weight = weight if weight.dtype is dtype else weight.to(dtype)
-        self.weight = weight.unsqueeze(2) if one_d else weight
-        self.padding = [size // 2 for size in self.weight.shape[2:]]
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.view(self.out_channels, self.in_channels)
-
-    def forward(self, operand: Tensor, out: Tensor) -> Tensor:
-        """``conv(operand)`` as rows: written to ``out`` by a 1x1 kernel, in memory of its own by any other."""
-        if self.pointwise:
-            return torch.mm(operand, self.matrix.t(), out=out)
-        convolve = F.conv2d if len(self.spatial) == 2 else F.conv3d
-        return self._rows(convolve(as_images(operand, self.spatial), self.weight, padding=self.padding))
-
-    @staticmethod
-    def _rows(images: Tensor) -> Tensor:
-        """A convolution's result as rows; a copy only if it did not come out channels last."""
-        return as_rows(images.contiguous(memory_format=_CHANNELS_LAST[images.dim()]))
-
-    def d_weight(self, g: Tensor, operand: Tensor, so_far: Tensor | None, acc: torch.dtype) -> Tensor:
-        """The gradient of a 1x1 weight, added to that of the chunks before."""
-        if so_far is None:
-            d_weight = torch.mm(g.t(), operand)
-            return d_weight if d_weight.dtype is acc else d_weight.to(acc)
-        return so_far.addmm_(g.t(), operand) if g.dtype == acc else so_far.add_(torch.mm(g.t(), operand))
-
-    def backward(self, g: Tensor, operand: Tensor, *, dx: bool, dw: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of the operand, as rows, and of the weight; meaningless where not asked for."""
-        ones = [1] * len(self.spatial)
-        image_dx, image_dw, _ = torch.ops.aten.convolution_backward(
-            as_images(g, self.spatial),
-            as_images(operand, self.spatial),
-            self.weight,
-            None,
-            ones,
-            self.padding,
-            ones,
-            False,
-            [0] * len(ones),
-            1,
-            [dx, dw, False],
-        )
-        rows = self._rows(image_dx) if dx else operand
-        return rows, image_dw
-
-
 class TorchBackend:
     """The backend for one call of one block.
 
@@ -129,9 +70,9 @@ class TorchBackend:
         self._scratch: dict[str, Tensor] = {}
         self._latest: tuple[Norm, _Reader] | None = None
 
-    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The layers as they are: weights are cast one by one, when they are used."""
-        return layers
+    def prepare(self, convs: Sequence[Conv]) -> Sequence[Conv]:
+        """The convolutions as they are: weights are cast one by one, when they are used."""
+        return convs
 
     def finish(self) -> None:
         """Nothing is put off."""
@@ -195,7 +136,8 @@ class TorchBackend:
             out.mean.zero_()
             out.var.zero_()
             return
-        shares = torch.tensor([[count / self.m] for count, _, _ in partial], dtype=self.acc, device=self.device)
+        m = sum(count for count, _, _ in partial)
+        shares = torch.tensor([[count / m] for count, _, _ in partial], dtype=self.acc, device=self.device)
         means = torch.stack([mean for _, mean, _ in partial])
         # Relative to the first chunk, so that a large common mean does not cancel.
         shifted = means - means[0]
@@ -204,11 +146,16 @@ class TorchBackend:
         torch.add(means[0], mean, out=out.mean)
         torch.sum(variances.add_((shifted - mean).square_()).mul_(shares), 0, out=out.var)
 
+    def moments(self, of: Features) -> None:
+        """The batch moments of ``of``, from its rows."""
+        channels = of.rows.shape[1]
+        self._merge_moments([self._partial_moments(_cut(of.rows, chunk)) for chunk in self._chunks(channels)], of)
+
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
         """``out.rows = x``, with moments if ``out`` is tracked."""
         as_images(out.rows, self.spatial).copy_(x)
         if out.mean is not None:
-            self._merge_moments([self._partial_moments(out.rows[chunk]) for chunk in self._chunks(x.shape[1])], out)
+            self.moments(out)
 
     def _normalise(self, rows: Tensor, reader: _Reader, *, centred: str) -> tuple[Tensor, Tensor]:
         """``v - mu`` and ``relu((v - mu)*scale + beta)`` of a chunk; the first lies in the buffer named ``centred``.
@@ -242,13 +189,16 @@ class TorchBackend:
             rows.mul_(scale.view(count, channels))
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """``out.rows = dropout(conv(relu(bn(source))))`` with the moments of the stored values."""
+        """``out.rows = dropout(conv(pool(relu(bn(source)))))`` with the moments of the stored values."""
         reader = self._reader(conv.norm, source)
-        kernel = _Kernel(conv.weight, self.dtype, self.spatial)
+        kernel = Convolution(conv.weight, self.dtype, self.spatial)
         partial: Partial = []
-        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
+        whole_images = not kernel.pointwise or conv.pool is not None
+        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=whole_images):
             _, activation = self._normalise(_cut(source.rows, chunk), reader, centred="activation")
-            target = _cut(out.rows, chunk)
+            if conv.pool is not None:
+                activation = self._average(activation, conv.pool)
+            target = _cut(out.rows, self._pooled(chunk, conv.pool))
             result = kernel.forward(self._operand("operand", activation), target)
             if dropout is not None:
                 self._drop(result, chunk, dropout)
@@ -258,6 +208,58 @@ class TorchBackend:
                 target.copy_(result)
         if out.mean is not None:
             self._merge_moments(partial, out)
+
+    def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
+        """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
+        reader, partial = self._reader(norm, source), []
+        for chunk in self._chunks(source.rows.shape[1], whole_images=True):
+            _, activation = self._normalise(_cut(source.rows, chunk), reader, centred="activation")
+            target = _cut(out.rows, self._pooled(chunk, pool))
+            if pool.kind == "mean":
+                target.copy_(activation.view(target.shape[0], self.pixels, -1).mean(1))
+            else:
+                images = as_images(self._operand("operand", activation), self.spatial)
+                target.copy_(as_rows(MaxPool(pool)(images)[0]))
+            if out.mean is not None:
+                partial.append(self._partial_moments(target))
+        if out.mean is not None:
+            self._merge_moments(partial, out)
+
+    def _pooled(self, chunk: slice, pool: Pool | None) -> slice:
+        """The output's rows that whole images, ``chunk`` of the input's, become."""
+        if pool is None:
+            return chunk
+        per_image = math.prod(pool.sizes(self.spatial))
+        return slice(chunk.start // self.pixels * per_image, chunk.stop // self.pixels * per_image)
+
+    def _windows(self, rows: Tensor, pool: Pool) -> list[Tensor]:
+        """For each place in a window, the pixels there, ``[images, *windows, C]``: views of whole images' rows."""
+        images = rows.view(-1, *self.spatial, rows.shape[1])
+        axes = [
+            [slice(at, at + count * step, step) for at in range(size)]
+            for size, count, step in zip(pool.kernel, pool.sizes(self.spatial), pool.stride, strict=True)
+        ]
+        return [images[(slice(None), *place)] for place in itertools.product(*axes)]
+
+    def _average(self, rows: Tensor, pool: Pool) -> Tensor:
+        """The average over each window, as rows."""
+        first, *others = self._windows(rows, pool)
+        count = first.numel() // rows.shape[1]
+        out = self._buffer("average", count, rows.shape[1])
+        images = out.view(first.shape).copy_(first)
+        for pixels in others:
+            images.add_(pixels)
+        return out.div_(pool.taps)
+
+    def _spread(self, rows: Tensor, pool: Pool, pixels: int) -> Tensor:
+        """The transpose of ``_average``: to ``pixels`` rows."""
+        out = self._buffer("spread", pixels, rows.shape[1])
+        windows = self._windows(out, pool)
+        if windows[0].numel() * pool.taps < out.numel():  # pixels that are in no window
+            out.zero_()
+        for window in windows:
+            torch.div(rows.view(window.shape), pool.taps, out=window)
+        return out
 
     def _resolve(self, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
         """``D + a + b*(v - mu)`` of a chunk."""
@@ -278,27 +280,25 @@ class TorchBackend:
         *,
         accumulate: bool,
     ) -> Gradients:
-        """With ``dy = conv^T(grad) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` documents."""
+        """With ``dy = pool^T(conv^T(grad)) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` says."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
         reader = self._reader(conv.norm, source)
-        kernel = _Kernel(conv.weight, self.dtype, self.spatial)
-        start = 0 if into is None else into.start
-        lo = 0 if needs_norm else start  # the first channel whose dy anybody wants
+        kernel = Convolution(conv.weight, self.dtype, self.spatial)
+        # The first channel whose dy anybody wants.
+        lo = 0 if needs_norm or into is None else into.start
         wanted = needs_norm or into is not None
-        scale = _from(reader.scale, start)
         d_weight: Tensor | None = None
-        sums: Sums | None = None
-        if wanted:
-            zeros = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device)
-            sums = zeros[0], zeros[1]
+        sums = self._zero_sums(source) if wanted else None
 
-        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=not kernel.pointwise):
-            g = self._resolve(grad, output, chunk)
+        whole_images = not kernel.pointwise or conv.pool is not None
+        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=whole_images):
+            g = self._resolve(grad, output, self._pooled(chunk, conv.pool))
             if dropout is not None:
                 g = self._buffer("gradient", *g.shape).copy_(g)
                 self._drop(g, chunk, dropout)
             v, activation = self._normalise(_cut(source.rows, chunk), reader, centred="centred")
-            g, operand = self._operand("output gradient", g), self._operand("operand", activation)
+            read = activation if conv.pool is None else self._average(activation, conv.pool)
+            g, operand = self._operand("output gradient", g), self._operand("operand", read)
             if kernel.pointwise:
                 if needs_weight:
                     d_weight = kernel.d_weight(g, operand, d_weight, self.acc)
@@ -314,19 +314,60 @@ class TorchBackend:
                 continue
             if dy.dtype != self.acc:
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
-            torch.ops.aten.threshold_backward.grad_input(dy, _from(activation, lo), 0, grad_input=dy)
-            if into is not None:
-                D, mine = _cut(into.D, chunk), _from(dy, start - lo)
-                if accumulate:
-                    D.addcmul_(mine, scale)
-                else:
-                    torch.mul(mine, scale, out=D)
-            _from(sums[0], lo).add_(dy.sum(0))
-            _from(sums[1], lo).add_(dy.mul_(_from(v, lo)).sum(0))
+            if conv.pool is not None:
+                dy = self._spread(dy, conv.pool, v.shape[0])
+            self._through_norm(dy, v, activation, reader, chunk, into, sums, lo, accumulate)
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         merged = (None, None) if sums is None else self._merge_gradients(sums, conv.norm, source, into, accumulate)
         return [*merged, d_weight]
+
+    def bn_relu_pool_backward(
+        self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
+    ) -> Gradients:
+        """With ``dy = pool^T(grad) * (relu's mask)``: ``into.D = gamma*r*dy``, and what ``Backend`` says."""
+        reader, sums = self._reader(norm, source), self._zero_sums(source)
+        channels = source.rows.shape[1]
+        for chunk in self._chunks(channels, whole_images=True):
+            v, activation = self._normalise(_cut(source.rows, chunk), reader, centred="centred")
+            g = _cut(grad, self._pooled(chunk, pool))
+            dy = self._buffer("dy", *v.shape)
+            if pool.kind == "mean":
+                dy.view(-1, self.pixels, channels).copy_(g.to(self.acc).div(self.pixels).unsqueeze(1))
+            else:
+                images = as_images(self._operand("operand", activation), self.spatial)
+                max_pool = MaxPool(pool)
+                _, indices = max_pool(images)
+                dy.copy_(as_rows(max_pool.backward(as_images(g, pool.sizes(self.spatial)), images, indices)))
+            self._through_norm(dy, v, activation, reader, chunk, into, sums, 0, accumulate=False)
+        return [*self._merge_gradients(sums, norm, source, into, accumulate=False)]
+
+    def _zero_sums(self, source: Features) -> Sums:
+        zeros = torch.zeros(2, source.rows.shape[1], dtype=self.acc, device=self.device)
+        return zeros[0], zeros[1]
+
+    def _through_norm(
+        self,
+        dy: Tensor,
+        v: Tensor,
+        activation: Tensor,
+        reader: _Reader,
+        chunk: slice,
+        into: LazyGradient | None,
+        sums: Sums,
+        lo: int,
+        accumulate: bool,
+    ) -> None:
+        """A chunk's ``dy``, from channel ``lo`` on: ReLU's mask, ``D`` and the sums; ``dy`` is used up."""
+        torch.ops.aten.threshold_backward.grad_input(dy, _from(activation, lo), 0, grad_input=dy)
+        if into is not None:
+            D, mine, scale = _cut(into.D, chunk), _from(dy, into.start - lo), _from(reader.scale, into.start)
+            if accumulate:
+                D.addcmul_(mine, scale)
+            else:
+                torch.mul(mine, scale, out=D)
+        _from(sums[0], lo).add_(dy.sum(0))
+        _from(sums[1], lo).add_(dy.mul_(_from(v, lo)).sum(0))
 
     def _merge_gradients(
         self, sums: Sums, norm: Norm, source: Features, into: LazyGradient | None, accumulate: bool
@@ -345,11 +386,12 @@ class TorchBackend:
                 into.b.addcmul_(_from(reader.scale * reader.r, into.start), _from(dgamma, into.start), value=weight)
         return dgamma, dbeta
 
-    def resolve(self, grad: LazyGradient, of: Features) -> Tensor:
+    def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
         """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]`` in the feature dtype."""
         channels = of.rows.shape[1]
         images = self.m // max(1, self.pixels)
-        out = empty_features((images, channels, *self.spatial), dtype=self.dtype, device=self.device)
+        if out is None:
+            out = empty_features((images, channels, *self.spatial), dtype=self.dtype, device=self.device)
         rows = as_rows(out)
         for chunk in self._chunks(channels):
             rows[chunk].copy_(self._resolve(grad, of, chunk))

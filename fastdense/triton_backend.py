@@ -19,7 +19,7 @@ from torch import Tensor
 from .features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
 from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
 from .kernels.launch import LaunchConfig, Shape
-from .primitives import Conv, Dropout, Gradients, Layer, Norm
+from .primitives import Conv, Dropout, Gradients, Norm
 
 NO_DROPOUT = (0, 0, 0.0)  # layer, threshold, scale
 COUNTERS = 1024
@@ -174,13 +174,12 @@ class TritonBackend:
             flat = self._scratch[name] = torch.empty(self.m * stride, dtype=self.dtype, device=self.device)
         return flat.as_strided((self.m, channels), (stride, 1))
 
-    def prepare(self, layers: Sequence[Layer]) -> Sequence[Layer]:
-        """The layers with their weights in the feature dtype and in the order in which kernels read them.
+    def prepare(self, convs: Sequence[Conv]) -> list[Conv]:
+        """The convolutions with their weights in the feature dtype and in the order in which kernels read them.
 
         What it takes does not grow with the number of layers: one call casts all weights, and those that lie in another
         order are copied shape by shape (in a block all 3x3 weights have one).
         """
-        convs = [conv for layer in layers for conv in (layer.conv1x1, layer.conv3x3) if conv is not None]
         operands: dict[int, Tensor] = {}
         casts: list[tuple[Conv, Tensor]] = []
         reordered: dict[torch.Size, list[Conv]] = {}
@@ -197,14 +196,7 @@ class TritonBackend:
         if casts:
             torch._foreach_copy_([cast for _, cast in casts], [conv.weight.detach() for conv, _ in casts])
             operands |= {id(conv): cast for conv, cast in casts}
-
-        def ready(conv: Conv) -> Conv:
-            return conv._replace(operand=operands.get(id(conv)))
-
-        return [
-            layer._replace(conv1x1=layer.conv1x1 and ready(layer.conv1x1), conv3x3=ready(layer.conv3x3))
-            for layer in layers
-        ]
+        return [conv._replace(operand=operands.get(id(conv))) for conv in convs]
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` of a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""

@@ -19,7 +19,7 @@ from fastdense.torch_backend import TorchBackend
 
 @pytest.fixture(autouse=True)
 def _forget_warnings() -> None:
-    functional._say_once.cache_clear()
+    functional.say_once.cache_clear()
 
 
 class Failure(RuntimeError):
