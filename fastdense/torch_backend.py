@@ -239,7 +239,7 @@ class TorchBackend:
             [slice(at, at + count * step, step) for at in range(size)]
             for size, count, step in zip(pool.kernel, pool.sizes(self.spatial), pool.stride, strict=True)
         ]
-        return [images[tuple([slice(None), *place])] for place in itertools.product(*axes)]
+        return [images[place] for place in itertools.product([slice(None)], *axes)]
 
     def _average(self, rows: Tensor, pool: Pool) -> Tensor:
         """The average over each window, as rows."""
