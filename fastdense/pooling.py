@@ -210,8 +210,9 @@ def _run(
         group,
     )
     if not frozen:
+        count = var[-1] if group else m
         mean, var = moments or (mean, var[: mean.shape[0]])
-        update_running_statistics([(norm, mean, var)], var[-1] if group else m)
+        update_running_statistics([(norm, mean, var)], count)
     return y, (y_mean, y_var) if want_moments and not group else None
 
 

@@ -217,6 +217,52 @@ def test_timms_blur_pool_transitions_stay() -> None:
     assert isinstance(make(), nn.Module)
 
 
+@pytest.mark.parametrize(
+    ("name", "activations", "bottlenecks"), [("densenet121", 4.6, 12.0), ("densenet201", 6.3, 17.0)]
+)
+def test_bytes_kept_against_torchvision(name: str, activations: float, bottlenecks: float) -> None:
+    """The whole network, fp32, 224 x 224, one image."""
+    x = torch.randn(1, 3, 224, 224)
+    kept = []
+    for mode in (None, "activations", "bottlenecks"):
+        model = _torchvision(name)(num_classes=1000)
+        if mode is not None:
+            fastdense.convert(model, recompute=mode, verify=False)
+        with fastdense.memory.saved_bytes(model) as saved:
+            model(x)
+        kept.append(saved.bytes)
+    print(name, [f"{bytes_ / 1e6:.1f} MB" for bytes_ in kept])
+    assert kept[0] > activations * kept[1]
+    assert kept[0] > bottlenecks * kept[2]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "slice"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_frozen_norms_partial_gradients_and_layouts(name: str, frozen: bool, layout: str) -> None:
+    """Every second norm in evaluation, every second parameter fixed, inputs of other strides."""
+    make, shape = SMALL[name]
+    theirs, ours = twins(make, recompute="bottlenecks" if frozen else None)
+    for net in (theirs, ours):
+        for i, norm in enumerate(m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.train(not frozen or i % 2 == 1)
+        for i, parameter in enumerate(net.parameters()):
+            parameter.requires_grad_(not frozen or i % 2 == 1)
+    for step in range(2):
+        x = random_input(shape, layout=layout, seed=step)
+        assert_same(results(ours, x, step), results(theirs, x, step))
+
+
+def test_timms_deep_stem_ends_like_any_other() -> None:
+    def deep(**options: Any) -> nn.Module:
+        return peer_packages.timm().DenseNet(8, (2, 3), num_classes=5, stem_type="deep", **options)
+
+    theirs, ours = twins(deep)
+    assert converted(ours) == ALL
+    x = random_input((2, 3, 37, 22))
+    assert_same(results(ours, x), results(theirs, x))
+
+
 def test_timms_other_interfaces() -> None:
     """Intermediate features, a new classifier, and its own dropout, which belongs to the classifier."""
     theirs, ours = twins(SMALL["timm"][0], options={"drop_rate": 0.5})
