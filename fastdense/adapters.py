@@ -1,9 +1,10 @@
-"""What of somebody's model is a DenseNet's block or transition, read from its structure.
+"""What of somebody's model is a DenseNet's block, transition or stem, read from its structure.
 
 A candidate is found by its shapes: a layer whose first convolution reads what the layer before read and wrote. Whether
 it *is* a block is then read from a trace (``trace.py``): its output must be ``[x, H_1, ..., H_L]`` in that order, and
 each ``H_l`` one or two BatchNorm-ReLU-Conv of ``[x, H_1, ..., H_{l-1}]`` with nothing in between. Names of classes and
-modules play no role, so a network of one's own is read like torchvision's.
+modules play no role, so a network of one's own is read like torchvision's. A stem's BN-ReLU-MaxPool is looked for where
+a plain ``nn.Sequential`` calls them one after another, in a model that has blocks.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from .converted import (
     DropoutSource,
     LayerSpec,
     Node,
+    Spec,
     Stage,
+    StemSpec,
     TransitionSpec,
+    children_as_module,
     converted_class,
     geometry,
 )
-from .nn import DenseBlock, Transition
-from .supported import convolution_obstacle, pools_first
+from .nn import DenseBlock, DenseNet, Transition
+from .supported import convolution_obstacle, maximum_obstacle, pools_first
 from .trace import INPUT, Label, Operation, Trace, Unsupported, trace
 
 __all__ = ["candidates", "probe_shape", "read", "without_flags"]
@@ -37,32 +41,42 @@ __all__ = ["candidates", "probe_shape", "read", "without_flags"]
 FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")  # of torchvision, timm, efficient_densenet_pytorch
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """``(name, module, kind)`` of what looks like a block or a transition, or is fastdense's already.
+def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """``(name, module, kind)`` of what looks like a block, a transition or a stem, or is fastdense's already.
 
-    ``kind`` is ``"block"`` or ``"transition"``. What lies inside a candidate is no candidate.
+    ``kind`` is ``"block"``, ``"transition"`` or ``"stem"``: the Sequential that calls it, in a model with blocks. What
+    lies inside a block or a transition is no candidate.
     """
     seen: set[int] = set()
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str]]:
+    def walk(module: nn.Module, name: str, own: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
         if id(module) in seen or isinstance(module, ScriptModule):
             return
         seen.add(id(module))
-        if isinstance(module, Converted):
-            if "_fastdense" in vars(module):
-                yield name, module, module._fastdense.kind
-        elif isinstance(module, DenseBlock) or _looks_like_block(module):
-            yield name, module, "block"
-        elif isinstance(module, Transition) or _looks_like_transition(module):
-            yield name, module, "transition"
-        else:
+        kind = _kind(module)
+        if kind is not None and not (kind == "stem" and own):  # fastdense's own network runs its stem itself
+            yield name, module, kind
+        if kind in (None, "stem"):
             for child_name, child in module.named_children():
-                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+                yield from walk(child, f"{name}.{child_name}" if name else child_name, isinstance(module, DenseNet))
 
-    return walk(model, "")
+    found = list(walk(model, ""))
+    blocks = any(kind == "block" for _, _, kind in found)
+    return [one for one in found if blocks or one[2] != "stem" or isinstance(one[1], Converted)]
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, Converted):  # a slice of one has no spec, and is none any more
+        return module._fastdense.kind if "_fastdense" in vars(module) else None
+    if isinstance(module, DenseBlock) or _looks_like_block(module):
+        return "block"
+    if isinstance(module, Transition) or _looks_like_transition(module):
+        return "transition"
+    return "stem" if stem_names(module) else None
 
 
 def _convolutions(module: nn.Module) -> list[Any]:
@@ -104,14 +118,33 @@ def _looks_like_transition(module: nn.Module) -> bool:
     )
 
 
+def stem_names(module: nn.Module) -> tuple[str, ...]:
+    """The children that look like BN-ReLU-MaxPool, the ReLU maybe inside the norm; empty if there are none."""
+    if type(module) is not nn.Sequential:
+        return ()
+    children = list(module._modules.items())
+    for i, (_, norm) in enumerate(children):
+        if isinstance(norm, _BatchNorm):
+            after = i + 1 if norm._modules else i + 2
+            relu = all(type(child) is nn.ReLU for _, child in children[i + 1 : after])
+            if relu and after < len(children) and isinstance(children[after][1], _MAX_POOLS):
+                return tuple(name for name, _ in children[i : after + 1])
+    return ()
+
+
 def probe_shape(module: nn.Module) -> tuple[int, ...]:
     """A small odd input for ``module``: its channels, and different sizes along each spatial dimension."""
-    conv = _convolutions(module)[0]
+    convs = _convolutions(module)
+    if not convs:  # a stem: BN-ReLU-MaxPool
+        norm: Any = next(child for child in module.children() if isinstance(child, _BatchNorm))
+        dims = next(n for n, pool in enumerate(_MAX_POOLS, 1) if any(isinstance(c, pool) for c in module.children()))
+        return (3, norm.num_features, *{1: (19,), 2: (9, 8), 3: (7, 5, 6)}[dims])
+    conv = convs[0]
     spatial = {1: (11,), 2: (5, 4), 3: (4, 2, 3)}[len(conv.kernel_size)]
     return (3, conv.in_channels, *spatial)
 
 
-def read(module: nn.Module, kind: str) -> BlockSpec | TransitionSpec:
+def read(module: nn.Module, kind: str) -> Spec:
     """How to run ``module`` with fastdense.
 
     Raises:
@@ -119,6 +152,8 @@ def read(module: nn.Module, kind: str) -> BlockSpec | TransitionSpec:
     """
     if "forward" in vars(module):
         raise Unsupported("it has a forward of its own, set on the instance")
+    if kind == "stem":
+        module = children_as_module(module, stem_names(module))
     for path, child in module.named_modules():
         if path:
             _check_child(path, child)
@@ -136,6 +171,8 @@ def read(module: nn.Module, kind: str) -> BlockSpec | TransitionSpec:
         raise Unsupported(f"a {type(module).__name__} cannot become another class ({error})") from error
     if kind == "transition":
         return _transition(found, nodes, index)
+    if kind == "stem":
+        return _stem(found, nodes, index)
     return _block(found, nodes, index, sources)
 
 
@@ -336,24 +373,33 @@ def _layer(
 def _transition(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) -> TransitionSpec:
     reader = _Reader(found)
     pooling = reader.take(found.output, "avg_pool")
-    conv_path = reader.convolution(reader.take(pooling.inputs[0], "conv"))
-    relu = reader.take(found.operations[pooling.inputs[0][0]].inputs[0], "relu")
-    normed = reader.take(relu.inputs[0], "batch_norm")
-    if normed.inputs[0] != (INPUT,):
-        raise Unsupported("it does more than BatchNorm, ReLU, convolution and average pooling")
-    reader.finish()
+    convolution = reader.take(pooling.inputs[0], "conv")
+    conv_path = reader.convolution(convolution)
+    norm, relu = _norm_and_relu(reader, convolution, index, "convolution and average pooling")
     conv, pool = (found.copy.get_submodule(path) for path in (conv_path, pooling.module))
     if not pools_first(conv, pool):
         raise Unsupported("its pooling and its convolution cannot change places")
+    return TransitionSpec(nodes, norm, relu, index[conv_path], index[pooling.module])
+
+
+def _stem(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) -> StemSpec:
+    reader = _Reader(found)
+    pooling = reader.take(found.output, "max_pool")
+    norm, _ = _norm_and_relu(reader, pooling, index, "maximum pooling")
+    if reason := maximum_obstacle(found.copy.get_submodule(pooling.module)):
+        raise Unsupported(reason)
+    return StemSpec(nodes, norm, index[pooling.module])
+
+
+def _norm_and_relu(reader: _Reader, operation: Operation, index: dict[str, int], what: str) -> tuple[int, int | None]:
+    """The modules of BatchNorm and ReLU before ``operation``, and nothing before those; no ReLU if the norm has it."""
+    relu = reader.take(operation.inputs[0], "relu")
+    normed = reader.take(relu.inputs[0], "batch_norm")
+    if normed.inputs[0] != (INPUT,):
+        raise Unsupported(f"it does more than BatchNorm, ReLU, {what}")
+    reader.finish()
     norm_path = reader.norm(normed)
-    relu_module = found.copy.get_submodule(relu.module)
     inside = relu.module == norm_path or relu.module.startswith(f"{norm_path}.")
-    if not inside and type(relu_module) is not nn.ReLU:
+    if not inside and type(reader.found.copy.get_submodule(relu.module)) is not nn.ReLU:
         raise Unsupported("its ReLU is no module")
-    return TransitionSpec(
-        nodes,
-        index[norm_path],
-        None if inside else index[relu.module],
-        index[conv_path],
-        index[pooling.module],
-    )
+    return index[norm_path], None if inside else index[relu.module]

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import checks
 from .adapters import candidates, probe_shape, read, without_flags
-from .converted import OWN, BlockSpec, Converted, TransitionSpec, converted_class
+from .converted import OWN, Converted, Spec, converted_class, part_of
 from .nn import DenseBlock, Transition
 from .trace import Unsupported
 from .verify import disagreement
@@ -29,7 +29,7 @@ class Finding:
     name: str
     module: nn.Module
     kind: str
-    spec: BlockSpec | TransitionSpec | None = None
+    spec: Spec | None = None
     reason: str = ""
     done: bool = False  # it runs on fastdense already
 
@@ -42,7 +42,7 @@ def convert(
     filter_fn: Filter | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """Make the dense blocks and transitions of ``model`` run on fastdense, in place.
+    """Make the dense blocks, transitions and the stem of ``model`` run on fastdense, in place.
 
     The converted modules get a subclass of their own class: they keep their parameters (the same objects), their
     ``state_dict`` keys, buffers, hooks, training flags and attributes, and whatever fastdense does not fully
@@ -55,8 +55,9 @@ def convert(
         recompute: ``"activations"``, ``"bottlenecks"`` or ``"auto"``, see :class:`fastdense.DenseBlock`; ``None`` does
             what the model's own flag says (``memory_efficient``, ``grad_checkpointing``, ``efficient``), now and later.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"`` (the original ``forward``).
-        filter_fn: ``filter_fn(module, name) -> bool``: which of the blocks and transitions to convert.
-        verify: run each block and its conversion once on small float64 copies and compare outputs, gradients and
+        filter_fn: ``filter_fn(module, name) -> bool``: which of the blocks, transitions and stems to convert;
+            a stem is asked for by the ``nn.Sequential`` that calls its norm, ReLU and pooling.
+        verify: run each of these and its conversion once on small float64 copies and compare outputs, gradients and
             statistics before anything is touched. Without it the structure and the order of concatenation are still
             read from a trace.
 
@@ -119,7 +120,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def find(model: nn.Module, *, filter_fn: Filter | None = None, verify: bool = True) -> list[Finding]:
-    """Every block and transition in ``model``, with how to convert it or why not. Changes nothing."""
+    """Every block, transition and stem in ``model``, with how to convert it or why not. Changes nothing."""
     findings = []
     for name, module, kind in candidates(model):
         finding = Finding(name, module, kind)
@@ -132,7 +133,8 @@ def find(model: nn.Module, *, filter_fn: Filter | None = None, verify: bool = Tr
             continue
         try:
             spec = read(module, kind)
-            difference = disagreement(module, spec, probe_shape(module), without_flags) if verify else None
+            part = part_of(module, spec)
+            difference = disagreement(part, spec, probe_shape(part), without_flags) if verify else None
             if difference is None:
                 finding.spec = spec
             else:

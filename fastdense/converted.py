@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,10 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks, functional
-from .supported import changed, convolution_obstacle, pools_first, process_obstacle, sync_obstacle
+from . import checks, functional, pooling
+from .supported import (
+    average_obstacle,
+    changed,
+    convolution_obstacle,
+    maximum_obstacle,
+    pools_first,
+    process_obstacle,
+    sync_obstacle,
+)
 
-__all__ = ["BlockSpec", "Converted", "DropoutSource", "LayerSpec", "Node", "Stage", "TransitionSpec", "converted_class"]
+__all__ = [
+    "BlockSpec",
+    "Converted",
+    "DropoutSource",
+    "LayerSpec",
+    "Node",
+    "Spec",
+    "Stage",
+    "StemSpec",
+    "TransitionSpec",
+    "children_as_module",
+    "converted_class",
+    "part_of",
+]
 
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
 _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"))
@@ -91,6 +113,38 @@ class TransitionSpec(NamedTuple):
         return "transition"
 
 
+class StemSpec(NamedTuple):
+    """How to run a Sequential with BN-ReLU-MaxPool somewhere in a row, as indices of nodes.
+
+    The nodes are those of these children alone, and the root's children are their names: all others are called, as
+    they are and wherever they are.
+    """
+
+    nodes: tuple[Node, ...]
+    norm: int
+    pool: int
+    recompute: str | None = None
+    impl: str = "auto"
+
+    @property
+    def kind(self) -> str:
+        """The kind of candidate that it describes."""
+        return "stem"
+
+
+Spec = BlockSpec | TransitionSpec | StemSpec
+
+
+def children_as_module(module: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
+    """Some children of ``module``, called one after another."""
+    return nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in names))
+
+
+def part_of(module: nn.Module, spec: Spec) -> nn.Module:
+    """What of ``module`` runs otherwise by ``spec``, which fits it, too: of a Sequential with a stem, the stem."""
+    return children_as_module(module, spec.nodes[0].children) if isinstance(spec, StemSpec) else module
+
+
 def geometry(conv: Any) -> tuple[Any, ...]:
     """What decides whether a convolution can run fused."""
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias is None
@@ -132,6 +186,10 @@ def resolve(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
         return [root], "it has other children than when it was converted"
     if reason := _changed_attribute(root, nodes[0].attributes):
         return [root], f"it {reason}"
+    return _resolve_children(root, nodes)
+
+
+def _resolve_children(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], str | None]:
     found: list[Any] = [root]
     for parent, name, cls, children, attributes in nodes[1:]:
         child = found[parent]._modules.get(name)
@@ -179,7 +237,7 @@ def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]
 class Converted:
     """Mixed into the class of a converted module, in front of it; ``_fastdense`` holds what was read from it."""
 
-    _fastdense: BlockSpec | TransitionSpec
+    _fastdense: Spec
     _fastdense_original: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,17 +276,15 @@ class Converted:
 OWN = ("_fastdense", "_fastdense_said")  # what a conversion adds to an instance
 
 
-def _run(module: Any, spec: BlockSpec | TransitionSpec, impl: str, x: Tensor) -> tuple[str | None, Any]:
+def _run(module: Any, spec: Spec, impl: str, x: Tensor) -> tuple[str | None, Any]:
     """``(None, output)``, or the reason why ``module`` cannot run so and nothing."""
+    if isinstance(spec, StemSpec):
+        return _run_stem(module, spec, impl, x)
     found, reason = resolve(module, spec.nodes)
     if reason is not None:
         return reason, None
     if isinstance(spec, TransitionSpec):
-        conv, pool = found[spec.conv], found[spec.pool]
-        if not pools_first(conv, pool):
-            return "its pooling and its convolution cannot change places any more", None
-        x = found[spec.norm](x)
-        return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
+        return _run_transition(found, spec, impl, x)
     layers, reason = _layers(found, spec)
     reason = reason or sync_obstacle([found[stage.norm] for layer in spec.layers for stage in layer.stages])
     if reason is not None:
@@ -239,6 +295,33 @@ def _run(module: Any, spec: BlockSpec | TransitionSpec, impl: str, x: Tensor) ->
         asked = any(getattr(found[node], flag, False) for node, flag in spec.flags)
         recompute = "bottlenecks" if asked else "activations"
     return None, functional.fused_block(x, layers, recompute, impl)[0]
+
+
+def _run_transition(found: list[Any], spec: TransitionSpec, impl: str, x: Tensor) -> tuple[str | None, Any]:
+    norm, conv, pool = found[spec.norm], found[spec.conv], found[spec.pool]
+    if not pools_first(conv, pool):
+        return "its pooling and its convolution cannot change places any more", None
+    if average_obstacle(conv, pool) is None:
+        return None, pooling.fused_transition(x, norm, conv, pool, impl)[0]
+    x = norm(x)
+    return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
+
+
+def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | None, Any]:
+    run, names = spec.nodes[0].children, (*module._modules,)
+    start = names.index(run[0]) if run[0] in names else 0
+    if names[start : start + len(run)] != run:
+        return f"stem: the children {', '.join(map(repr, run))} do not follow one another any more", None
+    found, reason = _resolve_children(module, spec.nodes)
+    reason = reason or maximum_obstacle(found[spec.pool])
+    if reason is not None:
+        return f"stem: {reason}", None
+    for name, child in module._modules.items():
+        if name == run[0]:
+            x = pooling.fused_stem(x, found[spec.norm], found[spec.pool], impl)[0]
+        elif name not in run:
+            x = child(x)
+    return None, x
 
 
 def _say_once(module: Any, message: str) -> None:

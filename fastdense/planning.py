@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .convert import Finding, check_model, find
-from .converted import BlockSpec, Converted, converted_class
+from .converted import BlockSpec, Converted, StemSpec, converted_class, part_of
+from .pool_ops import channels_last
 from .trace import on_meta, quiet, shadow, still_norms
 
 __all__ = ["PlanEntry", "plan"]
@@ -20,11 +21,11 @@ __all__ = ["PlanEntry", "plan"]
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One block or transition of a model.
+    """One block, transition or stem of a model.
 
     Attributes:
-        name: its path in the model; empty for the model itself.
-        kind: ``"block"`` or ``"transition"``.
+        name: its path in the model; empty for the model itself. A stem's is the ``nn.Sequential`` that calls it.
+        kind: ``"block"``, ``"transition"`` or ``"stem"``.
         type: the name of its class.
         action: ``"convert"``, ``"skip"``, or ``"done"`` where it runs on fastdense already.
         reason: why it is skipped; empty otherwise.
@@ -59,8 +60,8 @@ def plan(model: nn.Module, input_shape: Sequence[int] | None = None) -> list[Pla
             bytes one training step keeps for backward, before and after. Nothing is computed: a copy without data runs.
 
     Returns:
-        An entry for each block and each transition, in the model's order. The same is printed as a table (by ``rich``
-        where it is installed).
+        An entry for each block, each transition and each stem, in the model's order. The same is printed as a table (by
+        ``rich`` where it is installed).
 
     Raises:
         TypeError: ``model`` is no module.
@@ -73,8 +74,8 @@ def plan(model: nn.Module, input_shape: Sequence[int] | None = None) -> list[Pla
         for size in input_shape:
             checks.positive_int("each size of input_shape", size)
     findings = find(model)
-    shapes = {} if input_shape is None else _input_shapes(model, [f.name for f in findings], input_shape)
-    entries = [_entry(finding, shapes.get(finding.name)) for finding in findings]
+    shapes = {} if input_shape is None else _input_shapes(model, [_entrance(f) for f in findings], input_shape)
+    entries = [_entry(finding, shapes.get(_entrance(finding))) for finding in findings]
     _print(model, entries, input_shape)
     return entries
 
@@ -92,6 +93,14 @@ def _entry(finding: Finding, shape: tuple[int, ...] | None) -> PlanEntry:
     return PlanEntry(finding.name, finding.kind, original.__name__, action, finding.reason, layers, before, after)
 
 
+def _entrance(finding: Finding) -> str:
+    """The module that the candidate's input enters first: a stem's is its norm."""
+    spec = finding.module._fastdense if isinstance(finding.module, Converted) else finding.spec
+    if not isinstance(spec, StemSpec):
+        return finding.name
+    return f"{finding.name}.{spec.nodes[0].children[0]}".lstrip(".")
+
+
 def _input_shapes(model: nn.Module, names: list[str], input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """The shape that enters each named module, from one run of a copy without data; empty if it cannot run."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -99,10 +108,13 @@ def _input_shapes(model: nn.Module, names: list[str], input_shape: Sequence[int]
         with quiet(), torch.no_grad():
             copy = shadow(model, on_meta).train()
             still_norms(copy)
-            for name in names:
-                copy.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
-                )
+            for name, module in copy.named_modules():
+                if isinstance(module, Converted) and "_fastdense" in vars(module):
+                    module._fastdense = module._fastdense._replace(impl="reference")  # which calls what is hooked
+                if name in names:
+                    module.register_forward_pre_hook(
+                        lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
+                    )
             copy(_meta_input(copy, tuple(input_shape)))
     except Exception:  # foreign code, run without data: no figures then
         pass
@@ -117,7 +129,8 @@ def _meta_input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, ...]) -> int | None:
     """Bytes that ``module``, run as a ``cls`` on an input of ``shape``, keeps for backward.
 
-    Its input belongs to whoever made it. A block's output counts: whoever reads it next keeps it in either case.
+    Its input belongs to whoever made it, but for a stem's, which a convolution made and does not need again. A block's
+    output counts: whoever reads it next keeps it in either case.
     """
     kept: dict[int, Tensor] = {}
 
@@ -127,19 +140,23 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
 
     try:
         with quiet():
-            copy = shadow(module, on_meta).train()
+            copy = shadow(part_of(module, spec), on_meta).train()
             still_norms(copy)
             copy.__class__ = cls
             if issubclass(cls, Converted):
                 copy._fastdense = spec._replace(impl="torch")
-            x = _meta_input(copy, shape).requires_grad_()
+            x = _meta_input(copy, shape)
+            if spec.kind == "transition":
+                x = channels_last(x)  # as blocks hand it over
+            x.requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 output = copy(x)
     except Exception:  # as above
         return None
     if spec.kind == "block":
         pack(output)
-    own = {tensor.untyped_storage()._cdata for tensor in (x, *copy.parameters(), *copy.buffers())}
+    inputs = () if spec.kind == "stem" else (x,)
+    own = {tensor.untyped_storage()._cdata for tensor in (*inputs, *copy.parameters(), *copy.buffers())}
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 

@@ -112,35 +112,51 @@ def run_transition(
 ) -> tuple[Tensor, Moments | None]:
     """:func:`transition`, and its output's moments if they are wanted and known; ``moments`` are those of ``x``."""
     reason = norm_obstacle(norm, relu) or average_obstacle(conv, pool)
-    if _by_modules(x, impl, "transition", reason):
+    if _by_modules(impl, "transition", reason):
         x = norm(x) if relu is None else relu(norm(x))
         return (conv(pool(x)) if pools_first(conv, pool) else pool(conv(x))), None
-    return _run(x, norm, conv.weight, windows("average", pool, x.dim() - 2), impl, moments, want_moments)
+    return fused_transition(x, norm, conv, pool, impl, moments, want_moments)
+
+
+def fused_transition(
+    x: Tensor,
+    norm: Any,
+    conv: Any,
+    pool: Any,
+    impl: str,
+    moments: Moments | None = None,
+    want_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """:func:`run_transition` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
+    return _run(x, norm, conv.weight, windows("average", pool), impl, moments, want_moments)
 
 
 def run_stem(
     x: Tensor, norm: Any, relu: Any, pool: Any, impl: str, want_moments: bool = False
 ) -> tuple[Tensor, Moments | None]:
     """:func:`bn_relu_max_pool`, and the moments of its output if they are wanted and known."""
-    if _by_modules(x, impl, "stem", norm_obstacle(norm, relu) or maximum_obstacle(pool)):
+    if _by_modules(impl, "stem", norm_obstacle(norm, relu) or maximum_obstacle(pool)):
         return pool(norm(x) if relu is None else relu(norm(x))), None
-    return _run(x, norm, None, windows("maximum", pool, x.dim() - 2), impl, None, want_moments)
+    return fused_stem(x, norm, pool, impl, want_moments)
+
+
+def fused_stem(x: Tensor, norm: Any, pool: Any, impl: str, want_moments: bool = False) -> tuple[Tensor, Moments | None]:
+    """:func:`run_stem` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
+    return _run(x, norm, None, windows("maximum", pool), impl, None, want_moments)
 
 
 def run_head(x: Tensor, norm: Any, impl: str, moments: Moments | None = None) -> Tensor:
     """:func:`bn_relu_mean_pool`; ``moments`` are those of ``x``."""
-    if _by_modules(x, impl, "head", norm_obstacle(norm, None)):
+    if _by_modules(impl, "head", norm_obstacle(norm, None)):
         return F.relu(norm(x)).flatten(2).mean(2)
     return _run(x, norm, None, Pool("mean"), impl, moments, False)[0]
 
 
-def _by_modules(x: Any, impl: str, what: str, reason: str | None) -> bool:
+def _by_modules(impl: str, what: str, reason: str | None) -> bool:
     """Whether the modules are to be called one by one; says so once if that is not what ``impl`` asks for."""
     impl = checks.impl_name(impl)
     if impl == "reference":
         return True
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     reason = process_obstacle() or (reason and f"{what}: {reason}")
     if reason is None:
         return False
@@ -148,8 +164,16 @@ def _by_modules(x: Any, impl: str, what: str, reason: str | None) -> bool:
     return True
 
 
-def windows(kind: str, pool: Any, dims: int) -> Pool:
+_DIMS: dict[type[Any], int] = {
+    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), 1),
+    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), 2),
+    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), 3),
+}
+
+
+def windows(kind: str, pool: Any) -> Pool:
     """The windows of a pooling module, one size for each dimension."""
+    dims = _DIMS[type(pool)]
 
     def sizes(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
@@ -186,12 +210,15 @@ def _run(
         group,
     )
     if not frozen:
+        count = var[-1] if group else m
         mean, var = moments or (mean, var[: mean.shape[0]])
-        update_running_statistics([(norm, mean, var)], var[-1] if group else m)
+        update_running_statistics([(norm, mean, var)], count)
     return y, (y_mean, y_var) if want_moments and not group else None
 
 
-def _check(x: Tensor, norm: Any, weight: Tensor | None, pool: Pool) -> None:
+def _check(x: Any, norm: Any, weight: Tensor | None, pool: Pool) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor (float16, bfloat16, float32 or float64), got {x.dtype}")
     if not 3 <= x.dim() <= 5 or (pool.kernel and x.dim() != len(pool.kernel) + 2):

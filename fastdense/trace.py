@@ -47,6 +47,7 @@ _KINDS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "relu"),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), "conv"),
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "avg_pool"),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), "max_pool"),
     **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), "dropout"),
     **dict.fromkeys(
         (F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout, torch.feature_dropout_), "channel dropout"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .converted import BlockSpec, Converted, TransitionSpec, converted_class
+from .converted import BlockSpec, Converted, Spec, converted_class
 from .philox import keep_mask
 from .trace import Unsupported, kind_of, quiet, shadow, still_norms, summary
 
@@ -62,7 +62,7 @@ def random_double(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
 
 
 def disagreement(
-    module: nn.Module, spec: BlockSpec | TransitionSpec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
+    module: nn.Module, spec: Spec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
 ) -> str | None:
     """How far the conversion is from ``module``, or ``None`` if they agree in training and in evaluation.
 
@@ -79,7 +79,7 @@ def disagreement(
 
 
 def _disagreement(
-    module: nn.Module, spec: BlockSpec | TransitionSpec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
+    module: nn.Module, spec: Spec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
 ) -> str | None:
     generator = torch.Generator("cpu").manual_seed(_SEED)
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -117,9 +117,7 @@ def _owners(copy: nn.Module, spec: BlockSpec) -> Iterator[Any]:
     return iter(found)
 
 
-def _results(
-    copy: nn.Module, spec: BlockSpec | TransitionSpec, x: Tensor, initial: dict[str, Tensor]
-) -> dict[str, Tensor | None]:
+def _results(copy: nn.Module, spec: Spec, x: Tensor, initial: dict[str, Tensor]) -> dict[str, Tensor | None]:
     for name, buffer in copy.named_buffers():
         buffer.copy_(initial[name])
     copy.zero_grad(set_to_none=True)

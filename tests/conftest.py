@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,3 +29,19 @@ def _one_thread_and_a_seed() -> None:
     # The tensors are tiny: a second thread would only wait at barriers, for long where the machine is busy.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that entered the fused stem."""
+    from fastdense import pooling
+
+    seen: list[tuple[int, ...]] = []
+    original = pooling.fused_stem
+
+    def spy(x: torch.Tensor, *rest: Any) -> Any:
+        seen.append(tuple(x.shape))
+        return original(x, *rest)
+
+    monkeypatch.setattr(pooling, "fused_stem", spy)
+    return seen

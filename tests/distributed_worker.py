@@ -143,6 +143,36 @@ def momentum_none_and_no_affine() -> None:
     compare_with_full_batch(block, nn.SyncBatchNorm.convert_sync_batchnorm)
 
 
+def sync_batch_norm_in_stem_and_transition() -> None:
+    """One all-reduce each, forward and backward; before the conversion and after it."""
+    torch.manual_seed(0)
+    stem = foreign.stem(nn.Conv2d(3, 6, 3, padding=1))
+    whole = nn.Sequential(*stem, foreign.StarBlock(LAYERS, 6, 4), foreign.Transition(18, 5)).double()
+    randomise(whole)
+    synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
+    for ours in (
+        fastdense.convert(synchronise(copy.deepcopy(whole))),
+        synchronise(fastdense.convert(copy.deepcopy(whole))),
+    ):
+        assert sum(isinstance(m, Converted) for m in ours.modules()) == 3
+        theirs = copy.deepcopy(whole)
+        for n in range(2):
+            for net in (theirs, ours):
+                net.zero_grad(set_to_none=True)
+            x, cotangent = random_input((5, 3, 9, 10), seed=n).detach(), random_input((5, 5, 2, 2), seed=n + 9).detach()
+            want = step(theirs, x, cotangent)
+            with Collectives() as counted, warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                got = step(ours, my_share(x), my_share(cotangent))
+            assert len(counted.sizes) == 2 * (1 + 2 * LAYERS + 1), counted.sizes
+            assert_close("output", got.pop("output"), my_share(want.pop("output")))
+            for name, value in want.items():
+                if name.endswith(".grad"):
+                    dist.all_reduce(got[name])
+                assert_close(name, got[name], value, scale=1.0)
+        assert_close("evaluation", ours.eval()(x), theirs.eval()(x))
+
+
 def some_shared_and_some_not() -> None:
     """The original code runs, and PyTorch's SyncBatchNorm refuses CPU tensors: an error, no hang, nothing silent."""
     block = fastdense.convert(foreign.StarBlock(LAYERS, 6, 4))
@@ -228,7 +258,8 @@ def fsdp2() -> None:
 CASES = (
     ddp, ddp_and_sync_batch_norm, sync_batch_norm, sync_batch_norm_after_the_conversion,
     sync_batch_norm_in_fastdense_own_block,
-    timm_sync_batch_norm, momentum_none_and_no_affine, some_shared_and_some_not, fsdp2,
+    timm_sync_batch_norm, momentum_none_and_no_affine, sync_batch_norm_in_stem_and_transition,
+    some_shared_and_some_not, fsdp2,
 )  # fmt: skip
 
 

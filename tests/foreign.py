@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 class ListLayer(nn.Module):
@@ -114,13 +116,16 @@ class Transition(nn.Sequential):
 
 
 class Net(nn.Module):
-    """Stem, block, transition, block, classifier."""
+    """Stem (with BatchNorm, ReLU and pooling, or without), block, transition, block, classifier."""
 
-    def __init__(self, block: Callable[..., nn.Module], k: int = 4, dims: int = 2, **options: Any) -> None:
+    def __init__(
+        self, block: Callable[..., nn.Module], k: int = 4, dims: int = 2, pooled: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         if dims != 2:
             options["dims"] = dims
-        self.stem = CONV[dims](3, 6, 3, padding=1, bias=False)
+        conv = CONV[dims](3, 6, 3, padding=1, bias=False)
+        self.stem = stem(conv, dims) if pooled else conv
         self.block1 = block(2, 6, k, **options)
         self.between = Transition(6 + 2 * k, 5, dims)
         self.block2 = block(3, 5, k, **options)
@@ -130,6 +135,29 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.block2(self.between(self.block1(self.stem(x))))
         return self.classifier(F.relu(self.last(h), inplace=True).flatten(2).mean(2))
+
+
+def stem(conv: nn.Module, dims: int = 2) -> nn.Sequential:
+    return nn.Sequential(conv, NORM[dims](6), nn.ReLU(inplace=True), MAX_POOL[dims](3, stride=2, padding=1))
+
+
+class Features(nn.Module):
+    """Everything but the head in one Sequential, under the names of torchvision, timm and MONAI."""
+
+    def __init__(self, block: Callable[..., nn.Module] = StarBlock, dims: int = 2) -> None:
+        super().__init__()
+        options = {} if dims == 2 else {"dims": dims}
+        names = ("conv0", "norm0", "relu0", "pool0")
+        children = stem(CONV[dims](3, 6, 3, padding=1, bias=False), dims)
+        self.features = nn.Sequential(OrderedDict(zip(names, children, strict=True)))
+        self.features.add_module("denseblock1", block(2, 6, 4, **options))
+        self.features.add_module("transition1", Transition(14, 5, dims))
+        self.features.add_module("denseblock2", block(3, 5, 4, **options))
+        self.features.add_module("norm5", NORM[dims](17))
+        self.classifier = nn.Linear(17, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.relu(self.features(x), inplace=True).flatten(2).mean(2))
 
 
 STYLES: dict[str, Callable[..., Net]] = {

@@ -23,14 +23,14 @@ MODES = ("activations", "bottlenecks")
 def pair(change: Callable[[Any], None] | None = None, *, first: bool = True, **options: Any) -> tuple[Any, Any, Tensor]:
     """A network and its converted copy; ``change`` comes before the conversion, or after it."""
     torch.manual_seed(0)
-    theirs = foreign.Net(foreign.StarBlock).double()
+    theirs = foreign.Net(foreign.StarBlock, pooled=True).double()
     randomise(theirs)
     if change is not None and first:
         change(theirs)
     ours = fastdense.convert(copy.deepcopy(theirs), **options)
     if change is not None and not first:
         change(theirs), change(ours)
-    assert sum(isinstance(module, Converted) for module in ours.modules()) == 3
+    assert sum(isinstance(module, Converted) for module in ours.modules()) == 4
     return theirs, ours, random_input((2, 3, 9, 6))
 
 
@@ -102,6 +102,11 @@ def _one_convolution(net: nn.Module) -> None:
     net.block1.denselayer2.conv1.weight.requires_grad_(True)
 
 
+def _the_stems_norm(net: nn.Module) -> None:
+    net.requires_grad_(False)
+    net.stem[1].requires_grad_(True)
+
+
 def _every_second_parameter(net: nn.Module) -> None:
     for i, parameter in enumerate(net.parameters()):
         parameter.requires_grad_(i % 2 == 0)
@@ -109,7 +114,7 @@ def _every_second_parameter(net: nn.Module) -> None:
 
 CHANGES = [
     _all_frozen, _some_frozen, _frozen_without_gradients, _cumulative, _other_momenta_and_eps, _untracked, _not_affine,
-    _evaluation, _untracked_evaluation, _only_the_classifier, _the_second_block, _one_convolution,
+    _evaluation, _untracked_evaluation, _only_the_classifier, _the_second_block, _one_convolution, _the_stems_norm,
     _every_second_parameter,
 ]  # fmt: skip
 
@@ -224,15 +229,30 @@ def test_converted_under_inference_mode_and_autocast() -> None:
         assert isinstance(fastdense.convert(copy.deepcopy(theirs)).block1, Converted)
 
 
+def _block() -> nn.Module:
+    return foreign.StarBlock(3, 6, 4)
+
+
+def _transition() -> nn.Module:
+    return foreign.Transition(6, 4)
+
+
+def _stem() -> nn.Module:
+    stem = foreign.stem(nn.Conv2d(6, 6, 3, padding=1, bias=False))
+    return nn.Sequential(*stem, foreign.StarBlock(1, 6, 4), foreign.StarBlock(1, 10, 4))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_on_the_cpu(dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("make", [_block, _transition, _stem])
+def test_autocast_on_the_cpu(make: Callable[[], nn.Module], dtype: torch.dtype, mode: str) -> None:
     """At most twice the error of the original under autocast, against its float64 results."""
     torch.manual_seed(0)
-    truth = foreign.StarBlock(3, 6, 4).double()
+    truth = make().double()
     randomise(truth)
     theirs = copy.deepcopy(truth).float()
     ours = fastdense.convert(copy.deepcopy(theirs), recompute=mode)
+    assert isinstance(ours, Converted)
     x = random_input((6, 6, 11, 9)).detach().to(dtype)  # as a convolution before it would hand over
 
     def cast(block: nn.Module) -> Callable[[Tensor], Tensor]:
