@@ -123,7 +123,7 @@ def _add_to_gradient(
 
 @triton.jit
 def _through_norm(
-    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_FIRST: tl.constexpr,
+    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr,
     first_x, source, c, x_mask, mask, start, stride_Dm, stride_xm,
     HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
@@ -143,7 +143,7 @@ def _through_norm(
             _add_to_gradient(D_ptr, share, first_x, source, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
     if NEEDS_WEIGHT:
         mine = tl.where(mask, relu(y), 0.0)
-        activation = mine if IS_FIRST else activation + mine
+        activation = mine if IS_ONLY else activation + mine
     return sum_dy, sum_centred, activation
 
 
@@ -162,7 +162,6 @@ def _pass_over_rows(
     """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
     PLACES: tl.constexpr = PD * PH * PW
-    UNROLLED: tl.constexpr = PLACES if PLACES <= 4 else 1  # more would not fit into registers
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
@@ -212,11 +211,11 @@ def _pass_over_rows(
         reader = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
         activation = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for first_place in range(0, PLACES, UNROLLED):
-            for n in tl.static_range(UNROLLED):
-                begin = first_source + in_window(first_place + n, XH, XW, PH, PW)
+        for pair in range(0, PLACES, 2):  # all places written out would not fit into registers
+            for place_in_window in tl.static_range(min(PLACES, 2)):
+                begin = first_source + in_window(pair + place_in_window, XH, XW, PH, PW)
                 sum_dy, sum_centred, activation = _through_norm(
-                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == UNROLLED and n == 0,
+                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1,
                     begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,
                     HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, X_UNIT, D_UNIT,
                 )  # fmt: skip

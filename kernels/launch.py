@@ -78,7 +78,7 @@ _Table = dict[tuple[str, str], LaunchConfig]
 
 # Operation and variant: of bn_relu_conv "1x1", "narrow taps" (at most 16 output channels), "taps", "wide taps" (more
 # than 32), "many taps" (3D), "dropout" or "pooled"; of its backward "1x1", "wide" (more than one unit), "pooled", "many
-# pooled" (3D), "wide pooled" (more units than a program holds), "taps", "wide taps", "many taps", and these three "lazy".
+# pooled" (3D), "wide pooled" (more units than a program holds), "taps", "wide taps", "many taps", these three "lazy".
 # What has no row for many taps takes that for taps. All for 16-bit features.
 _SM80: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
@@ -100,10 +100,10 @@ _SM80: _Table = {
     ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
     ("bn_relu_conv_backward", "many pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
-    ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
+    ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=2),
     ("max_pool", ""): LaunchConfig(32, 64, 64, 4, 1),
     ("mean", ""): LaunchConfig(64, 64, 64, 4, 1),
-    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
+    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _SM90: _Table = _SM80 | {
     ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 2),
@@ -111,6 +111,8 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
+    ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
+    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3, weight_block_c=128),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
@@ -118,6 +120,9 @@ _SM90: _Table = _SM80 | {
 _SM100: _Table = _SM90 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
+    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
 
@@ -142,7 +147,11 @@ _FP32_SM80: _Table = _SM80 | {
     ("bn_relu_conv_backward", "lazy many taps"): _weight_32(8, 1),
     ("bn_relu_conv_backward", "wide taps"): _weight_32(8, 2),
     ("bn_relu_conv_backward", "lazy wide taps"): _weight_32(8, 1),
+    ("bn_relu_conv_backward", "pooled"): _weight_32(8, 1),
+    ("bn_relu_conv_backward", "many pooled"): _weight_32(8, 1),
+    ("bn_relu_conv_backward", "wide pooled"): _weight_32(8, 1),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _FP32_SM86: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "wide taps"): LaunchConfig(32, 16, 64, 4, 2),
@@ -154,6 +163,7 @@ _FP32_SM90: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "many taps"): LaunchConfig(32, 16, 32, 4, 2),
     ("bn_relu_conv_backward", "taps"): _weight_32(4, 1),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 1),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
 }
 _FP32_SM100: _Table = _FP32_SM90 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
