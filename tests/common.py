@@ -53,7 +53,8 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             with torch.no_grad():
                 child.weight.copy_(torch.randn(child.num_features, generator=generator))
                 child.weight[::5] = 0.0
-                child.bias.copy_(torch.randn(child.num_features, generator=generator))
+                if child.bias is not None:
+                    child.bias.copy_(torch.randn(child.num_features, generator=generator))
         if child.running_mean is not None:
             child.running_mean.copy_(torch.randn(child.num_features, generator=generator))
             child.running_var.copy_(torch.rand(child.num_features, generator=generator) + 0.5)

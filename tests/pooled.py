@@ -215,9 +215,3 @@ def check_shape(name: str, dtype: torch.dtype, impl: str) -> None:
     # One image's mean sends back one number a channel: without a ReLU that switches, BatchNorm takes all of it away.
     constant = name == "head, one image"
     check_budget(CASES[name], dtype, impl, decided=not constant, inputs=15 if constant else 3)
-
-
-__all__ = [
-    "CASES", "DEVICE", "KINDS", "LAYOUTS", "TOLERANCE", "Case", "Stage", "check_budget", "check_shape", "pair", "rolled",
-    "small",
-]  # fmt: skip
