@@ -198,8 +198,8 @@ def _run(
         group,
     )
     if not frozen:
-        mean, var = moments or (mean, var[: mean.shape[0]])
-        update_running_statistics([(norm, mean, var)], var[-1] if group else m)
+        count = var[-1] if group else m
+        update_running_statistics([(norm, *(moments or (mean, var[: mean.shape[0]])))], count)
     return y, (y_mean, y_var) if want_moments and not group else None
 
 
