@@ -95,7 +95,7 @@ def results(
     found: dict[str, Tensor | None] = {"output": output.detach().clone()}
     if output.requires_grad:
         generator = torch.Generator().manual_seed(cotangent_seed)
-        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
         output.backward(cotangent)
     found["x.grad"] = x.grad
     found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}

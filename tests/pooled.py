@@ -124,6 +124,7 @@ def check_budget(
     change: Callable[[Stage], Any] | None = None,
     shift: float = 0.0,
     decided: bool = True,
+    needs_x: bool = True,
     inputs: int = 3,
 ) -> None:
     """``error <= 2*(PyTorch's error in the same dtype) + tolerance``: as budget.py, for one of the three.
@@ -139,9 +140,9 @@ def check_budget(
             _ordinary(stage, decided)
             stage.to(DEVICE, dtype).to(torch.float64 if stage is truth else dtype)  # all start from the rounded values
         x = random_input(case.shape, layout=layout, seed=seed).detach()
-        x = ((x * 4).round() / 4 if decided else x).add_(shift).to(DEVICE, dtype).requires_grad_()
+        x = ((x * 4).round() / 4 if decided else x).add_(shift).to(DEVICE, dtype).requires_grad_(needs_x)
         got, textbook = results(fast, x), results(peer, x)
-        exact = results(truth, x.detach().double().requires_grad_())
+        exact = results(truth, x.detach().double().requires_grad_(needs_x))
         # A gradient that vanishes because BatchNorm takes mean and scale away is all rounding.
         least = 1e-3 * max(
             (g.norm().item() for name, g in exact.items() if g is not None and "grad" in name), default=0
@@ -210,8 +211,8 @@ CASES = {
 }
 
 
-def check_shape(name: str, dtype: torch.dtype, impl: str) -> None:
+def check_shape(name: str, dtype: torch.dtype, impl: str, inputs: int = 3) -> None:
     """``check_budget`` for one of ``CASES``."""
     # One image's mean sends back one number a channel: without a ReLU that switches, BatchNorm takes all of it away.
     constant = name == "head, one image"
-    check_budget(CASES[name], dtype, impl, decided=not constant, inputs=15 if constant else 3)
+    check_budget(CASES[name], dtype, impl, decided=not constant, inputs=15 if constant else inputs)
