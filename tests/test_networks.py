@@ -247,7 +247,7 @@ REPLACED: dict[str, Callable[[Any], None]] = {
     "relu0: leaky": _set("features.relu0", lambda: nn.LeakyReLU(0.2)),
     "pool0: average": _set("features.pool0", lambda: nn.AvgPool2d(3, 2, 1)),
     "pool0: dilated": _set("features.pool0", lambda: nn.MaxPool2d(2, 2, dilation=2)),
-    "pool0: ceiling": _set("features.pool0", lambda: nn.MaxPool2d(3, 2, ceil_mode=True)),
+    "pool0: ceiling": _set("features.pool0", lambda: nn.MaxPool2d(2, 2, ceil_mode=True)),
     "pool0: other windows": _set("features.pool0", lambda: nn.MaxPool2d([2, 3], [1, 2], [1, 0])),
     "pool0: identity": _set("features.pool0", nn.Identity),
     "pool0: none": _without_pool0,
