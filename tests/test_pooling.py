@@ -156,6 +156,23 @@ def test_the_first_maximum_of_equal_ones_gets_the_gradient(name: str, period: in
     assert_same(results(fast, x), results(textbook, x))
 
 
+@pytest.mark.parametrize(("dtype", "beta"), [(torch.bfloat16, 8.0), (torch.float16, 512.0)])
+@pytest.mark.parametrize("name", ["stem 3, 2, 1", "stem 1D", "stem 3D"])
+def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dtype, beta: float) -> None:
+    """What differs before it is stored and not afterwards ties, and the first gets the gradient."""
+    found = []
+    for stage in pair(CASES[name], dtype=torch.float32, change=lambda stage: stage.eval()):
+        norm = stage.to(dtype).norm.float()  # statistics in float32 and nothing to round but the result
+        with torch.no_grad():
+            for tensor, value in ((norm.running_mean, 0), (norm.weight, 1), (norm.bias, beta)):
+                tensor.fill_(value)
+            norm.running_var.fill_(1.0)
+            norm.eps = 0.0
+        x = rolled(CASES[name].shape, 40).detach() / 64
+        found.append(results(stage, x.to(dtype).requires_grad_())["x.grad"])
+    assert torch.equal(found[0], found[1]) and found[0].count_nonzero() > 10
+
+
 def _not_finite(case: Case, values: list[float]) -> Tensor:
     """Random features with ``values`` in some channels: at a corner, beside each other, at the end."""
     x = random_input(case.shape).detach()
