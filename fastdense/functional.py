@@ -204,11 +204,10 @@ def _convolutions(layer: Any) -> list[tuple[Any, Any]]:
 
 
 def affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    if norm.weight is not None:
-        return norm.weight, norm.bias
-    dtype = accumulation_dtype(x.dtype)
-    ones = torch.ones(norm.num_features, dtype=dtype, device=x.device)
-    return ones, torch.zeros_like(ones)
+    def filled(value: float) -> Tensor:
+        return torch.full((norm.num_features,), value, dtype=accumulation_dtype(x.dtype), device=x.device)
+
+    return filled(1.0) if norm.weight is None else norm.weight, filled(0.0) if norm.bias is None else norm.bias
 
 
 def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor], per_layer: int) -> int:

@@ -77,7 +77,10 @@ def _outputs(
     """Uninitialised outputs of ``bn_relu_pool``."""
     channels, acc = x.shape[1], accumulation_dtype(x.dtype)
     writes = channels if weight is None else weight.shape[0]
-    y = empty_features((x.shape[0], writes, *pool.sizes(x.shape[2:])), dtype=x.dtype, device=x.device)
+    if pool.kind == "mean":
+        y = x.new_empty(x.shape[0], writes)
+    else:
+        y = empty_features((x.shape[0], writes, *pool.sizes(x.shape[2:])), dtype=x.dtype, device=x.device)
     y_mean, y_var = (x.new_empty(writes if output_moments else 0, dtype=acc) for _ in range(2))
     mean = x.new_empty(channels if own_moments else 0, dtype=acc)
     return y, y_mean, y_var, mean, x.new_empty(mean.shape[0] + bool(group), dtype=acc)
@@ -223,7 +226,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _backward_of_op(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     x, mean, var, gamma, beta, weight, *frozen_stats = ctx.saved_tensors
-    lazy = any(ctx.needs_input_grad[1:3])
+    lazy = any(ctx.needs_input_grad[1:3]) and not frozen_stats  # a frozen norm reads no batch moments
     needs = [ctx.needs_input_grad[0] or lazy, *ctx.needs_input_grad[3:6]]
     if grad is None:
         grad = torch.zeros(ctx.output_shape, dtype=x.dtype, device=x.device)

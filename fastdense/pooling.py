@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .features import accumulation_dtype
 from .functional import (
     Moments,
     affine,
@@ -33,6 +32,11 @@ from .supported import average_obstacle, maximum_obstacle, norm_obstacle, pools_
 from .sync import group_of
 
 __all__ = ["bn_relu_max_pool", "bn_relu_mean_pool", "transition"]
+
+_RANKS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # nn.SyncBatchNorm takes any
+_POOLED_DIMS: dict[type[nn.Module], int] = {
+    nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3, nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3
+}  # fmt: skip
 
 
 def transition(
@@ -164,22 +168,22 @@ def _by_modules(impl: str, what: str, reason: str | None) -> bool:
     return True
 
 
-_DIMS: dict[type[Any], int] = {
-    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), 1),
-    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), 2),
-    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), 3),
-}
-
-
 def windows(kind: str, pool: Any) -> Pool:
     """The windows of a pooling module, one size for each dimension."""
-    dims = _DIMS[type(pool)]
+    dims = _POOLED_DIMS[type(pool)]
 
     def sizes(value: Any) -> tuple[int, ...]:
-        return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
+        values = tuple(value) if isinstance(value, tuple | list) else (value,)
+        return values * dims if len(values) == 1 else values
 
-    kernel = sizes(pool.kernel_size)
-    return Pool(kind, kernel, sizes(pool.stride), sizes(pool.padding))
+    found = Pool(kind, sizes(pool.kernel_size), sizes(pool.stride), sizes(pool.padding))
+    if {len(found.kernel), len(found.stride), len(found.padding)} != {dims}:
+        raise ValueError(f"the pooling must have one size, or one for each of {dims} dimensions, got {pool}")
+    if min(*found.kernel, *found.stride) < 1 or any(
+        not 0 <= 2 * padding <= size for size, padding in zip(found.kernel, found.padding, strict=True)
+    ):
+        raise ValueError(f"the pooling must have positive sizes, and at most half of one as padding, got {pool}")
+    return found
 
 
 def _run(
@@ -187,14 +191,14 @@ def _run(
 ) -> tuple[Tensor, Moments | None]:
     _check(x, norm, weight, pool)
     refuse_transforms(x)
-    if weight is not None:
-        x = autocast(x)
+    if weight is not None and autocast(x) is not x:
+        x, moments = autocast(x), None  # they were those of other values
     frozen = not (norm.training or norm.running_mean is None)
     group = group_of([norm]) or ""
     m = x.shape[0] * x.shape[2:].numel()
     if m == 1 and not frozen and not group:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    if frozen or group or (moments is not None and moments[0].dtype != accumulation_dtype(x.dtype)):
+    if frozen or group:
         moments = None
     check_moments(x, moments)
     y, y_mean, y_var, mean, var = torch.ops.fastdense.bn_relu_pool(
@@ -211,8 +215,7 @@ def _run(
     )
     if not frozen:
         count = var[-1] if group else m
-        mean, var = moments or (mean, var[: mean.shape[0]])
-        update_running_statistics([(norm, mean, var)], count)
+        update_running_statistics([(norm, *(moments or (mean, var[: mean.shape[0]])))], count)
     return y, (y_mean, y_var) if want_moments and not group else None
 
 
@@ -221,10 +224,20 @@ def _check(x: Any, norm: Any, weight: Tensor | None, pool: Pool) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor (float16, bfloat16, float32 or float64), got {x.dtype}")
-    if not 3 <= x.dim() <= 5 or (pool.kernel and x.dim() != len(pool.kernel) + 2):
+    if not 3 <= x.dim() <= 5:
         raise ValueError(f"x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got shape {tuple(x.shape)}")
+    ranks = {
+        "norm": _RANKS.get(type(norm)),
+        "pooling": len(pool.kernel) + 2 if pool.kernel else None,
+        "conv": None if weight is None else weight.dim(),
+    }
+    for name, rank in ranks.items():
+        if rank not in (None, x.dim()):
+            raise ValueError(f"x must have {rank} dimensions, as the {name} reads, got shape {tuple(x.shape)}")
     if x.shape[1] != norm.num_features:
         raise ValueError(f"x must have {norm.num_features} channels, as the norm reads, got shape {tuple(x.shape)}")
+    if weight is not None and weight.shape[1] != x.shape[1]:
+        raise ValueError(f"the conv must read the norm's {x.shape[1]} channels, got a weight of {tuple(weight.shape)}")
     if 0 in x.shape[2:]:
         raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     if any(size < 1 for size in pool.sizes(x.shape[2:])):

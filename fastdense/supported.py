@@ -113,14 +113,14 @@ def maximum_obstacle(pool: Any) -> str | None:
     return None
 
 
-def _sizes(value: int | tuple[int, ...]) -> set[int] | tuple[int, ...]:
+def _sizes(value: int | Sequence[int]) -> set[int] | tuple[int, ...]:
     """For a comparison: one number stands for all dimensions."""
     sizes = _tuple(value)
     return set(sizes) if len(set(sizes)) == 1 else sizes
 
 
-def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def changed(module: Any) -> str | None:

@@ -53,7 +53,8 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             with torch.no_grad():
                 child.weight.copy_(torch.randn(child.num_features, generator=generator))
                 child.weight[::5] = 0.0
-                child.bias.copy_(torch.randn(child.num_features, generator=generator))
+                if child.bias is not None:
+                    child.bias.copy_(torch.randn(child.num_features, generator=generator))
         if child.running_mean is not None:
             child.running_mean.copy_(torch.randn(child.num_features, generator=generator))
             child.running_var.copy_(torch.rand(child.num_features, generator=generator) + 0.5)
@@ -94,7 +95,7 @@ def results(
     found: dict[str, Tensor | None] = {"output": output.detach().clone()}
     if output.requires_grad:
         generator = torch.Generator().manual_seed(cotangent_seed)
-        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
         output.backward(cotangent)
     found["x.grad"] = x.grad
     found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}

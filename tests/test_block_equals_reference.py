@@ -100,6 +100,11 @@ def _without_affine(block: nn.Module) -> None:
         setattr(block.get_submodule(layer), leaf, nn.BatchNorm2d(norm.num_features, affine=False, dtype=torch.float64))
 
 
+def _without_bias(block: nn.Module) -> None:
+    for norm in [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.register_parameter("bias", None)
+
+
 def _wide_first_kernel(block: nn.Module) -> None:
     for layer in block.children():
         weight = torch.empty(layer.conv1.out_channels, layer.conv1.in_channels, 3, 1).double()
@@ -127,6 +132,7 @@ CHANGES = {
         _untracked,
         _untracked_in_evaluation,
         _without_affine,
+        _without_bias,
         _wider_kernel,
         _wide_first_kernel,
     )

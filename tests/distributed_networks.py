@@ -1,0 +1,185 @@
+"""Run by ``torchrun`` with two processes, as ``distributed_worker.py``: whole networks, and their stages."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import distributed_worker
+import pooled
+import torch
+import torch.distributed as dist
+from common import assert_close, random_input, randomise
+from distributed_worker import Collectives
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastdense
+
+# What each implementation computes in, and how near it comes to one process with the textbook in float64. "triton" is
+# for where the kernels run: on the CPU in Triton's interpreter.
+IMPLS = {"torch": (torch.float64, 1e-9)}
+KNOWN = {**IMPLS, "triton": (torch.float32, 1e-4)}
+
+BLOCKS = (2, 1)
+NORMS = 2 * sum(BLOCKS) + len(BLOCKS) - 1 + 2  # two a layer, the transitions', the stem's and the head's
+SHARES = {"uneven": (3, 2), "one image": (4, 1), "an empty one": (5, 0)}
+
+
+def networks(impl: str, synchronise: bool) -> tuple[nn.Module, nn.Module]:
+    """The textbook on the whole batch in float64, and fastdense's for a share."""
+    nets: list[nn.Module] = []
+    for name, dtype in (("reference", torch.float64), (impl, KNOWN[impl][0])):
+        torch.manual_seed(0)
+        nets.append(fastdense.DenseNet(3, BLOCKS, 6, 2, num_classes=4, impl=name, dtype=dtype))
+    whole, ours = nets
+    randomise(whole)
+    ours.load_state_dict(whole.state_dict())
+    if synchronise:
+        ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+        assert sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules()) == NORMS
+    return whole, ours
+
+
+def step(net: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor | None]:
+    x = x.clone().requires_grad_()
+    return {**distributed_worker.step(net, x, cotangent), "x.grad": x.grad}
+
+
+def share(x: Tensor, images: tuple[int, ...], impl: str) -> Tensor:
+    start = sum(images[: dist.get_rank()])
+    return x[start : start + images[dist.get_rank()]].to(KNOWN[impl][0])
+
+
+def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: str, shape: tuple[int, ...]) -> None:
+    """Two steps on the whole batch against two on its shares: output, gradients added up, statistics, evaluation."""
+    tolerance = KNOWN[impl][1]
+    for seed in range(2):
+        for net in (whole, ours):
+            net.zero_grad(set_to_none=True)
+        x = random_input((sum(images), *shape), seed=seed).detach() * (seed + 1) + seed
+        shape_out = copy.deepcopy(whole)(x).shape
+        cotangent = random_input(shape_out, seed=seed + 9).detach()
+        want = step(whole, x, cotangent)
+        with Collectives() as counted, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            got = step(ours, share(x, images, impl), share(cotangent, images, impl))
+        norms = sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
+        assert len(counted.sizes) == 2 * norms, counted.sizes  # one a norm, forward and backward
+        scale = max(value.norm().item() for name, value in want.items() if name.endswith(".grad"))
+        for name in ("output", "x.grad"):
+            assert_close(name, got.pop(name), share(want.pop(name), images, "torch"), tolerance, scale)
+        for name, value in want.items():
+            if name.endswith(".grad"):
+                dist.all_reduce(got[name])
+            assert_close(f"{name}, step {seed}, shares {images}", got[name], value, tolerance, scale)
+    assert_close("evaluation", ours.eval()(x.to(KNOWN[impl][0])), whole.eval()(x), tolerance, scale=1.0)
+
+
+def sync_batch_norm(impl: str) -> None:
+    """Stem, transition and head share too; PyTorch's own SyncBatchNorm would refuse tensors on the CPU."""
+    for images in SHARES.values():
+        whole, ours = networks(impl, synchronise=True)
+        compare(whole, ours, images, impl, (3, 37, 33))
+
+
+def stages_share(impl: str) -> None:
+    """Each by itself, with norms of every kind, down to one value per channel in each process."""
+
+    def momentum(stage: Any) -> None:
+        stage.norm.momentum = None
+
+    def no_affine(stage: Any) -> None:
+        stage.norm = nn.BatchNorm2d(5, affine=False, dtype=torch.float64)
+
+    def untracked(stage: Any) -> None:
+        stage.norm = nn.BatchNorm2d(5, track_running_stats=False, dtype=torch.float64)
+
+    def far(stage: Any) -> None:
+        stage.norm.eps = 0.1
+
+    for kind in pooled.KINDS:
+        for change in (None, momentum, no_affine, untracked, far):
+            whole, ours = pooled.pair(pooled.small(kind), impl, torch.float64, change)
+            compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(KNOWN[impl][0])), (3, 2), impl, (5, 5, 7))
+    whole, ours = pooled.pair(
+        pooled.Case("head", (2, 5, 1, 1)), impl, change=lambda stage: setattr(stage.norm, "eps", 0.5)
+    )
+    compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(KNOWN[impl][0])), (1, 1), impl, (5, 1, 1))
+
+
+def frozen_norms_talk_to_nobody(impl: str) -> None:
+    _, ours = networks(impl, synchronise=True)
+    with Collectives() as counted:
+        ours.eval()(random_input((2, 3, 37, 33), dtype=KNOWN[impl][0])).sum().backward()
+    assert counted.sizes == []
+
+
+def some_shared_and_some_not(impl: str) -> None:
+    """Between stages that is nothing odd: each is by itself, or shares."""
+    _, ours = networks(impl, synchronise=False)
+    _, alone = networks(impl, synchronise=False)
+    ours.features.norm0 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm0)
+    ours.features.norm5 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm5)
+    x = random_input((2, 3, 37, 33)).detach().to(KNOWN[impl][0])  # the same in both processes: sharing changes nothing
+    cotangent = random_input((2, 4), seed=3).detach().to(KNOWN[impl][0])
+    got, want = step(ours, x, cotangent), step(alone, x, cotangent)
+    for name, value in want.items():
+        if name.endswith("running_var") and ("norm0" in name or "norm5" in name):
+            continue  # unbiased by another count
+        assert_close(name, got[name], value, KNOWN[impl][1], scale=1e3)
+
+
+def ddp(impl: str) -> None:
+    """Batch statistics of each process alone: the textbook and fastdense under DDP are the same."""
+    nets = [DistributedDataParallel(net) for net in networks(impl, synchronise=False)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
+    for n in range(3):
+        x = random_input((2 + dist.get_rank(), 3, 37, 33), seed=10 * n + dist.get_rank()).detach()
+        cotangent = random_input((len(x), 4), seed=n).detach()
+        found = []
+        for net, optimizer, dtype in zip(nets, optimizers, (torch.float64, KNOWN[impl][0]), strict=True):
+            optimizer.zero_grad()
+            found.append(step(net, x.to(dtype), cotangent.to(dtype)))
+            optimizer.step()
+        for name, value in found[0].items():
+            assert_close(name, found[1][name], value, KNOWN[impl][1], scale=1e3)
+
+
+def ddp_and_sync_batch_norm(impl: str) -> None:
+    """DDP round the network, then SyncBatchNorm in it: DDP only looks for it when it wraps."""
+    whole, ours = networks(impl, synchronise=False)
+    wrapped = DistributedDataParallel(ours, broadcast_buffers=False)
+    nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)
+    x, cotangent = random_input((5, 3, 37, 33)).detach(), random_input((5, 4), seed=9).detach()
+    got = step(wrapped, share(x, (3, 2), impl), share(cotangent, (3, 2), impl))
+    for name, value in step(whole, x, cotangent).items():
+        if name in ("output", "x.grad"):
+            value = share(value, (3, 2), "torch")
+        elif name.endswith(".grad"):
+            value = value / 2  # DDP averages
+        assert_close(name, got[name], value, KNOWN[impl][1], scale=1e3)
+
+
+def _named(case: Callable[[str], None], impl: str) -> Callable[[], None]:
+    def run() -> None:
+        case(impl)
+
+    run.__name__ = f"{case.__name__}_{impl}"
+    return run
+
+
+CASES = [
+    _named(case, impl)
+    for impl in IMPLS
+    for case in (
+        sync_batch_norm, stages_share, frozen_norms_talk_to_nobody, some_shared_and_some_not, ddp,
+        ddp_and_sync_batch_norm,
+    )
+]  # fmt: skip
+
+if __name__ == "__main__":
+    distributed_worker.main(sys.argv[1], sys.argv[2:], CASES)
