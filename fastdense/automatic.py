@@ -14,7 +14,7 @@ from .memory import BlockSize
 from .pooling import windows
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition
 
-__all__ = ["network_sizes", "plan"]
+__all__ = ["in_words", "network_sizes", "plan"]
 
 USABLE = 0.9  # of the free memory: allocators round sizes up, and leave gaps
 
