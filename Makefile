@@ -52,8 +52,9 @@ format: $(ENV_READY) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-bench: $(ENV_READY) ## Time this machine and record the figures under benchmarks/results
+bench: $(ENV_READY) ## Measure time and memory on this machine and record the figures under benchmarks/results
 	@$(BIN)/python -m benchmarks.speed
+	@$(BIN)/python -m benchmarks.memory
 
 wheel: $(ENV_READY) ## Build the source archive and, from it, the wheel into dist/
 	@$(BIN)/python -m build --no-isolation

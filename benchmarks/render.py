@@ -2,8 +2,8 @@
 
     python -m benchmarks.render [--check]
 
-A table stands between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->``, or ``<!-- compiled: FILE -->`` and
-``<!-- end of compiled -->``; ``--check`` changes nothing and exits with 1 if a table is not what its record says.
+A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory`` and
+``compiled``. ``--check`` changes nothing and exits with 1 if a table is not what its record says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-PAGES = (README, README.parent / "docs" / "kernels.md")
-_TABLE = re.compile(r"(<!-- (?P<kind>figures|compiled): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL)
+PAGES = (README, README.parent / "docs" / "kernels.md", README.parent / "docs" / "memory.md")
+_TABLE = re.compile(
+    r"(<!-- (?P<kind>figures|memory|compiled): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
+)
 
 
 def speed_table(record: dict[str, Any], file: str) -> str:
@@ -43,6 +45,25 @@ def speed_table(record: dict[str, Any], file: str) -> str:
         f"Record: [{file}](benchmarks/results/{file})."
     )
     return "\n".join([*lines, "", conditions, ""])
+
+
+def memory_table(record: dict[str, Any], file: str) -> str:
+    """A record of ``benchmarks.memory`` as a Markdown table, with its conditions."""
+    lines = ["| | | kept for backward | | peak of a training step | |", "|---|---|--:|--:|--:|--:|"]
+    for name, rows in record["results"].items():
+        for label, row in rows.items():
+            cells = []
+            for key in ("bytes_kept", "bytes_peak"):
+                cells += [f"{row[key] / 1e6:.1f} MB", f"1/{rows['torchvision'][key] / row[key]:.1f}"]
+            lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
+    settings = record["settings"]
+    conditions = (
+        f"{settings['batch']} images of {settings['size']} x {settings['size']}, {settings['dtype']}, "
+        f"{settings['layout']}, on the CPU; parameters, their gradients and the images left out. PyTorch "
+        f"{record['torch']}, {record['date'][:10]}. Reproduce: `python -m benchmarks.memory`. "
+        f"Record: [{file}](../benchmarks/results/{file})."
+    )
+    return "\n".join(["", *lines, "", conditions, ""])
 
 
 def compiled_table(record: list[dict[str, Any]], file: str) -> str:
@@ -70,7 +91,11 @@ def compiled_table(record: list[dict[str, Any]], file: str) -> str:
     return "\n".join(["", *lines, "", conditions, ""])
 
 
-_TABLES: dict[str, Callable[[Any, str], str]] = {"figures": speed_table, "compiled": compiled_table}
+_TABLES: dict[str, Callable[[Any, str], str]] = {
+    "figures": speed_table,
+    "memory": memory_table,
+    "compiled": compiled_table,
+}
 
 
 def render(text: str) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .features import as_images, as_rows
+from .pieces import Piece
 from .primitives import Pool
 
 __all__ = ["Convolution", "MaxPool"]
@@ -20,25 +21,27 @@ class Convolution:
     A 1x1 kernel is one matrix product; one spatial dimension is run as two of which the first has one pixel.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, spatial: tuple[int, ...]) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.out_channels, self.in_channels = weight.shape[:2]
         self.pointwise = weight.shape[2:].numel() == 1
-        one_d = len(spatial) == 1
-        self.spatial = (1, *spatial) if one_d else spatial
+        self.one_d = weight.dim() == 3
         weight = weight if weight.dtype is dtype else weight.to(dtype)
-        self.weight = weight.unsqueeze(2) if one_d else weight
+        self.weight = weight.unsqueeze(2) if self.one_d else weight
         self.padding = [size // 2 for size in self.weight.shape[2:]]
 
     @property
     def matrix(self) -> Tensor:
         return self.weight.view(self.out_channels, self.in_channels)
 
-    def forward(self, operand: Tensor, out: Tensor) -> Tensor:
+    def _images(self, rows: Tensor, spatial: tuple[int, ...]) -> Tensor:
+        return as_images(rows, (1, *spatial) if self.one_d else spatial)
+
+    def forward(self, operand: Tensor, out: Tensor, spatial: tuple[int, ...]) -> Tensor:
         """``conv(operand)`` as rows: written to ``out`` by a 1x1 kernel, in memory of its own by any other."""
         if self.pointwise:
             return torch.mm(operand, self.matrix.t(), out=out)
-        convolve = F.conv2d if len(self.spatial) == 2 else F.conv3d
-        return self._rows(convolve(as_images(operand, self.spatial), self.weight, padding=self.padding))
+        convolve = F.conv2d if self.weight.dim() == 4 else F.conv3d
+        return self._rows(convolve(self._images(operand, spatial), self.weight, padding=self.padding))
 
     @staticmethod
     def _rows(images: Tensor) -> Tensor:
@@ -52,12 +55,26 @@ class Convolution:
             return d_weight if d_weight.dtype is acc else d_weight.to(acc)
         return so_far.addmm_(g.t(), operand) if g.dtype == acc else so_far.add_(torch.mm(g.t(), operand))
 
-    def backward(self, g: Tensor, operand: Tensor, *, dx: bool, dw: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of the operand, as rows, and of the weight; meaningless where not asked for."""
-        ones = [1] * len(self.spatial)
+    def backward(self, g: Tensor, operand: Tensor, piece: Piece, *, dx: bool, dw: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of the operand, as rows, and of the weight; meaningless where not asked for.
+
+        ``g`` and ``operand`` are all rows that the piece reads. Its halo's gradients belong to the weight in other
+        pieces, but to the operand in this one.
+        """
+        if dw and piece.inner.stop - piece.inner.start < g.shape[0]:
+            own = torch.zeros_like(g)
+            own[piece.inner] = g[piece.inner]
+            _, d_weight = self._backward(own, operand, piece.spatial, dx=False, dw=True)
+            return self._backward(g, operand, piece.spatial, dx=True, dw=False)[0] if dx else operand, d_weight
+        return self._backward(g, operand, piece.spatial, dx=dx, dw=dw)
+
+    def _backward(
+        self, g: Tensor, operand: Tensor, spatial: tuple[int, ...], *, dx: bool, dw: bool
+    ) -> tuple[Tensor, Tensor]:
+        ones = [1] * len(self.padding)
         image_dx, image_dw, _ = torch.ops.aten.convolution_backward(
-            as_images(g, self.spatial),
-            as_images(operand, self.spatial),
+            self._images(g, spatial),
+            self._images(operand, spatial),
             self.weight,
             None,
             ones,

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .automatic import in_words
 from .train import CheckEvent, EpochEvent, Event, Experiment, Run, Summary
 
 __all__ = [
@@ -85,8 +86,13 @@ def introduction(experiment: Experiment) -> str:
         f"{data.name}: {len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test on.\n"
         f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
         f"SGD, learning rate {config.lr:g}, seed {config.seed}.\n"
-        f"On {where}, implementation {experiment.runs[-1].impl}."
+        f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment)
     )
+
+
+def _picked(experiment: Experiment) -> str:
+    modes = experiment.runs[-1].picked
+    return f"\nrecompute='auto' picked {in_words(modes)}." if modes else ""
 
 
 class LiveDisplay:

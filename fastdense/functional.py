@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +39,8 @@ def dense_block(
         layers: modules with children ``norm1, conv1, norm2, conv2`` (or ``norm1, conv1`` alone for the basic layer) and
             the attributes ``drop_rate`` and ``training``, such as :class:`fastdense.nn.DenseLayer` or torchvision's.
         recompute: what backward computes again: ``"activations"`` keeps the features and the bottlenecks;
-            ``"bottlenecks"`` keeps the features alone; ``"auto"`` decides by the device's free memory.
+            ``"bottlenecks"`` keeps the features alone; ``"auto"`` takes the first while the bottlenecks fit into a
+            quarter of the device's free memory (under ``torch.compile`` and in CUDA graphs the second), and says so.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         moments: mean and biased variance ``[C0]`` of ``x`` over batch and space, if they are known already, in
             float32 (float64 for float64 features). Where they require gradients, what the block does with them flows
@@ -81,11 +82,12 @@ def run_block(
     want_moments: bool = False,
     *,
     strict: bool = False,
+    picked: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """The block's output, and its moments if they are wanted and known; ``moments`` are those of ``x``.
 
     Where moments cannot be handed in or out (SyncBatchNorm) they are computed where they are needed, or if ``strict``
-    the reference path runs.
+    the reference path runs. ``picked`` is told what ``recompute="auto"`` came to.
     """
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
@@ -95,7 +97,7 @@ def run_block(
         impl = "reference"
     if impl == "reference":
         return reference.dense_block(x, layers), None
-    return fused_block(x, layers, recompute, impl, moments, want_moments)
+    return fused_block(x, layers, recompute, impl, moments, want_moments, picked)
 
 
 def _moments(features: Tensor) -> Moments:
@@ -118,6 +120,7 @@ def fused_block(
     impl: str,
     moments: Moments | None = None,
     want_moments: bool = False,
+    picked: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """``run_block`` for layers that are known to run fused, with ``x`` checked already."""
     refuse_transforms(x)
@@ -126,13 +129,15 @@ def fused_block(
     x = autocast(x)
     _check_layers(x, layers)
     check_moments(x, moments)
+    if recompute == "auto":
+        recompute = _pick_alone(x, layers, moments, picked)
     return _fused(x, layers, recompute, backend_name(impl, x), moments, want_moments)
 
 
 def backend_name(impl: str, x: Tensor) -> str:
     """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
     name = backends.resolve(impl, x.device, x.dtype)
-    if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(x.device):
+    if impl != "auto" or name != "triton" or not may_ask(x.device):
         return name
     if (reason := trial.failure(name, x.device, x.dtype)) is not None:
         say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
@@ -140,8 +145,31 @@ def backend_name(impl: str, x: Tensor) -> str:
     return name
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def may_ask(device: torch.device) -> bool:
+    """Whether the device may be asked something: not while a compiler traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _pick_alone(x: Tensor, layers: Sequence[Any], moments: Moments | None, picked: Callable[[str], None] | None) -> str:
+    """What ``recompute="auto"`` comes to for a block that does not know the others; ``"bottlenecks"`` unasked."""
+    convs = [pair for layer in layers for pair in _convolutions(layer)]
+    per_layer = len(convs) // len(layers)
+    params = [tensor for norm, conv in convs for tensor in (norm.weight, norm.bias, conv.weight)]
+    first = _first_gradient(x, moments, params, 3 * per_layer)
+    if first == len(layers) or not may_ask(x.device):
+        return "bottlenecks"  # without a gradient nothing is kept in any case
+    channels = sum(layer.conv1.out_channels for layer in layers[first:]) if per_layer == 2 else 0
+    size = x.numel() // x.shape[1] * channels * x.element_size()
+    free = memory.free_bytes(x.device)
+    mode = memory.choose_recompute(size, free)
+    say_choice(
+        f"{mode!r} for a block by itself", f"its bottlenecks have {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+    )
+    if picked is not None:
+        picked(mode)
+    return mode
 
 
 def _fused(
@@ -160,9 +188,6 @@ def _fused(
     if m == 1 and not all(frozen) and not group:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
-    if recompute == "auto":
-        bottlenecks = sum(conv.out_channels for _, conv in convs[::2]) if per_layer == 2 else 0
-        recompute = memory.choose_recompute(m * bottlenecks * x.element_size(), x.device)
 
     rng = _rng_state(x.device) if any(drop_rates) else None
     try:
@@ -210,13 +235,13 @@ def affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return filled(1.0) if norm.weight is None else norm.weight, filled(0.0) if norm.bias is None else norm.bias
 
 
-def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor], per_layer: int) -> int:
+def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor | None], per_layer: int) -> int:
     """The first layer whose parameters or inputs need a gradient; the number of layers if none does."""
     if torch.is_grad_enabled():
         if x.requires_grad or any(moment.requires_grad for moment in moments or ()):
             return 0
         for i, param in enumerate(params):
-            if param.requires_grad:
+            if param is not None and param.requires_grad:
                 return i // per_layer
     return len(params) // per_layer
 
@@ -326,11 +351,19 @@ def say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
+_choices: set[str] = set()
+
+
+def say_choice(choice: str, figures: str) -> None:
+    """Say what ``recompute="auto"`` picked, once for each choice: the figures vary from step to step."""
+    if choice not in _choices:
+        _choices.add(choice)
+        warnings.warn(f"fastdense: recompute='auto' picked {choice}: {figures}", UserWarning, stacklevel=4)
+
+
 def _rng_state(device: torch.device) -> Tensor | None:
     """The state to return to if the call fails; ``None`` where it cannot be read (while a CUDA graph is captured)."""
-    if torch.compiler.is_compiling():
-        return None
-    if _is_capturing(device):
+    if not may_ask(device):
         return None
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks, functional, pooling
+from . import automatic, checks, functional, pooling
 from .functional import Moments
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
 from .supported import changed, process_obstacle
@@ -49,7 +49,8 @@ class DenseBlock(ConcatDenseBlock):
         drop_rate: element-wise dropout after each layer.
         memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
         recompute: ``"activations"`` (keep features and bottlenecks), ``"bottlenecks"`` (keep the features alone),
-            ``"auto"`` (by free memory) or ``None`` (what ``memory_efficient`` says).
+            ``"auto"`` (the first while the bottlenecks fit into a quarter of the free memory; a :class:`DenseNet`
+            plans for all its blocks) or ``None`` (what ``memory_efficient`` says).
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; ``"auto"`` obeys ``FASTDENSE_IMPL``.
         spatial_dims: 1, 2 or 3.
 
@@ -63,6 +64,7 @@ class DenseBlock(ConcatDenseBlock):
     """
 
     layer_type = DenseLayer
+    picked: str | None = None  # what recompute="auto" came to, the last time
 
     def __init__(
         self,
@@ -100,13 +102,24 @@ class DenseBlock(ConcatDenseBlock):
         return self._run(x)[0]
 
     def _run(
-        self, x: Tensor, moments: Moments | None = None, want_moments: bool = False
+        self, x: Tensor, moments: Moments | None = None, want_moments: bool = False, planned: str | None = None
     ) -> tuple[Tensor, Moments | None]:
-        recompute = checks.recompute_mode(self.recompute, self.memory_efficient)
-        return functional.run_block(x, list(self.values()), recompute, self.impl, moments, want_moments)
+        """``forward`` with moments in and out; ``planned`` is what ``recompute="auto"`` came to, where it is known."""
+        mode = planned or checks.recompute_mode(self.recompute, self.memory_efficient)
+        if planned is not None:
+            self.picked = planned
+        return functional.run_block(
+            x, list(self.values()), mode, self.impl, moments, want_moments, picked=self._remember
+        )
+
+    def _remember(self, picked: str) -> None:
+        self.picked = picked
 
     def extra_repr(self) -> str:
-        return f"recompute={checks.recompute_mode(self.recompute, self.memory_efficient)!r}, impl={self.impl!r}"
+        recompute = repr(checks.recompute_mode(self.recompute, self.memory_efficient))
+        if self.recompute == "auto" and self.picked is not None:
+            recompute += f" (picked {self.picked!r})"
+        return f"recompute={recompute}, impl={self.impl!r}"
 
 
 def _convolutions(module: nn.Module) -> Iterator[Any]:
@@ -160,7 +173,8 @@ class DenseNet(nn.Module):
         memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
         in_channels: channels of the input.
         small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and pooling.
-        recompute, impl: see :class:`DenseBlock`.
+        recompute, impl: see :class:`DenseBlock`. ``recompute="auto"`` plans each training step for the whole network:
+            ``memory.plan_recompute`` with nine tenths of the free memory.
         spatial_dims: 1, 2 or 3.
 
     Shape:
@@ -248,12 +262,15 @@ class DenseNet(nn.Module):
         """What the head hands to the classifier, ``[N, C]``; moments go from who computes them to the next reader."""
         moments: Moments | None = None
         children: list[tuple[str, Any]] = list(self.features._modules.items())
+        plan = automatic.plan(self, x)
         while children:
             name, child = children.pop(0)
             if name == "norm0" and [follower for follower, _ in children[:2]] == ["relu0", "pool0"]:
                 (_, relu), (_, pool) = children.pop(0), children.pop(0)
                 x, moments = pooling.run_stem(x, child, relu, pool, self.impl, _wants_moments(children))
-            elif type(child) in (DenseBlock, Transition) and not _changed(child):
+            elif type(child) is DenseBlock and not _changed(child):
+                x, moments = child._run(x, moments, _wants_moments(children), plan.get(name))
+            elif type(child) is Transition and not _changed(child):
                 x, moments = child._run(x, moments, _wants_moments(children))
             elif name == "norm5" and not children:
                 return pooling.run_head(x, child, self.impl, moments)

@@ -1,8 +1,9 @@
 """The primitives in plain PyTorch: any device, any floating dtype, one, two or three spatial dimensions.
 
-Everything works on rows ``[m, C]`` in chunks of at most ``CHUNK_BYTES`` of scratch, allocated once for a whole block
-and reused by all its layers. What grows with the depth or with ``m`` is only what the schedule asks for. Vectors are
-in the accumulation dtype; a matrix product takes operands in the feature dtype.
+Everything works on rows ``[m, C]`` in pieces of at most ``CHUNK_BYTES`` of scratch, allocated once for a whole block
+and reused by all its layers: rows, images, or lines of an image that is larger than that (``pieces.py``). What grows
+with the depth or with ``m`` is only what the schedule asks for. Vectors are in the accumulation dtype; a matrix product
+takes operands in the feature dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .aten import Convolution, MaxPool
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
 from .philox import keep_mask
+from .pieces import Piece, of_images, of_rows
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 
 CHUNK_BYTES = 4 << 20
@@ -100,12 +102,20 @@ class TorchBackend:
             self._latest = norm, _Reader.of(norm, source)
         return self._latest[1]
 
-    def _chunks(self, channels: int, *, whole_images: bool = False) -> Iterator[slice]:
-        """Cut ``m`` rows so that ``channels`` of them in the accumulation dtype fit into ``CHUNK_BYTES``."""
-        unit = max(1, self.pixels) if whole_images else 1
-        step = max(1, CHUNK_BYTES // (channels * self.acc.itemsize * unit)) * unit
-        for start in range(0, self.m, step):
-            yield slice(start, min(start + step, self.m))
+    def _rows_at_once(self, channels: int) -> int:
+        """Rows whose ``channels`` fit into ``CHUNK_BYTES``, in the accumulation dtype."""
+        return max(1, CHUNK_BYTES // (channels * self.acc.itemsize))
+
+    def _chunks(self, channels: int) -> Iterator[slice]:
+        step = self._rows_at_once(channels)
+        return (slice(start, min(start + step, self.m)) for start in range(0, self.m, step))
+
+    def _pieces(self, conv: Conv) -> Iterator[Piece]:
+        at_most = self._rows_at_once(max(conv.weight.shape[:2]))
+        kernel = conv.weight.shape[2:]
+        if conv.pool is None and kernel.numel() == 1:
+            return of_rows(self.m, self.spatial, at_most)
+        return of_images(self.m, self.spatial, at_most, pool=conv.pool, halo=kernel[0] // 2)
 
     def _partial_moments(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
         count, channels = rows.shape
@@ -187,28 +197,28 @@ class TorchBackend:
         channels = rows.shape[1]
         start, count = chunk.start, rows.shape[0]
         if per_channel:
-            start, count = start // self.pixels, count // self.pixels
+            start, count = start // self.pixels, max(1, count // self.pixels)  # 1: some lines of one image
         keep = keep_mask(seed, layer, start * channels, count * channels, p)
         scale = keep.to(self.acc).mul_(1 / (1 - p) if p < 1 else 0.0)
         if per_channel:
-            rows.view(count, self.pixels, channels).mul_(scale.view(count, 1, channels))
+            rows.view(count, -1, channels).mul_(scale.view(count, 1, channels))
         else:
             rows.mul_(scale.view(count, channels))
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
         """``out.rows = dropout(conv(pool(relu(bn(source)))))`` with the moments of the stored values."""
         reader = self._reader(conv.norm, source)
-        kernel = Convolution(conv.weight, self.dtype, self.spatial)
+        kernel = Convolution(conv.weight, self.dtype)
         partial: Partial = []
-        whole_images = not kernel.pointwise or conv.pool is not None
-        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=whole_images):
-            _, activation = self._normalise(_cut(source.rows, chunk), reader, centred="activation")
+        for piece in self._pieces(conv):
+            _, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="activation")
             if conv.pool is not None:
-                activation = self._average(activation, conv.pool)
-            target = _cut(out.rows, self._pooled(chunk, conv.pool))
-            result = kernel.forward(self._operand("operand", activation), target)
+                activation = self._average(activation, conv.pool, piece.spatial)
+            target = _cut(out.rows, piece.written)
+            result = kernel.forward(self._operand("operand", activation), target, piece.spatial)
+            result = _cut(result, piece.results)
             if dropout is not None:
-                self._drop(result, chunk, dropout)
+                self._drop(result, piece.written, dropout)
             if out.mean is not None:
                 partial.append(self._partial_moments(result))
             if result is not target:
@@ -218,39 +228,36 @@ class TorchBackend:
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
         """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
-        reader, partial = self._reader(norm, source), []
-        for chunk in self._chunks(source.rows.shape[1], whole_images=True):
-            _, activation = self._normalise(_cut(source.rows, chunk), reader, centred="activation")
-            target = _cut(out.rows, self._pooled(chunk, pool))
+        reader, partial, at_most = self._reader(norm, source), [], self._rows_at_once(source.rows.shape[1])
+        so_far: Tensor | None = None
+        for piece in of_images(self.m, self.spatial, at_most, pool=pool):
+            _, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="activation")
+            target = _cut(out.rows, piece.written)
             if pool.kind == "mean":
-                target.copy_(activation.view(target.shape[0], self.pixels, -1).mean(1))
+                sums = activation.view(target.shape[0], -1, activation.shape[1]).sum(1)
+                so_far = sums if so_far is None or piece.read.start % self.pixels == 0 else so_far.add_(sums)
+                target.copy_(so_far / self.pixels)
             else:
-                images = as_images(self._operand("operand", activation), self.spatial)
-                target.copy_(as_rows(MaxPool(pool)(images)[0]))
+                images = as_images(self._operand("operand", activation), piece.spatial)
+                target.copy_(_cut(as_rows(MaxPool(pool)(images)[0]), piece.results))
             if out.mean is not None:
                 partial.append(self._partial_moments(target))
         if out.mean is not None:
             self._merge_moments(partial, out)
 
-    def _pooled(self, chunk: slice, pool: Pool | None) -> slice:
-        """The output's rows that whole images, ``chunk`` of the input's, become."""
-        if pool is None:
-            return chunk
-        per_image = math.prod(pool.sizes(self.spatial))
-        return slice(chunk.start // self.pixels * per_image, chunk.stop // self.pixels * per_image)
-
-    def _windows(self, rows: Tensor, pool: Pool) -> list[Tensor]:
-        """For each place in a window, the pixels there, ``[images, *windows, C]``: views of whole images' rows."""
-        images = rows.view(-1, *self.spatial, rows.shape[1])
+    @staticmethod
+    def _windows(rows: Tensor, pool: Pool, spatial: tuple[int, ...]) -> list[Tensor]:
+        """For each place in a window, the pixels there, ``[images, *windows, C]``: views of the rows of images."""
+        images = rows.view(-1, *spatial, rows.shape[1])
         axes = [
             [slice(at, at + count * step, step) for at in range(size)]
-            for size, count, step in zip(pool.kernel, pool.sizes(self.spatial), pool.stride, strict=True)
+            for size, count, step in zip(pool.kernel, pool.sizes(spatial), pool.stride, strict=True)
         ]
         return [images[place] for place in itertools.product([slice(None)], *axes)]
 
-    def _average(self, rows: Tensor, pool: Pool) -> Tensor:
+    def _average(self, rows: Tensor, pool: Pool, spatial: tuple[int, ...]) -> Tensor:
         """The average over each window, as rows."""
-        first, *others = self._windows(rows, pool)
+        first, *others = self._windows(rows, pool, spatial)
         count = first.numel() // rows.shape[1]
         out = self._buffer("average", count, rows.shape[1])
         images = out.view(first.shape).copy_(first)
@@ -258,10 +265,10 @@ class TorchBackend:
             images.add_(pixels)
         return out.div_(pool.taps)
 
-    def _spread(self, rows: Tensor, pool: Pool, pixels: int) -> Tensor:
+    def _spread(self, rows: Tensor, pool: Pool, spatial: tuple[int, ...], pixels: int) -> Tensor:
         """The transpose of ``_average``: to ``pixels`` rows."""
         out = self._buffer("spread", pixels, rows.shape[1])
-        windows = self._windows(out, pool)
+        windows = self._windows(out, pool, spatial)
         if windows[0].numel() * pool.taps < out.numel():  # pixels that are in no window
             out.zero_()
         for window in windows:
@@ -290,21 +297,20 @@ class TorchBackend:
         """With ``dy = pool^T(conv^T(grad)) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` says."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
         reader = self._reader(conv.norm, source)
-        kernel = Convolution(conv.weight, self.dtype, self.spatial)
+        kernel = Convolution(conv.weight, self.dtype)
         # The first channel whose dy anybody wants.
         lo = 0 if needs_norm or into is None else into.start
         wanted = needs_norm or into is not None
         d_weight: Tensor | None = None
         sums = self._zero_sums(source) if wanted else None
 
-        whole_images = not kernel.pointwise or conv.pool is not None
-        for chunk in self._chunks(max(conv.weight.shape[:2]), whole_images=whole_images):
-            g = self._resolve(grad, output, self._pooled(chunk, conv.pool))
+        for piece in self._pieces(conv):
+            g = self._resolve(grad, output, piece.outputs)
             if dropout is not None:
                 g = self._buffer("gradient", *g.shape).copy_(g)
-                self._drop(g, chunk, dropout)
-            v, activation = self._normalise(_cut(source.rows, chunk), reader, centred="centred")
-            read = activation if conv.pool is None else self._average(activation, conv.pool)
+                self._drop(g, piece.outputs, dropout)
+            v, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="centred")
+            read = activation if conv.pool is None else self._average(activation, conv.pool, piece.spatial)
             g, operand = self._operand("output gradient", g), self._operand("operand", read)
             if kernel.pointwise:
                 if needs_weight:
@@ -313,7 +319,8 @@ class TorchBackend:
                 if wanted:
                     torch.mm(g, _from(kernel.matrix, lo), out=dy)
             else:
-                dy, dw = kernel.backward(g, operand, dx=wanted, dw=needs_weight)
+                dy, dw = kernel.backward(g, operand, piece, dx=wanted, dw=needs_weight)
+                dy, v, activation = (_cut(rows, piece.inner) for rows in (dy, v, activation))
                 dy = _from(dy, lo)
                 if needs_weight:
                     d_weight = dw.to(self.acc) if d_weight is None else d_weight.add_(dw)
@@ -322,8 +329,8 @@ class TorchBackend:
             if dy.dtype != self.acc:
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
             if conv.pool is not None:
-                dy = self._spread(dy, conv.pool, v.shape[0])
-            self._through_norm(dy, v, activation, reader, chunk, into, sums, lo, accumulate)
+                dy = self._spread(dy, conv.pool, piece.spatial, v.shape[0])
+            self._through_norm(dy, v, activation, reader, piece.wanted, into, sums, lo, accumulate)
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         merged = (None, None) if sums is None else self._merge_gradients(sums, conv.norm, source, into, accumulate)
@@ -335,18 +342,20 @@ class TorchBackend:
         """With ``dy = pool^T(grad) * (relu's mask)``: ``into.D = gamma*r*dy``, and what ``Backend`` says."""
         reader, sums = self._reader(norm, source), self._zero_sums(source)
         channels = source.rows.shape[1]
-        for chunk in self._chunks(channels, whole_images=True):
-            v, activation = self._normalise(_cut(source.rows, chunk), reader, centred="centred")
-            g = _cut(grad, self._pooled(chunk, pool))
-            dy = self._buffer("dy", *v.shape)
+        for piece in of_images(self.m, self.spatial, self._rows_at_once(channels), pool=pool):
+            v, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="centred")
+            g = _cut(grad, piece.outputs)
             if pool.kind == "mean":
-                dy.view(-1, self.pixels, channels).copy_(g.to(self.acc).div(self.pixels).unsqueeze(1))
+                dy = self._buffer("dy", *v.shape)
+                dy.view(g.shape[0], -1, channels).copy_(g.to(self.acc).div(self.pixels).unsqueeze(1))
             else:
-                images = as_images(self._operand("operand", activation), self.spatial)
+                images = as_images(self._operand("operand", activation), piece.spatial)
                 max_pool = MaxPool(pool)
                 _, indices = max_pool(images)
-                dy.copy_(as_rows(max_pool.backward(as_images(g, pool.sizes(self.spatial)), images, indices)))
-            self._through_norm(dy, v, activation, reader, chunk, into, sums, 0, accumulate=False)
+                through = as_rows(max_pool.backward(as_images(g, pool.sizes(piece.spatial)), images, indices))
+                through, v, activation = (_cut(rows, piece.inner) for rows in (through, v, activation))
+                dy = self._buffer("dy", *v.shape).copy_(through)
+            self._through_norm(dy, v, activation, reader, piece.wanted, into, sums, 0, accumulate=False)
         return [*self._merge_gradients(sums, norm, source, into, accumulate=False)]
 
     def _zero_sums(self, source: Features) -> Sums:

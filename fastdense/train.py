@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from . import memory
 from .data import Dataset, batches
+from .nn import DenseBlock
 from .train_config import TrainConfig
 
 __all__ = [
@@ -176,6 +177,9 @@ def kept_for_backward(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as kept:
         loss = F.cross_entropy(probe(images), labels)
     del loss
+    for block, probed in zip(model.modules(), probe.modules(), strict=True):
+        if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
+            block.picked = probed.picked
     return kept.bytes
 
 
@@ -214,6 +218,15 @@ class Run:
     @property
     def label(self) -> str:
         return "textbook torch.cat" if self.name == "reference" else "fastdense"
+
+    @property
+    def picked(self) -> dict[str, str]:
+        """What ``recompute="auto"`` came to, by block; empty where it was not asked for."""
+        return {
+            name.removeprefix("features."): block.picked
+            for name, block in self.model.named_modules()
+            if isinstance(block, DenseBlock) and block.recompute == "auto" and block.picked is not None
+        }
 
     @property
     def train_loss(self) -> float | None:

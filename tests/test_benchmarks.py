@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import render, runner, speed
+from benchmarks import memory, render, runner, speed
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
 def test_pages_agree_with_the_records(page: Path) -> None:
     text = page.read_text()
-    assert "<!-- figures:" in text or "<!-- compiled:" in text
+    assert any(f"<!-- {kind}:" in text for kind in ("figures", "memory", "compiled"))
     assert render.render(text) == text
 
 
@@ -73,3 +73,20 @@ def test_speed_times_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPa
     written = json.loads((tmp_path / "record.json").read_text())
     assert written["schema"] == runner.SCHEMA
     assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
+
+
+def test_memory_measures_what_is_right_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def networks(name: str) -> dict[str, torch.nn.Module]:
+        torch.manual_seed(0)
+        first, second = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(1000)) for _ in range(2))
+        for network in (first, second):
+            network(torch.ones(1, 3, 64, 64))
+        return {"torchvision": first, "right": first, "wrong": second}
+
+    monkeypatch.setattr(memory, "providers", networks)
+    record = memory.run(["densenet121"], batch=2, size=64)
+    rows = record["results"]["densenet121"]
+    assert rows["right"]["bytes_kept"] == 2 * 3 * 64 * 64 * 4  # the images in the order that Flatten wants
+    assert rows["right"]["bytes_peak"] == rows["right"]["bytes_kept"] + 2 * 1000 * 4
+    assert not rows["wrong"]["checked"]
+    assert "bytes_peak" not in rows["wrong"]

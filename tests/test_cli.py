@@ -340,3 +340,14 @@ def test_module_runs_as_a_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["versions"]["fastdense"] == fastdense.__version__
+
+
+@pytest.mark.filterwarnings("ignore:fastdense. recompute")
+def test_what_recompute_auto_picked_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, mode in ((1 << 40, "activations"), (0, "bottlenecks")):
+        monkeypatch.setattr(fastdense.memory, "free_bytes", lambda device, free=free: free)
+        result = fastdense_command(*TINY, "--steps", "1", "--bn-size", "4", "--recompute", "auto")
+        assert result.exit_code == 0, result.output
+        assert f"recompute='auto' picked '{mode}' for denseblock1, denseblock2" in words(result.output)
+    result = fastdense_command(*TINY, "--steps", "1")
+    assert "picked" not in words(result.output)

@@ -1,0 +1,269 @@
+"""``recompute="auto"``: the plan, that the network obeys it, and that it says what it picked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastdense
+from fastdense import functional, memory
+from fastdense.automatic import network_sizes
+from fastdense.memory import WORKSPACE_BYTES, BlockSize, peak_bytes, plan_recompute, planned_bytes, saved_bytes
+
+A, B = "activations", "bottlenecks"
+PLENTY = 1 << 40
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastdense. recompute")
+
+# m, C, C_l, B_l, bytes of an element
+EARLY = BlockSize(1000, 20, (10, 15), (8, 8), 4)
+LATE = BlockSize(250, 50, (20, 30, 40), (8, 8, 8), 4)
+
+
+class Free:
+    """What ``free_bytes`` answers, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.bytes, self.asked = PLENTY, 0
+
+    def __call__(self, device: torch.device) -> int:
+        self.asked += 1
+        return self.bytes
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Free]:
+    answer = Free()
+    monkeypatch.setattr(memory, "free_bytes", answer)
+    functional._choices.clear()
+    yield answer
+    functional._choices.clear()
+
+
+def small(**named: Any) -> fastdense.DenseNet:
+    return fastdense.DenseNet(8, (3, 4, 2), 16, num_classes=5, recompute="auto", **named)
+
+
+def picked(network: nn.Module) -> list[str | None]:
+    return [block.picked for block in network.modules() if isinstance(block, fastdense.DenseBlock)]
+
+
+def said(network: nn.Module, x: torch.Tensor) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network(x)
+    return [str(warning.message) for warning in caught if "recompute" in str(warning.message)]
+
+
+def test_sizes_by_hand() -> None:
+    assert EARLY.freed == 1000 * 16 * 4
+    assert EARLY.work == 1000 * (10 * 8 + 15 * 8)
+    assert EARLY.kept(B) == 1000 * 20 * 4
+    assert EARLY.kept(A) == 1000 * 36 * 4
+    assert EARLY.scratch(A) == 1000 * (2 * 20 + 10) * 4  # the gradient handed on is wider than a bottleneck
+    assert EARLY.scratch(B) == 1000 * (2 * 20 + 10 + 8) * 4
+    assert BlockSize(10, 20, (10, 15), (), 2).kept(A) == 10 * 20 * 2
+    # Backward begins with the last block: 144,000 + 74,000 are kept and 120,000 are scratch; then 200,000 with 144,000.
+    assert planned_bytes([EARLY, LATE], [A, A], 1000) == (1000 + 144_000 + 74_000, 1000 + 344_000 + WORKSPACE_BYTES)
+
+
+def test_the_cheapest_blocks_recompute_first() -> None:
+    blocks = [LATE, EARLY]  # the cheap one is the second here: it is no matter of the order
+    needs = [planned_bytes(blocks, modes)[1] for modes in ([A, A], [A, B], [B, B])]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == 3
+    assert plan_recompute(blocks, needs[0]) == [A, A]
+    assert plan_recompute(blocks, needs[0] - 1) == [A, B]
+    assert plan_recompute(blocks, needs[1]) == [A, B]
+    assert plan_recompute(blocks, needs[1] - 1) == [B, B]
+    assert plan_recompute(blocks, 0) == [B, B]
+    assert plan_recompute(blocks, needs[0] + 999, also_kept=1000) == [A, B]
+    assert plan_recompute([], 0) == []
+
+
+def test_what_was_unnecessary_is_taken_back() -> None:
+    """The cheap block frees too little; the dear one, which is needed, frees enough for both."""
+    cheap, dear = BlockSize(10, 4, (4,), (2,), 4), BlockSize(1000, 50, (40, 45), (20, 20), 4)
+    enough = planned_bytes([cheap, dear], [A, B])[1]
+    assert planned_bytes([cheap, dear], [B, A])[1] > enough
+    assert plan_recompute([cheap, dear], enough) == [A, B]
+
+
+def test_blocks_without_bottleneck_have_nothing_to_recompute() -> None:
+    assert plan_recompute([BlockSize(10, 20, (10, 15), (), 4)], 0) == [A]
+
+
+def test_the_network_obeys_the_plan(free: Free) -> None:
+    network, x = small(), torch.randn(4, 3, 64, 64)
+    sizes, also_kept = network_sizes(network, x)
+    blocks = list(sizes.values())
+    gradients = sum(parameter.nbytes for parameter in network.parameters())
+    enough = int(planned_bytes(blocks, [B, A, A], also_kept)[1] / 0.9) + 1  # nine tenths are used
+    for free.bytes, modes in ((PLENTY, [A, A, A]), (enough, [B, A, A]), (0, [B, B, B]), (PLENTY, [A, A, A])):
+        with saved_bytes(network, x) as kept:
+            network(x)
+        assert picked(network) == modes
+        planned = planned_bytes(blocks, modes, also_kept)[0] - gradients
+        assert planned <= kept.bytes <= 1.03 * planned
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda **named: small(**named), (3, 3, 75, 53)),
+        (lambda **named: small(small_inputs=True, **named), (4, 3, 17, 18)),
+        (lambda **named: small(spatial_dims=3, **named), (2, 3, 41, 38, 35)),
+        (lambda **named: small(spatial_dims=1, **named), (4, 3, 999)),
+    ],
+)
+@pytest.mark.parametrize("free_bytes", [0, PLENTY])
+def test_planned_is_what_is_kept(build: Any, shape: tuple[int, ...], free_bytes: int, free: Free) -> None:
+    network, x, free.bytes = build(), torch.randn(shape), free_bytes
+    sizes, also_kept = network_sizes(network, x)
+    with saved_bytes(network, x) as kept:
+        network(x)
+    modes = [A if free_bytes else B] * 3
+    assert picked(network) == modes
+    planned = planned_bytes(list(sizes.values()), modes, also_kept)[0]
+    planned -= sum(parameter.nbytes for parameter in network.parameters())
+    assert planned <= kept.bytes <= 1.03 * planned
+
+
+def test_autocast_halves_the_elements() -> None:
+    network, x = small(), torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes, _ = network_sizes(network, x)
+    assert {size.itemsize for size in sizes.values()} == {2}
+
+
+def test_planned_is_what_is_kept_where_only_the_end_learns(free: Free) -> None:
+    network, x = small(), torch.randn(4, 3, 64, 64)
+    learning = ("features.denseblock2.denselayer3", "features.denseblock2.denselayer4", "features.denseblock3")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith((*learning, "features.transition2", "features.norm5", "classifier")))
+    sizes, also_kept = network_sizes(network, x)
+    assert {name: len(size.reads) for name, size in sizes.items()} == {"denseblock2": 2, "denseblock3": 2}
+    with saved_bytes(network, x) as kept:
+        network(x)
+    assert picked(network) == [None, A, A]
+    planned = planned_bytes(list(sizes.values()), [A, A], also_kept)[0]
+    planned -= sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
+    assert planned <= kept.bytes <= 1.03 * planned
+
+
+@pytest.mark.parametrize("modes", [[A, A, A, A], [B, A, A, A], [B, B, B, B]])
+def test_planned_is_what_is_measured(modes: list[str], free: Free) -> None:
+    """DenseNet-121 at 224 x 224: the kept bytes to 1 %; the peak to 3 % and the scratch that no size decides."""
+    network, x = fastdense.densenet121(recompute="auto"), torch.randn(4, 3, 224, 224)
+    x = x.contiguous(memory_format=torch.channels_last)
+    sizes, also_kept = network_sizes(network, x)
+    blocks = list(sizes.values())
+    kept, peak = planned_bytes(blocks, modes, also_kept)
+    free.bytes = 0 if modes == [B] * 4 else int(peak / 0.9) + 1
+    with peak_bytes("cpu") as measured:
+        with saved_bytes(network, x) as saved:
+            loss = network(x).square().mean()
+        loss.backward()
+    assert picked(network) == modes
+    gradients = sum(parameter.nbytes for parameter in network.parameters())
+    print(f"kept {saved.bytes}, planned {kept - gradients}; peak {measured.bytes}, planned {peak}")
+    assert abs(kept - gradients - saved.bytes) <= 0.01 * saved.bytes
+    assert 0.97 * measured.bytes <= peak <= 1.03 * measured.bytes + WORKSPACE_BYTES
+
+
+def test_it_says_what_it_picked_once_for_each_choice(free: Free) -> None:
+    network, x = small(), torch.randn(2, 3, 32, 32)
+    first = said(network, x)
+    assert len(first) == 1 and first[0].startswith(
+        "fastdense: recompute='auto' picked 'activations' for denseblock1, denseblock2, denseblock3: keeps "
+    )
+    assert "1099511.6 MB are free" in first[0]
+    assert "recompute='auto' (picked 'activations')" in repr(network.features.denseblock2)
+    free.bytes -= 1
+    assert said(network, torch.randn(3, 3, 32, 32)) == []  # other figures, the same choice
+    free.bytes = 0
+    (second,) = said(network, x)
+    assert "picked 'bottlenecks' for denseblock1, denseblock2, denseblock3: " in second
+    assert "recompute='auto' (picked 'bottlenecks')" in repr(network.features.denseblock2)
+    free.bytes = PLENTY
+    assert said(network, x) == []
+
+
+def test_nothing_is_decided_without_gradients(free: Free) -> None:
+    network, x = small(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert said(network, x) == []
+        assert said(network.features.denseblock1, torch.randn(2, 16, 4, 4)) == []
+    assert said(network.requires_grad_(False), x) == []
+    assert (free.asked, picked(network)) == (0, [None] * 3)
+    assert "picked" not in repr(network)
+
+
+def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
+    monkeypatch.setattr("fastdense.functional.may_ask", lambda device: False)
+    monkeypatch.setattr("fastdense.automatic.may_ask", lambda device: False)
+    network, x = small(), torch.randn(4, 3, 64, 64)
+    sizes, also_kept = network_sizes(network, x)
+    with saved_bytes(network, x) as kept:
+        assert said(network, x) == []
+    planned = planned_bytes(list(sizes.values()), [B] * 3, also_kept)[0]
+    assert kept.bytes <= 1.03 * (planned - sum(parameter.nbytes for parameter in network.parameters()))
+    assert (free.asked, picked(network)) == (0, [None] * 3)
+
+
+def test_a_compiled_network_asks_nothing(free: Free) -> None:
+    network, x = small(impl="torch"), torch.randn(2, 3, 32, 32)
+    want = network(x)
+    asked, free.bytes = free.asked, 0
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(compiled(x), want)
+    assert not any("recompute" in str(warning.message) for warning in caught)
+    assert (free.asked, picked(network)) == (asked, [A] * 3)
+
+
+def test_may_ask_knows_a_cuda_graph_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert functional.may_ask(torch.device("cuda")) is not capturing
+    assert functional.may_ask(torch.device("cpu"))
+
+
+def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:
+    block, x = fastdense.DenseBlock(4, 16, 4, 8, recompute="auto"), torch.randn(4, 16, 16, 16, requires_grad=True)
+    bottlenecks = 1024 * 4 * 32 * 4
+    for free.bytes, mode in ((4 * bottlenecks, A), (4 * bottlenecks - 1, B)):
+        (message,) = said(block, x)
+        assert message.startswith(f"fastdense: recompute='auto' picked {mode!r} for a block by itself: ")
+        assert f"{bottlenecks / 1e6:.1f} MB" in message
+        assert block.picked == mode and f"picked {mode!r}" in repr(block)
+        assert said(block, x) == []
+
+
+def test_one_block_with_a_mode_of_its_own_ends_the_plan(free: Free) -> None:
+    network, x = small(), torch.randn(2, 3, 32, 32)
+    network.features.denseblock2.recompute = "activations"
+    free.bytes = 0
+    assert len(said(network, x)) == 1  # the others' common choice, each by itself
+    assert picked(network) == [B, None, B]
+
+
+def test_a_module_of_unknown_size_ends_the_plan(free: Free) -> None:
+    network, x = small(), torch.randn(2, 3, 32, 32)
+    network.features.transition1 = nn.Sequential(network.features.transition1, nn.Upsample(scale_factor=2))
+    assert network_sizes(network, x)[0] == {}
+    assert "for a block by itself" in said(network, x)[0]
+
+
+def test_converted_blocks_decide_by_themselves(free: Free) -> None:
+    network = fastdense.DenseNet(8, (3, 2), 16, num_classes=5, impl="reference")
+    blocks = nn.Sequential(fastdense.reference.ConcatDenseBlock(3, 6, 2, 4), nn.Conv2d(18, 6, 1))
+    converted = fastdense.convert(blocks, recompute="auto")
+    assert "for a block by itself" in said(converted, torch.randn(2, 6, 8, 8))[0]
+    assert said(network, torch.randn(2, 3, 32, 32)) == []

@@ -1,0 +1,191 @@
+"""``peak_bytes`` against cases that can be counted by hand, and the bound on a training step's peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdense
+from fastdense.memory import peak_bytes, saved_bytes
+
+MB = 1 << 20
+ALLOWANCE = 32 * MB  # what does not grow with the network
+
+
+def block(size: int) -> torch.Tensor:
+    return torch.empty(size * MB, dtype=torch.uint8)
+
+
+@torch.library.custom_op("fastdense_tests::with_scratch", mutates_args=())
+def with_scratch(x: torch.Tensor) -> torch.Tensor:
+    scratch = torch.empty(5 * MB, dtype=torch.uint8)
+    return x + scratch.new_zeros(1)
+
+
+def test_what_lives_together_adds_up() -> None:
+    with peak_bytes("cpu") as peak:
+        kept = [block(1), block(2), block(3)]
+    assert peak.bytes == 6 * MB
+    assert peak.at_peak() == [3 * MB, 2 * MB, MB]
+    assert len(kept) == 3
+
+
+def test_what_is_freed_in_between_does_not() -> None:
+    before = block(7)
+    with peak_bytes("cpu") as peak:
+        first = block(4)
+        del first
+        second = block(3)
+        del before  # what was there at the start takes nothing off
+        third = block(2)
+        del second, third
+        last = block(1)
+    assert peak.bytes == 5 * MB
+    assert peak.at_peak() == [3 * MB, 2 * MB]
+    assert last.nbytes == MB
+
+
+def test_nothing_allocated() -> None:
+    with peak_bytes("cpu") as peak:
+        pass
+    assert (peak.bytes, peak.at_peak()) == (0, [])
+
+
+def test_inside_a_custom_operator() -> None:
+    x = block(1)
+    with peak_bytes("cpu") as peak:
+        y = with_scratch(x)
+    assert 6 * MB <= peak.bytes <= 6 * MB + 1024  # its scratch and its result
+    assert y.nbytes == MB
+
+
+def test_backward_and_what_is_left_aside() -> None:
+    """``y = exp(x)`` is kept; backward has its gradient and that of ``x`` beside it."""
+    x = torch.zeros(MB // 4, requires_grad=True)
+    with peak_bytes("cpu") as peak:
+        x.exp().backward(torch.ones(MB // 4))  # y, the cotangent, x.grad
+    assert x.grad is not None
+    assert peak.bytes == 3 * MB
+    assert peak.without(x) == 2 * MB
+
+
+def test_left_aside_is_what_is_alive_not_what_lay_at_its_address() -> None:
+    weight = torch.nn.Linear(512, 512, bias=False)  # 1 MB
+    with peak_bytes("cpu") as peak:
+        for _ in range(3):  # memory that the gradient may get later
+            del (scratch := [block(1), block(1)])[:]
+        weight(torch.ones(1, 512)).sum().backward()
+    assert scratch == []
+    assert 2 * MB <= peak.without(weight) < 2.1 * MB
+    assert peak.bytes >= peak.without(weight)
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"CUDA device or the CPU, got 'meta'"), peak_bytes("meta"):
+        pass
+
+
+def test_cuda_takes_the_allocators_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = {"allocated": 100, "peak": 5000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: counter.update(peak=counter["allocated"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: counter["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: counter["peak"])
+    with peak_bytes("cuda:0") as peak:
+        counter["peak"] = 350
+    assert (peak.bytes, peak.at_peak()) == (250, [])
+    with pytest.raises(RuntimeError, match="allocate them before"):
+        peak.without(torch.ones(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    with peak_bytes(device) as peak:
+        first = torch.empty(8 * MB, dtype=torch.uint8, device=device)
+        del first
+        second = [torch.empty(6 * MB, dtype=torch.uint8, device=device) for _ in range(2)]
+    assert peak.bytes == 12 * MB
+    assert len(second) == 2
+
+
+Network = tuple[Callable[..., torch.nn.Module], tuple[int, ...]]
+
+# Constructor and input.
+NETWORKS: dict[str, Network] = {
+    "densenet121": (fastdense.densenet121, (4, 3, 224, 224)),
+    "densenet121 large": (fastdense.densenet121, (8, 3, 224, 224)),
+    "densenet201": (fastdense.densenet201, (2, 3, 224, 224)),
+    "3D": (
+        lambda **named: fastdense.DenseNet(16, (3, 4), 32, in_channels=1, spatial_dims=3, num_classes=3, **named),
+        (4, 1, 32, 48, 48),
+    ),
+    "one large volume": (
+        lambda **named: fastdense.DenseNet(16, (3, 4), 32, in_channels=1, spatial_dims=3, num_classes=3, **named),
+        (1, 1, 96, 96, 96),
+    ),
+    "CIFAR": (
+        lambda **named: fastdense.DenseNet(12, (8, 8, 8), 24, num_classes=10, small_inputs=True, **named),
+        (32, 3, 32, 32),
+    ),
+    "one large image": (
+        lambda **named: fastdense.DenseNet(16, (3, 3), 32, num_classes=10, **named),
+        (1, 3, 1024, 1024),
+    ),
+}
+IMPLS = {"torch": list(NETWORKS)}
+DOMINATED = ("densenet121 large", "one large image")  # by what grows with the network, not by the 32 MB
+
+
+def largest_backward(network: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes of ``2*m*C + 3*m*B`` of the block where that is most; ``B`` is 0 without bottleneck."""
+    shapes: list[int] = []
+
+    def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        bottleneck = module["denselayer1"].conv1.out_channels if "conv2" in module["denselayer1"]._modules else 0
+        pixels, channels = output.numel() // output.shape[1], output.shape[1]
+        shapes.append(pixels * (2 * channels + 3 * bottleneck) * output.element_size())
+
+    blocks = [child for child in network.modules() if isinstance(child, fastdense.DenseBlock)]
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return max(shapes)
+
+
+@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
+@pytest.mark.parametrize(("impl", "name"), [(impl, name) for impl, names in IMPLS.items() for name in names])
+def test_the_peak_of_a_training_step(impl: str, name: str, mode: str) -> None:
+    """At most what is kept, ``2*m*C + 3*m*B`` elements for the block where that is most, and 32 MB.
+
+    Kept: ``saved_bytes`` of the forward pass. Peak: ``peak_bytes`` of forward and backward, ``without`` the parameters'
+    gradients; parameters, buffers and the input exist before. ``2*m*C``: the gradient that arrives at the block, and
+    ``D``. ``3*m*B``: ``D`` of a bottleneck, a bottleneck that is computed again, the gradient handed on. 32 MB: what is
+    worked on in chunks, and moments, sums and weights' gradients.
+    """
+    build, shape = NETWORKS[name]
+    network = build(recompute=mode, impl=impl)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    allowed = largest_backward(network, x) + ALLOWANCE
+    labels = torch.zeros(shape[0], dtype=torch.int64)
+    with saved_bytes(network, x, labels) as kept:
+        loss = F.cross_entropy(network(x), labels)
+    del loss
+    allowed += kept.bytes
+    with peak_bytes("cpu") as peak:
+        F.cross_entropy(network(x), labels).backward()
+    needed = peak.without(network)
+    figures = f"kept {kept.bytes / 1e6:.1f} MB, peak {needed / 1e6:.1f} MB, allowed {allowed / 1e6:.1f} MB"
+    print(name, mode, figures)
+    live = [f"{size / 1e6:.1f}" for size in peak.at_peak()[:40]]
+    assert needed <= allowed, f"{figures}; alive at the peak [MB]: {live}"
+    assert needed >= kept.bytes, "everything that is kept was there at the end of the forward pass"
+    if name in DOMINATED:
+        assert allowed > 5 * ALLOWANCE
