@@ -131,10 +131,15 @@ def fused_block(
 
 def backend_name(impl: str, x: Tensor) -> str:
     """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
-    name = backends.resolve(impl, x.device, x.dtype)
-    if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(x.device):
+    return _backend_name(impl, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, trial included
+def _backend_name(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = backends.resolve(impl, device, dtype)
+    if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(device):
         return name
-    if (reason := trial.failure(name, x.device, x.dtype)) is not None:
+    if (reason := trial.failure(name, device, dtype)) is not None:
         say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
         return "torch"
     return name
@@ -322,9 +327,15 @@ def refuse_transforms(x: Tensor) -> None:
         raise RuntimeError(ops.NOT_TWICE)
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces: a warning would break the graph
 def say_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    """Warn, the first time that there is this to say."""
+    _warn(message)
+
+
+@lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _rng_state(device: torch.device) -> Tensor | None:

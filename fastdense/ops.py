@@ -11,6 +11,7 @@ which is the lazy gradient of ``schedule.py``. The operators mutate nothing and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -96,7 +97,8 @@ def _outputs(
     """Uninitialised outputs of ``dense_block``."""
     last_weights = params[5::6] if bottleneck else params[2::3]
     channels = x.shape[1] + sum(weight.shape[0] for weight in last_weights)
-    acc, m = accumulation_dtype(x.dtype), x.shape[0] * x.shape[2:].numel()
+    # Not by Size.numel(), which makes numbers of the symbols that compilers put in their place.
+    acc, m = accumulation_dtype(x.dtype), x.shape[0] * math.prod(x.shape[2:])
     widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
     X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
     mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))

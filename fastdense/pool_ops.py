@@ -26,6 +26,8 @@ from .primitives import Backend, Conv, Gradients, Norm, Pool
 
 __all__ = ["bn_relu_pool", "bn_relu_pool_backward", "channels_last"]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # rank: memory format
+
 
 def channels_last(x: Tensor) -> Tensor:
     """``x [N, C, *spatial]`` with its channels side by side: itself if they are, else a differentiable copy."""
@@ -39,6 +41,8 @@ def channels_last(x: Tensor) -> Tensor:
         dense = x.shape[0] == 1 or strides[0] == pixels * strides[-1]
         if strides[1] == 1 and dense and strides[-1] >= x.shape[1]:
             return x
+    if x.dim() in _CHANNELS_LAST:  # no view, of whose strides compilers make less where sizes are symbols
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
