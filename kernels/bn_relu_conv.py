@@ -1,4 +1,4 @@
-"""The forward kernel: BatchNorm and ReLU while loading, a convolution, dropout and moments while storing."""
+"""The forward kernel: BatchNorm, ReLU and pooling while loading, a convolution, dropout and moments while storing."""
 
 import triton
 import triton.language as tl
@@ -7,12 +7,14 @@ from .common import (
     dot,
     dropout_scale,
     in_units,
+    in_window,
     load_reader,
     neighbour,
     offsets,
     pixel,
     relu,
     row_and_column,
+    source_rows,
     to_storage,
     zero_of,
 )
@@ -44,6 +46,27 @@ def _load_activation(
 
 
 @triton.jit
+def _load_average(
+    x_ptr, reader_ptrs, first_source, source, inside, c, C, XH, XW, stride_xm, eps,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+):  # fmt: skip
+    """The average of ``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` over the windows that begin at the ``source`` rows."""
+    c_mask = c < in_units(C, W_UNIT)
+    mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
+    stride = in_units(stride_xm, X_UNIT)
+    mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+    window = offsets(source, c, stride)
+    total = tl.zeros(window.shape, tl.float32)
+    for place in tl.static_range(PD * PH * PW):
+        begin = x_ptr + (first_source + in_window(place, XH, XW, PH, PW)) * stride
+        x = tl.load(begin + window, mask=mask, other=0.0)
+        total += relu((x.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :])
+    if X_UNIT > W_UNIT:  # the columns beyond C hold whatever the row holds there
+        total = tl.where(c_mask[None, :], total, 0.0)
+    return to_storage(total * (1.0 / (PD * PH * PW)), x_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _add_shifted(products, x, W, KW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """``out[p] = sum_j products[j][p + j - KW//2]`` over neighbours in the same image row; right but at the tile's rim.
 
@@ -65,19 +88,20 @@ def _add_shifted(products, x, W, KW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 def bn_relu_conv_kernel(
     out_ptr, out_mean_ptr, out_var_ptr, partial_ptr, counter_ptr,
     x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr, seed_ptr,
-    m, C, K, D, H, W, tiles_per_program,
+    m, C, K, D, H, W, XD, XH, XW, tiles_per_program,
     stride_om, stride_xm, stride_wk, stride_wc, stride_wt,
     eps, layer, threshold, keep_scale,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     HAS_MOMENTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``out = dropout(conv(relu((x - mean)*gamma/sqrt(var + eps) + beta)))``, padded with 0 after the ReLU.
+    """``out = dropout(conv(pool(relu((x - mean)*gamma/sqrt(var + eps) + beta))))``, padded with 0 after the ReLU.
 
     out [m, K, feature dtype, rows ``stride_om`` apart], m over [N, D, H, W]; its moments out_mean, out_var [K, fp32]
-    partial, counter: see finish_moments
-    x [m, C, feature dtype, rows ``stride_xm`` apart, readable up to a multiple of X_UNIT]; mean, var, gamma, beta [C]
+    partial, counter: see finish_moments; pool: averages over windows of PD*PH*PW pixels, before a 1x1 convolution
+    x [N*XD*XH*XW, C, feature dtype, rows ``stride_xm`` apart, readable up to X_UNIT]; mean, var, gamma, beta [C]
     w [K, C, KD*KH*KW, feature dtype, any strides; W_UNIT divides C and all but the smallest]; seed [1, int64]; OUT_UNIT
     divides K and ``stride_om``
     SHIFTS is KW: x is loaded once for each row of taps, whose products are shifted; or 1: once for each tap.
@@ -94,16 +118,24 @@ def bn_relu_conv_kernel(
         first_row, local = tile * ROWS - HALO, tl.arange(0, BLOCK_M) + zero_of(tile)
         k = column * BLOCK_N + tl.arange(0, BLOCK_N) + zero_of(tile)
         place = pixel(first_row, local, D, H, W, KD * KH * KW)
+        first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
         products = ()
         for _ in tl.static_range(SHIFTS):
             products += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
         for step in range(KD * KH * KW // SHIFTS * c_blocks):
             tap = step // c_blocks * SHIFTS
             c = step % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-            activation = _load_activation(
-                x_ptr, (mean_ptr, var_ptr, gamma_ptr, beta_ptr), first_row, local, place, tap, c,
-                m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
-            )  # fmt: skip
+            reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+            if PD * PH * PW > 1:
+                activation = _load_average(
+                    x_ptr, reader_ptrs, first_source, source, first_row + local < m, c, C, XH, XW, stride_xm, eps,
+                    PD, PH, PW, X_UNIT, W_UNIT,
+                )  # fmt: skip
+            else:
+                activation = _load_activation(
+                    x_ptr, reader_ptrs, first_row, local, place, tap, c,
+                    m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
+                )  # fmt: skip
             w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * in_units(stride_wk, W_UNIT)
             w_mask = (c < in_units(C, W_UNIT))[:, None] & (k < K)[None, :]
             added = ()

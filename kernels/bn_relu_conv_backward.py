@@ -7,31 +7,18 @@ from .common import (
     dot,
     dropout_scale,
     in_units,
-    last_to_arrive,
+    in_window,
     load_reader,
     neighbour,
     offsets,
     pixel,
     relu,
     row_and_column,
+    source_rows,
     to_storage,
     zero_of,
 )
-
-SPLITS = tl.constexpr(32)  # partial results that one step of a sum takes
-
-
-@triton.jit
-def _add_up(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.constexpr):
-    """``out[e] = sum_s partial[s, e]``, both dense; ``programs`` programs share the elements."""
-    for block in range(program, tl.cdiv(elements, BLOCK), programs):
-        e = block * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([SPLITS, BLOCK], tl.float32)
-        for begin in range(0, splits, SPLITS):
-            s = begin + tl.arange(0, SPLITS).to(tl.int64)
-            mask = (s < splits)[:, None] & (e < elements)[None, :]
-            total += tl.load(partial_ptr + s[:, None] * elements + e[None, :], mask=mask, other=0.0)
-        tl.store(out_ptr + e, tl.sum(total, 0), mask=e < elements)
+from .sums import add_up, finish_sums
 
 
 @triton.jit(do_not_specialize=["elements", "splits"])
@@ -41,7 +28,7 @@ def add_up_kernel(out_ptr, partial_ptr, elements, splits, BLOCK_E: tl.constexpr)
     out [elements, fp32]; partial [splits, elements, fp32]
     Grid: (blocks of elements).
     """
-    _add_up(out_ptr, partial_ptr, elements, splits, tl.program_id(0).to(tl.int64), tl.num_programs(0), BLOCK_E)
+    add_up(out_ptr, partial_ptr, elements, splits, tl.program_id(0).to(tl.int64), tl.num_programs(0), BLOCK_E)
 
 
 @triton.jit
@@ -135,51 +122,12 @@ def _add_to_gradient(
 
 
 @triton.jit
-def _finish_sums(
-    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, reader_ptrs,
-    m, C, start, eps, split, splits, column, c, HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """``dbeta = sum(dy)``, ``dgamma = r*sum(dy*(x - mu))``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``.
-
-    The last program of a column tile to arrive adds up what all splits of the rows found, in their order.
-    """
-    c_mask = c < C
-    tl.store(sums_ptr + split * 2 * C + c, sum_dy, mask=c_mask)
-    tl.store(sums_ptr + (split * 2 + 1) * C + c, sum_centred, mask=c_mask)
-    if last_to_arrive(counter_ptr + column, splits):
-        total_dy = tl.zeros([SPLITS, BLOCK_C], tl.float32)
-        total_centred = tl.zeros([SPLITS, BLOCK_C], tl.float32)
-        for begin in range(0, splits, SPLITS):
-            s = begin + tl.arange(0, SPLITS).to(tl.int64)
-            mask = (s < splits)[:, None] & c_mask[None, :]
-            tile = sums_ptr + s[:, None] * 2 * C + c[None, :]
-            # .cg: from L2, where other multiprocessors' stores are.
-            total_dy += tl.load(tile, mask=mask, other=0.0, cache_modifier=".cg")
-            total_centred += tl.load(tile + C, mask=mask, other=0.0, cache_modifier=".cg")
-        r = tl.rsqrt(tl.load(reader_ptrs[1] + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
-        scale = tl.load(reader_ptrs[2] + c, mask=c_mask, other=0.0).to(tl.float32) * r
-        dbeta = tl.sum(total_dy, 0)
-        dgamma = tl.sum(total_centred, 0) * r
-        tl.store(dbeta_ptr + c, dbeta, mask=c_mask)
-        tl.store(dgamma_ptr + c, dgamma, mask=c_mask)
-        if HAS_BATCH:
-            mine = c_mask & (c >= start)
-            a = -scale * dbeta / m
-            b = -scale * r * dgamma / m
-            if ACCUMULATE:
-                a += tl.load(a_ptr + c - start, mask=mine, other=0.0)
-                b += tl.load(b_ptr + c - start, mask=mine, other=0.0)
-            tl.store(a_ptr + c - start, a, mask=mine)
-            tl.store(b_ptr + c - start, b, mask=mine)
-
-
-@triton.jit
 def _pass_over_rows(
     D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
-    m, C, K, D, H, W, start, first_column, tiles_per_split, program, weights,
+    m, values, C, K, D, H, W, XD, XH, XW, start, first_column, tiles_per_split, program, weights,
     stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
     NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
@@ -187,6 +135,7 @@ def _pass_over_rows(
 ):  # fmt: skip
     """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
+    PLACES: tl.constexpr = PD * PH * PW
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
@@ -228,32 +177,45 @@ def _pass_over_rows(
                 )  # fmt: skip
                 w_unit = _unit_weight(unit, w_ptr, c, C, K, stride_wk, stride_wc, stride_wt, K_BLOCKS, W_UNIT, BLOCK_K)
                 product = dot(g_unit, w_unit, product, INPUT_PRECISION)
+        first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
+        if PLACES > 1:
+            product *= 1.0 / PLACES
         row_mask, c_mask = first_row + local < m, c < in_units(C, W_UNIT)
         x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
         stride = in_units(stride_xm, X_UNIT)
-        x = tl.load(x_ptr + first_row * stride + offsets(local, c, stride), mask=x_mask, other=0.0)
         mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
-        centred = x.to(tl.float32) - mean[None, :]
-        y = centred * scale[None, :] + beta[None, :]
-        if NEEDS_DY:
-            dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
-            sum_dy += dy
-            sum_centred += dy * centred
-            if HAS_INTO:
-                share = dy * scale[None, :]
-                _add_to_gradient(D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
+        if PLACES > 1:
+            total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for place_in_window in tl.static_range(PLACES):
+            first_x = first_source + in_window(place_in_window, XH, XW, PH, PW)
+            x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
+            centred = x.to(tl.float32) - mean[None, :]
+            y = centred * scale[None, :] + beta[None, :]
+            if NEEDS_DY:
+                dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # NaN in y passes the gradient on, as PyTorch's ReLU
+                sum_dy += dy
+                sum_centred += dy * centred
+                if HAS_INTO:
+                    share = dy * scale[None, :]
+                    _add_to_gradient(D_ptr, share, first_x, source, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
+            if NEEDS_WEIGHT:
+                activation = tl.where(mask, relu(y), 0.0)
+                if PLACES > 1:
+                    total += activation
         if NEEDS_WEIGHT:
-            activation = tl.trans(to_storage(tl.where(mask, relu(y), 0.0), dtype))  # [BLOCK_C, BLOCK_M]
+            if PLACES > 1:
+                activation = total * (1.0 / PLACES)
+            activation = tl.trans(to_storage(activation, dtype))  # [BLOCK_C, BLOCK_M]
             added = ()
             for i in tl.static_range(GROUP):
                 added += (dot(activation, g[i], dw[i], INPUT_PRECISION),)
             dw = added
     if NEEDS_DY:
-        _finish_sums(
+        finish_sums(
             dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
             tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), reader_ptrs,
-            m, C, start, eps, split, splits, column, columns, HAS_BATCH, ACCUMULATE, BLOCK_C,
+            values, C, start, eps, split, splits, column, columns, HAS_BATCH, ACCUMULATE, BLOCK_C,
         )  # fmt: skip
     if NEEDS_WEIGHT:
         for i in tl.static_range(GROUP):
@@ -270,11 +232,13 @@ def _pass_over_rows(
 def bn_relu_conv_backward_kernel(
     D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, pending_out_ptr, sums_ptr, counter_ptr, pending_ptr,
     G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr,
-    m, C, K, D, H, W, start, first_column, tiles_per_split, weight_tiles_per_split, data_programs,
+    m, values, C, K, D, H, W, XD, XH, XW, start, first_column,
+    tiles_per_split, weight_tiles_per_split, data_programs,
     weights, pending_elements, pending_splits,
     stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt,
     eps,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
     NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, TOGETHER: tl.constexpr, HAS_PENDING: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -282,12 +246,13 @@ def bn_relu_conv_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_BLOCK_M: tl.constexpr, WEIGHT_BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``dy = conv^T(g) * mask``, ``D (+)= gamma*r*dy``, ``dw[k, c, t] = sum_p g[p - t, k]*relu(bn(x[p, c]))``.
+    """``dy = pool^T(conv^T(g)) * mask``, ``D (+)= gamma*r*dy``, ``dw[k, c, t] = sum_p g[p - t, k]*relu(bn(x[p, c]))``.
 
-    D [m, C - start, feature dtype]; dw [splits, weights = K*C*taps, fp32]; dgamma, dbeta [C]; da, db [C - start, fp32]
-    sums [splits, 2, C, fp32], counter [column tiles, int32, zeros]: see _finish_sums; pending: see add_up_kernel
+    D [values, C - start, feature dtype]; dw [splits, weights = K*C*taps, fp32]; dgamma, dbeta [C]; da, db [C - start]
+    sums [splits, 2, C, fp32], counter [column tiles, int32, zeros]: see finish_sums; pending: see add_up_kernel
     G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean) if LAZY, else G, 0 up to G_UNIT
-    x [m, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
+    x [values, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
+    Rows of x lie over [N, XD, XH, XW], those of G over [N, D, H, W]: as many, or pooled windows of PD*PH*PW pixels.
     A unit is BLOCK_K output channels of one tap. One pass over x serves data and weights TOGETHER, or else the first
     ``data_programs`` programs form the data gradient, the others GROUP units of the weight gradient each.
     Grid: (groups of units * splits of the rows * column tiles, from ``first_column`` on for data), columns fastest.
@@ -296,24 +261,25 @@ def bn_relu_conv_backward_kernel(
     lazy_ptrs = (G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr)
     reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     if HAS_PENDING:
-        _add_up(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
+        add_up(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
     if pid < data_programs:
         if NEEDS_DY or TOGETHER:
             _pass_over_rows(
                 D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
                 lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
-                m, C, K, D, H, W, start, first_column, tiles_per_split, pid, weights, stride_Dm, stride_Gm, stride_vm,
+                m, values, C, K, D, H, W, XD, XH, XW, start, first_column, tiles_per_split, pid, weights,
+                stride_Dm, stride_Gm, stride_vm,
                 stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
-                KD, KH, KW, K_BLOCKS, GROUP, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, NEEDS_DY, NEEDS_WEIGHT and TOGETHER,
-                INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, BLOCK_M, BLOCK_C, BLOCK_K,
+                KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, NEEDS_DY,
+                NEEDS_WEIGHT and TOGETHER, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, BLOCK_M, BLOCK_C, BLOCK_K,
             )  # fmt: skip
     elif NEEDS_WEIGHT and not TOGETHER:
         _pass_over_rows(
             D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
             lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
-            m, C, K, D, H, W, start, 0, weight_tiles_per_split, pid - data_programs, weights,
+            m, values, C, K, D, H, W, XD, XH, XW, start, 0, weight_tiles_per_split, pid - data_programs, weights,
             stride_Dm, stride_Gm, stride_vm,
             stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
-            KD, KH, KW, K_BLOCKS, GROUP, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, False, True,
+            KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, False, True,
             INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
         )  # fmt: skip

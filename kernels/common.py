@@ -98,6 +98,31 @@ def neighbour(place, dz, dy, dx, m, D, H, W, TAPS: tl.constexpr):
 
 
 @triton.jit
+def window_row(row, D, H, W, XD, XH, XW, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """Of an output pixel of ``D*H*W``, the row of the first pixel in its window among those of ``XD*XH*XW``."""
+    z, y, x = row // (W * H) % D, row // W % H, row % W
+    return ((row // (W * H * D) * XD + z * PD) * XH + y * PH) * XW + x * PW
+
+
+@triton.jit
+def source_rows(
+    first_row, local, D, H, W, XD, XH, XW, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+):  # fmt: skip
+    """Where a tile of output rows reads: the first one's row, and how far away each one's is; no pool, no change."""
+    if PD * PH * PW == 1:
+        return first_row, local
+    first = window_row(first_row.to(tl.int32), D, H, W, XD, XH, XW, PD, PH, PW)
+    rows = window_row(first_row.to(tl.int32) + local, D, H, W, XD, XH, XW, PD, PH, PW)
+    return first.to(tl.int64), rows - first
+
+
+@triton.jit
+def in_window(place, XH, XW, PH: tl.constexpr, PW: tl.constexpr):
+    """How many rows from its first pixel a window's pixel number ``place`` lies."""
+    return (place // (PH * PW) * XH + place // PW % PH) * XW + place % PW
+
+
+@triton.jit
 def offsets(local, columns, stride_m):
     """Of a tile's elements from its first row: 32 bits, because the first row's own offset is a 64-bit scalar."""
     return local[:, None] * stride_m + columns[None, :]

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = ("bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "add_up", "activation")
+OPERATIONS = (
+    "bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "add_up", "activation",
+    "max_pool", "mean", "pool_backward",
+)  # fmt: skip
 FORMS = ("rows", "taps", "scratch")
 
 MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can hold beside its data gradient
@@ -25,7 +28,7 @@ MATERIALISE_ELEMENTS = 1 << 22  # from here on a lazy gradient is written out fo
 
 
 class Shape(NamedTuple):
-    """One convolution: values per channel, channels read and written, taps; whether with dropout, whether lazy."""
+    """One convolution: values per channel, channels read and written, taps; dropout, a lazy gradient, pooling."""
 
     m: int
     reads: int
@@ -33,6 +36,7 @@ class Shape(NamedTuple):
     taps: int
     dropout: bool = False
     lazy: bool = False  # backward: the output gradient is formed while it is loaded
+    pooled: bool = False  # a transition's, of averages over windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,9 @@ class LaunchConfig:
 _Table = dict[tuple[str, str], LaunchConfig]
 
 # Operation and variant: of bn_relu_conv "1x1", "narrow taps" (at most 16 output channels), "taps", "wide taps" (more
-# than 32), "many taps" (3D) or "dropout"; of its backward "1x1", "wide" (more than one unit), "taps", "wide taps",
-# "many taps", and these three "lazy". What has no row for many taps takes that for taps. For 16-bit features.
+# than 32), "many taps" (3D), "dropout" or "pooled"; of its backward "1x1", "wide" (more than one unit), "pooled",
+# "taps", "wide taps", "many taps", and these three "lazy". What has no row for many taps takes that for taps. All for
+# 16-bit features.
 _SM80: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
     ("bn_relu_conv", "narrow taps"): LaunchConfig(128, 32, 16, 4, 2),
@@ -92,6 +97,11 @@ _SM80: _Table = {
     ("resolve", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
+    ("max_pool", ""): LaunchConfig(32, 64, 64, 4, 1),
+    ("mean", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
 }
 _SM90: _Table = _SM80 | {
     ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 2),
@@ -177,6 +187,8 @@ def _block_of_outputs(writes: int, taps: int) -> int:
 
 
 def _variant(op: str, shape: Shape) -> str:
+    if shape.pooled:
+        return "pooled"
     if op == "bn_relu_conv" and (shape.dropout or shape.taps == 1):
         return "dropout" if shape.dropout else "1x1"
     if op == "bn_relu_conv_backward" and shape.taps == 1:

@@ -113,7 +113,7 @@ def copy_with_moments_kernel(
     stride_om, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
     HAS_MOMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``out = x``, channels last, with the moments of every channel.
+    """``out = x``, channels last, with the moments of every channel; moments alone without ``out``.
 
     out [m, C, feature dtype, rows ``stride_om`` apart]; mean, var [C, fp32]; partial, counter: see finish_moments
     x [N, C, D, H, W, feature dtype, any strides]; UNIT divides C and every stride but that of the channels
@@ -134,7 +134,8 @@ def copy_with_moments_kernel(
         offset = n * in_units(stride_xn, UNIT) + z * in_units(stride_xd, UNIT)
         offset += y * in_units(stride_xh, UNIT) + x * in_units(stride_xw, UNIT)
         v = tl.load(x_ptr + offset[:, None] + c[None, :] * stride_xc, mask=mask, other=0.0)
-        tl.store(out_ptr + rows[:, None] * in_units(stride_om, UNIT) + c[None, :], v, mask=mask)
+        if out_ptr is not None:
+            tl.store(out_ptr + rows[:, None] * in_units(stride_om, UNIT) + c[None, :], v, mask=mask)
         if HAS_MOMENTS:
             count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
             origin_ptr = partial_ptr + program * 3 * C

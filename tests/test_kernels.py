@@ -182,7 +182,7 @@ def test_dropout_masks_equal_the_torch_backends(seed: int, per_channel: bool) ->
         x = torch.ones(n, channels, height, width, device=DEVICE)
         backend = TritonBackend(x)
         ones = torch.ones(backend.m, channels, device=DEVICE)
-        got = backend._resolve(
+        got = backend.resolve_rows(
             LazyGradient(ones, None, None),
             Features(ones, None, None),
             torch.empty_like(ones),

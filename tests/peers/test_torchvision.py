@@ -58,7 +58,9 @@ def test_block_takes_torchvisions_layers(torchvision_models: Any) -> None:
     assert_same(got, want)
 
 
-@pytest.mark.parametrize(("name", "activations", "bottlenecks"), [("densenet121", 4.6, 12.0), ("densenet201", 6.3, 17.0)])
+@pytest.mark.parametrize(
+    ("name", "activations", "bottlenecks"), [("densenet121", 4.6, 12.0), ("densenet201", 6.3, 17.0)]
+)
 def test_bytes_kept_against_torchvision(
     name: str, activations: float, bottlenecks: float, torchvision_models: Any
 ) -> None:
