@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backends, checks, memory, ops, reference, trial
 from .features import accumulation_dtype
@@ -20,6 +21,7 @@ from .sync import group_of
 __all__ = ["dense_block"]
 
 Moments = tuple[Tensor, Tensor]
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def dense_block(
@@ -129,16 +131,25 @@ def fused_block(
     return _fused(x, layers, recompute, backend_name(impl, x), moments, want_moments)
 
 
+def _while_tracing(function: _F) -> _F:
+    """torch.compile calls ``function`` while it traces, and takes its result for a constant.
+
+    That is ``torch.compiler.assume_constant_result`` without an import that takes seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def backend_name(impl: str, x: Tensor) -> str:
     """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
     return _backend_name(impl, x.device, x.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, trial included
+@_while_tracing
 def _backend_name(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     name = backends.resolve(impl, device, dtype)
-    if impl != "auto" or name != "triton" or torch.compiler.is_compiling() or _is_capturing(device):
-        return name
+    if impl != "auto" or name != "triton" or is_in_torch_dispatch_mode() or _is_capturing(device):
+        return name  # under a mode (fake tensors, a counter) the trial would try something else
     if (reason := trial.failure(name, device, dtype)) is not None:
         say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
         return "torch"
@@ -327,7 +338,7 @@ def refuse_transforms(x: Tensor) -> None:
         raise RuntimeError(ops.NOT_TWICE)
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while it traces: a warning would break the graph
+@_while_tracing
 def say_once(message: str) -> None:
     """Warn, the first time that there is this to say."""
     _warn(message)
