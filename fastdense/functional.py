@@ -273,7 +273,7 @@ def check_input(x: Tensor, layers: Sequence[Any]) -> None:
 
 
 def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = autocasts(x.device.type)
+    autocast = ops.autocasts(x.device.type)
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
@@ -318,13 +318,9 @@ def check_moments(x: Tensor, moments: Any) -> None:
             )
 
 
-def autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
-
-
 def autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if autocasts(device) and x.dtype != torch.float64:
+    if ops.autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
-from .ops import NOT_TWICE, backend_of, gradient_like, plain_arithmetic
+from .ops import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
 from .primitives import Backend, Conv, Gradients, Norm, Pool
 
 __all__ = ["bn_relu_pool", "bn_relu_pool_backward", "channels_last"]
@@ -192,7 +192,9 @@ def bn_relu_pool_backward(
             else:
                 be.resolve(into, source, out=grad_x)
     flat = [
-        gradient_like(param, gradient) if wanted and param is not None and gradient is not None else x.new_empty(0)
+        gradients_like([param], [gradient])[0]
+        if wanted and param is not None and gradient is not None
+        else x.new_empty(0)
         for param, gradient, wanted in zip((gamma, beta, weight), gradients, needs[1:], strict=True)
     ]
     return grad_x, grad_mean, grad_var, flat[0], flat[1], flat[2]

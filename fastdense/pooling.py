@@ -19,13 +19,13 @@ from .functional import (
     Moments,
     affine,
     autocast,
-    autocasts,
     backend_name,
     check_moments,
     refusal,
     refuse_transforms,
     say_once,
 )
+from .ops import autocasts
 from .pool_ops import channels_last
 from .primitives import Pool
 from .statistics import update_running_statistics
@@ -163,8 +163,8 @@ def _run(
 ) -> tuple[Tensor, Moments | None]:
     _check(x, norm, weight, pool)
     refuse_transforms(x)
-    if weight is not None:
-        x = autocast(x)
+    if weight is not None and autocast(x) is not x:
+        x, moments = autocast(x), None  # they were those of other values
     frozen = not (norm.training or norm.running_mean is None)
     group = group_of([norm]) or ""
     m = x.shape[0] * x.shape[2:].numel()

@@ -10,9 +10,8 @@ from common import assert_close
 from fastdense import functional
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize(("name", "training"), [*((name, False) for name in networks.NETWORKS), ("own", True)])
 def test_a_program_of_plain_operators(name: str, strict: bool, training: bool) -> None:
     """Nothing in it needs fastdense, and it is said once, not once for each block."""
     functional._warn.cache_clear()
