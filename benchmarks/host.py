@@ -15,7 +15,7 @@ import argparse
 import cProfile
 import pstats
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +43,7 @@ class Spent:
     """Seconds inside some functions, and how many launches were prepared."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.launches: Counter[str] = Counter()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +54,7 @@ class Spent:
             try:
                 return function(*arguments, **named)
             finally:
-                self.seconds[name] += time.thread_time() - start  # type: ignore[misc]
+                self.seconds[name] += time.thread_time() - start
 
         return run
 

@@ -232,10 +232,9 @@ def dense_block_backward(
         elif needs_x:
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
-    wanted = [i for i, gradient in enumerate(flat) if needs[i] and gradient is not None]
-    ready = gradients_like([params[i] for i in wanted], [flat[i] for i in wanted])
+    wanted = {i: gradient for i, gradient in enumerate(flat) if needs[i] and gradient is not None}
     found = [param.new_empty(0) for param in params]
-    for i, gradient in zip(wanted, ready, strict=True):
+    for i, gradient in zip(wanted, gradients_like([params[i] for i in wanted], [*wanted.values()]), strict=True):
         found[i] = gradient
     return grad_x, grad_x_mean, grad_x_var, found
 
@@ -249,9 +248,13 @@ def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> lis
     casts: list[Tensor] = []
     sources: list[Tensor] = []
     for param, gradient in zip(params, gradients, strict=True):
+        same = gradient.dtype == param.dtype
+        if same and gradient.shape == param.shape and gradient.stride() == param.stride():
+            found.append(gradient)
+            continue
         gradient = gradient.reshape(param.shape)
         strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
-        if gradient.dtype == param.dtype and all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        if same and all(size == 1 or ours == theirs for size, ours, theirs in strides):
             found.append(gradient.as_strided(param.shape, param.stride()))
             continue
         found.append(torch.empty_like(param))
