@@ -13,16 +13,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdense import schedule
+from fastdense import pool_ops, schedule
 from fastdense.features import Features, LazyGradient, as_rows, empty_features, row_stride
 from fastdense.kernels.launch import LaunchConfig
-from fastdense.primitives import Conv, Dropout, Layer, Norm
+from fastdense.primitives import Conv, Dropout, Layer, Norm, Pool
 from fastdense.triton_backend import TritonBackend
 
 SM_COUNT = {80: 108, 86: 84, 90: 132, 100: 148}  # A100, RTX 3090, H100, B200
@@ -31,6 +32,7 @@ TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
 }  # fmt: skip
 
 
@@ -100,6 +102,34 @@ def plan(case: Case, arch: int) -> list[Launch]:
     gradient = LazyGradient(D, torch.empty(reads + k, **meta), torch.empty(reads + k, **meta))
     schedule.backward(backend, gradient, [layer], features, Z, first=0, recompute=False)
     return backend.launches
+
+
+def plan_around(case: Case, arch: int) -> list[Launch]:
+    """Every launch, in order, of a stem's pooling, a transition that halves ``case.reads`` channels, and a head."""
+    batch, spatial, reads, dims = case.batch, case.spatial, case.reads, len(case.spatial)
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
+    found: list[Launch] = []
+    ones, twos, threes = ((size,) * dims for size in (1, 2, 3))
+    weight = torch.empty(reads // 2, reads, *ones, device="meta", dtype=case.dtype)
+    for channels, size, pool, conv in (
+        (2 * case.growth_rate, spatial, Pool("maximum", threes, twos, ones), None),
+        (reads, spatial, Pool("average", twos, twos, (0,) * dims), weight),
+        (reads, (7,) * dims, Pool("mean"), None),
+    ):
+        x = empty_features((batch, channels, *size), dtype=case.dtype, device=torch.device("meta"))
+        writes, windows = channels if conv is None else conv.shape[0], batch * prod(pool.sizes(size))
+        norm = Norm(torch.empty(channels, **meta), torch.empty(channels, **meta), 1e-5)
+        source = Features(as_rows(x), torch.empty(channels, **meta), torch.empty(channels, **meta))
+        y = x.new_empty_strided((windows, writes), (row_stride(writes, case.dtype), 1))
+        moments = (None, None) if pool.kind == "mean" else (torch.empty(writes, **meta), torch.empty(writes, **meta))
+        backend = Planned(x, arch, SM_COUNT[arch], case.precision)
+        backend.moments(source)
+        pool_ops.forward(backend, source, norm, conv, pool, Features(y, *moments))
+        into = LazyGradient(torch.empty_like(source.rows), torch.empty(channels, **meta), torch.empty(channels, **meta))
+        pool_ops.backward(backend, y, source, norm, conv, pool, (True, True, True), into)
+        backend.resolve(into, source, out=torch.empty_like(x))
+        found += backend.launches
+    return found
 
 
 class Compiled(NamedTuple):

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import traffic
-from .compiled import SHARED_LIMIT, SM_COUNT, Case, Compiled, Launch, compile_launch, identity, plan
+from .compiled import SHARED_LIMIT, SM_COUNT, Case, Compiled, Launch, compile_launch, identity, plan, plan_around
 from .runner import RESULTS
 
 RECORD = RESULTS / "compiled" / "kernels.json"
@@ -38,6 +38,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 
 # Channels read, not divisible by 16 where the growth rate allows it: loads must be wide all the same.
 READS = {12: 156, 24: 88, 32: 160, 40: 104, 48: 144}
+TRANSITIONS = {12: (216,), 24: (312,), 32: (256, 512, 1024), 40: (424,), 48: (384, 2112)}
 PRECISIONS = {"fp16": (torch.float16, "ieee"), "bf16": (torch.bfloat16, "ieee"),
               "fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32")}  # fmt: skip
 
@@ -92,6 +93,12 @@ def name_of(launch: Launch) -> str:
         name += f" {'x'.join(str(size) for size in (a['KD'], a['KH'], a['KW']) if size > 1) or '1x1'}"
     if a.get("TOGETHER") is False and a["LAZY"]:
         name += " lazy"
+    if a.get("PD", 1) * a.get("PH", 1) * a.get("PW", 1) > 1:
+        name += " pooled"
+    if a.get("tap_ptr") is not None and "MAXIMUM" not in a:
+        name += " arg-max"
+    if a.get("MAXIMUM") is False:
+        name = name.removesuffix(" 1x1") + " mean"
     if a.get("HAS_DROPOUT"):
         name += " dropout"
     return name
@@ -106,11 +113,22 @@ def cases(precision: str) -> Iterator[Case]:
     yield Case(32, READS[32], 4, (16, 28, 28), dtype, precision=products)
 
 
+def cases_around(precision: str) -> Iterator[Case]:
+    """The same for what stands round the blocks: each transition at the size of a large network's, and one in 3D."""
+    dtype, products = PRECISIONS[precision]
+    for k, widths in sorted(TRANSITIONS.items(), key=lambda item: item[0] != 32):
+        for reads in widths:
+            yield Case(k, reads, 64, (28, 28), dtype, precision=products)
+    yield Case(32, 256, 4, (16, 28, 28), dtype, precision=products)
+
+
 def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launch]]:
     """``(growth rate, launch)``, each compiled code once; unless ``every``, each kernel once."""
     found: dict[Any, tuple[int, Launch]] = {}
-    for case in cases(precision):
-        for launch in plan(case, arch):
+    planned = [(case, plan(case, arch)) for case in cases(precision)]
+    planned += [(case, plan_around(case, arch)) for case in cases_around(precision)]
+    for case, made in planned:
+        for launch in made:
             if launch.kernel.__name__.startswith(("bn_relu", "copy", "resolve", "add_up")):
                 key = identity(launch) if every else name_of(launch).removesuffix(" lazy")
                 found.setdefault(key, (case.growth_rate, launch))
@@ -122,18 +140,36 @@ def _traffic(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, 
     if name == "add_up_kernel":
         elements, splits = a["elements"], a["splits"]
         return traffic.Traffic(4 * elements * (splits + 1), elements * splits), {"elements": elements, "splits": splits}
+    if name == "bn_relu_mean_kernel":
+        m = launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
+        return traffic.Traffic(m * a["C"] * itemsize, 0), {"m": m, "reads": a["C"], "writes": a["C"], "taps": 1}
     m, taps = a["m"], prod(a.get(size, 1) for size in ("KD", "KH", "KW"))
     reads: int = a["C"] if "C" in a else a["K"]
     writes: int = a["K"] if "K" in a else a["C"]
     shape = traffic.Shape(m, reads, writes, taps, itemsize)
     sizes = {"m": m, "reads": reads, "writes": writes, "taps": taps}
+    window = prod(a.get(size, 1) for size in ("PD", "PH", "PW"))
     if name == "bn_relu_conv_kernel":
-        return traffic.forward(shape), sizes
+        return traffic.forward(shape) if window == 1 else traffic.pooled_forward(m * window, shape), sizes
     if name == "bn_relu_conv_backward_kernel":
-        return traffic.backward(shape, accumulate=a["ACCUMULATE"]), sizes
+        if window == 1:
+            return traffic.backward(shape, accumulate=a["ACCUMULATE"]), sizes
+        return traffic.pooled_backward(m * window, shape), sizes
     if name == "resolve_kernel":
         return traffic.Traffic(3 * m * reads * itemsize, 3 * m * reads), sizes
-    return traffic.copy_with_moments(shape), sizes
+    if name == "copy_with_moments_kernel":
+        return traffic.copy_with_moments(shape) if a["out_ptr"] is not None else traffic.moments(shape), sizes
+    return traffic.Traffic(_pooling_bytes(launch, itemsize), 0), sizes
+
+
+def _pooling_bytes(launch: Launch, itemsize: int) -> int:
+    """Each pixel and each window once in or out; where a maximum lies is one byte."""
+    a, name = launch.arguments, launch.kernel.__name__
+    if name == "bn_relu_max_pool_kernel":
+        pixels = a["m"] // (a["D"] * a["H"] * a["W"]) * a["XD"] * a["XH"] * a["XW"]
+        return a["C"] * (pixels * itemsize + a["m"] * (itemsize if a["tap_ptr"] is None else 1))
+    windows = a["m"] // (a["XD"] * a["XH"] * a["XW"]) * a["D"] * a["H"] * a["W"]
+    return a["C"] * (2 * a["m"] * itemsize + windows * (itemsize + bool(a["MAXIMUM"])))
 
 
 def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None:
@@ -203,6 +239,8 @@ def defects(row: Row) -> list[str]:
         found.append(f"{row.shared_bytes} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}")
     if row.kernel.startswith("bn_relu_conv"):
         wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch)
+        if row.kernel == "bn_relu_conv_backward 1x1 pooled" and wanted == "HGMMA":
+            wanted = None  # 32 rows a tile, too few for HGMMA: bytes bind, and larger tiles issue no less
         if row.dtype in ("fp16", "bf16") and (
             not row.tensor_core_instructions or (wanted and wanted not in row.tensor_core.split("/"))
         ):

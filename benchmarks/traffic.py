@@ -62,9 +62,28 @@ def backward(shape: Shape, *, accumulate: bool) -> Traffic:
     return Traffic(features * itemsize + weight * (itemsize + GRADIENT_BYTES), 4 * m * reads * writes * taps)
 
 
+def pooled_forward(values: int, shape: Shape) -> Traffic:
+    """``bn_relu_conv`` of averages over windows: reads ``values`` pixels, writes ``shape.m``."""
+    m, reads, writes, _, itemsize = shape
+    return Traffic((values * reads + m * writes + reads * writes) * itemsize, 2 * m * reads * writes)
+
+
+def pooled_backward(values: int, shape: Shape) -> Traffic:
+    """Its backward: reads ``values`` pixels and writes their ``D``; the output's gradient is no lazy one."""
+    m, reads, writes, _, itemsize = shape
+    weight = reads * writes
+    moved = (2 * values * reads + m * writes) * itemsize + weight * (itemsize + GRADIENT_BYTES)
+    return Traffic(moved, 4 * m * weight)
+
+
 def copy_with_moments(shape: Shape) -> Traffic:
     """``copy_with_moments``: every value once in and once out."""
     return Traffic(shape.m * (shape.reads + shape.writes) * shape.itemsize, 0)
+
+
+def moments(shape: Shape) -> Traffic:
+    """``moments``: every value once in."""
+    return Traffic(shape.m * shape.reads * shape.itemsize, 0)
 
 
 def primitive(operation: str, shape: Shape, *, bottleneck: bool = True) -> Traffic:

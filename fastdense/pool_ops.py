@@ -24,7 +24,7 @@ from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty
 from .ops import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
 from .primitives import Backend, Conv, Gradients, Norm, Pool
 
-__all__ = ["bn_relu_pool", "bn_relu_pool_backward", "channels_last"]
+__all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # rank: memory format
 
@@ -46,7 +46,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _forward(be: Backend, x: Features, norm: Norm, weight: Tensor | None, pool: Pool, out: Features) -> None:
+def forward(be: Backend, x: Features, norm: Norm, weight: Tensor | None, pool: Pool, out: Features) -> None:
+    """``out = pool(relu(bn(x)))``, convolved if there is a ``weight``."""
     if weight is None:
         be.bn_relu_pool(x, norm, pool, out)
         return
@@ -54,7 +55,7 @@ def _forward(be: Backend, x: Features, norm: Norm, weight: Tensor | None, pool: 
     be.bn_relu_conv(x, conv, out)
 
 
-def _backward(
+def backward(
     be: Backend,
     grad: Tensor,
     x: Features,
@@ -127,7 +128,7 @@ def bn_relu_pool(
         if own:
             be.moments(source)
         out = Features(_output_rows(y), *((y_mean, y_var) if output_moments else (None, None)))
-        _forward(be, source, _norm(gamma, beta, eps, frozen_stats), weight, pool, out)
+        forward(be, source, _norm(gamma, beta, eps, frozen_stats), weight, pool, out)
     return y, y_mean, y_var, mean, var
 
 
@@ -184,7 +185,7 @@ def bn_relu_pool_backward(
         be = backend_of(impl, x, group, var)
         rows = _output_rows(grad if grad.dim() == 2 else channels_last(grad))
         norm = _norm(gamma, beta, eps, frozen_stats)
-        gradients = _backward(be, rows, source, norm, weight, pool, needs[1:], into)
+        gradients = backward(be, rows, source, norm, weight, pool, needs[1:], into)
         grad_mean, grad_var = mean.new_empty(0), var.new_empty(0)
         if into is not None and into.a is not None and into.b is not None:
             if lazy:

@@ -77,7 +77,7 @@ class TritonBackend:
                 *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages
             )  # fmt: skip
 
-    def choose(self, op: str, reads: int, writes: int, taps: int = 1, **flags: bool) -> LaunchConfig:
+    def choose(self, op: str, reads: int, writes: int, taps: int = 1, **flags: int) -> LaunchConfig:
         """How to launch ``op``."""
         shape = Shape(self.m, reads, writes, taps, **flags)
         return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
@@ -196,8 +196,9 @@ class TritonBackend:
             return
         weight = Weight.of(conv)
         writes, reads = conv.weight.shape[:2]
+        sizes, window = self.output_sizes(conv.pool)
         config = self.choose(
-            "bn_relu_conv", reads, writes, weight.taps, dropout=dropout is not None, pooled=conv.pool is not None
+            "bn_relu_conv", reads, writes, weight.taps, dropout=dropout is not None, window=math.prod(window)
         )
         if config.form == "scratch" and weight.taps > 1 and dropout is None:
             self._through_scratch(source, conv, out)
@@ -206,7 +207,6 @@ class TritonBackend:
         columns, m = -(-writes // config.block_k), out.rows.shape[0]
         programs, each = launch.share(-(-m // (config.block_m - shifts + 1)), columns, self.sm_count)
         x = source.rows
-        sizes, window = self.output_sizes(conv.pool)
         self.launch(
             bn_relu_conv.bn_relu_conv_kernel, programs * columns,
             out.rows, *self.moments_workspace(out, programs, columns),

@@ -53,10 +53,11 @@ class ConvBackward(NamedTuple):
         weight = Weight.of(conv)
         reads, writes, m = x.shape[1], conv.weight.shape[0], self.grad.D.shape[0]
         sizes, window = be.output_sizes(conv.pool)
+        config = be.choose(
+            "bn_relu_conv_backward", reads, writes, weight.taps, lazy=self.lazy, window=math.prod(window)
+        )
         if self.into is not None and m * math.prod(window) < be.m:  # pixels that are in no window
             self.into.D.zero_()
-        pooled = conv.pool is not None
-        config = be.choose("bn_relu_conv_backward", reads, writes, weight.taps, lazy=self.lazy, pooled=pooled)
         blocks = -(-writes // config.block_k)
         together = weight.taps == 1 and config.group >= blocks
         groups = -(-weight.taps * blocks // config.group)

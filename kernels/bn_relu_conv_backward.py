@@ -122,6 +122,32 @@ def _add_to_gradient(
 
 
 @triton.jit
+def _through_norm(
+    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_FIRST: tl.constexpr,
+    first_x, source, c, x_mask, mask, start, stride_Dm, stride_xm,
+    HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Back through ReLU and BatchNorm at a tile of pixels: ``D``, the sums, the activation (added to that before)."""
+    mean, scale, beta = reader
+    stride = in_units(stride_xm, X_UNIT)
+    x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
+    centred = x.to(tl.float32) - mean[None, :]
+    y = centred * scale[None, :] + beta[None, :]
+    if NEEDS_DY:
+        dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # a NaN in y passes the gradient on, as PyTorch's ReLU does
+        sum_dy += dy
+        sum_centred += dy * centred
+        if HAS_INTO:
+            share = dy * scale[None, :]
+            _add_to_gradient(D_ptr, share, first_x, source, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
+    if NEEDS_WEIGHT:
+        mine = tl.where(mask, relu(y), 0.0)
+        activation = mine if IS_FIRST else activation + mine
+    return sum_dy, sum_centred, activation
+
+
+@triton.jit
 def _pass_over_rows(
     D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
     m, values, C, K, D, H, W, XD, XH, XW, start, first_column, tiles_per_split, program, weights,
@@ -136,6 +162,7 @@ def _pass_over_rows(
     """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
     PLACES: tl.constexpr = PD * PH * PW
+    UNROLLED: tl.constexpr = PLACES if PLACES <= 4 else 1  # more would not fit into registers
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
@@ -182,30 +209,20 @@ def _pass_over_rows(
             product *= 1.0 / PLACES
         row_mask, c_mask = first_row + local < m, c < in_units(C, W_UNIT)
         x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
-        stride = in_units(stride_xm, X_UNIT)
-        mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+        reader = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
-        if PLACES > 1:
-            total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for place_in_window in tl.static_range(PLACES):
-            first_x = first_source + in_window(place_in_window, XH, XW, PH, PW)
-            x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
-            centred = x.to(tl.float32) - mean[None, :]
-            y = centred * scale[None, :] + beta[None, :]
-            if NEEDS_DY:
-                dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # NaN in y passes the gradient on, as PyTorch's ReLU
-                sum_dy += dy
-                sum_centred += dy * centred
-                if HAS_INTO:
-                    share = dy * scale[None, :]
-                    _add_to_gradient(D_ptr, share, first_x, source, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
-            if NEEDS_WEIGHT:
-                activation = tl.where(mask, relu(y), 0.0)
-                if PLACES > 1:
-                    total += activation
+        activation = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for first_place in range(0, PLACES, UNROLLED):
+            for n in tl.static_range(UNROLLED):
+                begin = first_source + in_window(first_place + n, XH, XW, PH, PW)
+                sum_dy, sum_centred, activation = _through_norm(
+                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == UNROLLED and n == 0,
+                    begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,
+                    HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, X_UNIT, D_UNIT,
+                )  # fmt: skip
         if NEEDS_WEIGHT:
             if PLACES > 1:
-                activation = total * (1.0 / PLACES)
+                activation *= 1.0 / PLACES
             activation = tl.trans(to_storage(activation, dtype))  # [BLOCK_C, BLOCK_M]
             added = ()
             for i in tl.static_range(GROUP):

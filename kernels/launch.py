@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     taps: int
     dropout: bool = False
     lazy: bool = False  # backward: the output gradient is formed while it is loaded
-    pooled: bool = False  # a transition's, of averages over windows
+    window: int = 1  # a transition's: pixels that are averaged before the convolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class LaunchConfig:
 _Table = dict[tuple[str, str], LaunchConfig]
 
 # Operation and variant: of bn_relu_conv "1x1", "narrow taps" (at most 16 output channels), "taps", "wide taps" (more
-# than 32), "many taps" (3D), "dropout" or "pooled"; of its backward "1x1", "wide" (more than one unit), "pooled",
-# "taps", "wide taps", "many taps", and these three "lazy". What has no row for many taps takes that for taps. All for
-# 16-bit features.
+# than 32), "many taps" (3D), "dropout" or "pooled"; of its backward "1x1", "wide" (more than one unit), "pooled", "many
+# pooled" (3D), "wide pooled" (more units than a program holds), "taps", "wide taps", "many taps", and these three "lazy".
+# What has no row for many taps takes that for taps. All for 16-bit features.
 _SM80: _Table = {
     ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 2),
     ("bn_relu_conv", "narrow taps"): LaunchConfig(128, 32, 16, 4, 2),
@@ -99,6 +99,8 @@ _SM80: _Table = {
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
+    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
+    ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
     ("max_pool", ""): LaunchConfig(32, 64, 64, 4, 1),
     ("mean", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
@@ -183,12 +185,17 @@ def _block_of_outputs(writes: int, taps: int) -> int:
     if whole <= most and (taps > 1 or 3 * whole <= 4 * writes or whole <= 32):
         return whole
     units = {block: -(-writes // block) for block in (64, 32)}
+    if min(units.values()) > MAX_UNITS:
+        return 64
     return min(units, key=lambda block: (units[block] > MAX_UNITS, units[block] * block))
 
 
 def _variant(op: str, shape: Shape) -> str:
-    if shape.pooled:
-        return "pooled"
+    if shape.window > 1:
+        if op == "bn_relu_conv":
+            return "pooled"
+        wide = -(-shape.writes // _block_of_outputs(shape.writes, 1)) > MAX_UNITS
+        return "wide pooled" if wide else "pooled" if shape.window <= 4 else "many pooled"
     if op == "bn_relu_conv" and (shape.dropout or shape.taps == 1):
         return "dropout" if shape.dropout else "1x1"
     if op == "bn_relu_conv_backward" and shape.taps == 1:
