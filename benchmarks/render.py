@@ -2,8 +2,8 @@
 
     python -m benchmarks.render [--check]
 
-A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory`` and
-``compiled``. ``--check`` changes nothing and exits with 1 if a table is not what its record says.
+A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
+``compiled`` and ``host``. ``--check`` changes nothing and exits with 1 if a table is not what its record says.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-PAGES = (README, README.parent / "docs" / "kernels.md", README.parent / "docs" / "memory.md")
+DOCS = README.parent / "docs"
+PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "compatibility")))
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>figures|memory|compiled): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
+    r"(<!-- (?P<kind>figures|memory|compiled|host): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
 )
 
 
@@ -91,10 +92,34 @@ def compiled_table(record: list[dict[str, Any]], file: str) -> str:
     return "\n".join(["", *lines, "", conditions, ""])
 
 
+def host_table(record: dict[str, Any], file: str) -> str:
+    """A record of ``benchmarks.host`` as a Markdown table."""
+    settings, results = record["settings"], record["results"]
+    launches = sum(results["launches"].values())
+    rows = {
+        "launches of a step": f"{launches}",
+        "a step": f"{results['step']['median'] * 1e3:.1f} ms",
+        "in the forward operators: launches prepared": f"{results['forward operators']['median'] * 1e3:.1f} ms",
+        "in the backward operators: launches prepared": f"{results['backward operators']['median'] * 1e3:.1f} ms",
+        "running statistics": f"{results['running statistics']['median'] * 1e3:.1f} ms",
+        "the rest: checks, dispatch, autograd, stem and classifier": f"{results['the rest']['median'] * 1e3:.1f} ms",
+        "in operators, for each launch": f"{results['seconds_per_launch'] * 1e6:.0f} us",
+    }
+    conditions = (
+        f"{settings['model']}, one image of {settings['size']} x {settings['size']}, {settings['dtype']}; "
+        f"{record['processor']}, PyTorch {record['torch']}, {record['date'][:10]}; medians of "
+        f"{results['step']['repeats']} steps, processor time. Reproduce: `python -m benchmarks.host`. "
+        f"Record: [{file}](../benchmarks/results/{file})."
+    )
+    lines = ["| | |", "|---|--:|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join([*lines, "", conditions, ""])
+
+
 _TABLES: dict[str, Callable[[Any, str], str]] = {
     "figures": speed_table,
     "memory": memory_table,
     "compiled": compiled_table,
+    "host": host_table,
 }
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import memory
-from .functional import autocasts, may_ask, say_choice
+from .functional import may_ask, say_choice
 from .memory import BlockSize
+from .ops import autocasts
 from .pooling import windows
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition
 
@@ -81,11 +82,11 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             steps = zip(spatial, child.padding, child.dilation, child.kernel_size, child.stride, strict=True)
             spatial = tuple((n + 2 * pad - dil * (size - 1) - 1) // step + 1 for n, pad, dil, size, step in steps)
         elif type(child) in _MAX_POOLS:
-            spatial = windows("maximum", child, len(spatial)).sizes(spatial)
+            spatial = windows("maximum", child).sizes(spatial)
         elif isinstance(child, ConcatTransition):
             conv: Any = child.conv
             channels = conv.out_channels
-            spatial = windows("average", child.pool, len(spatial)).sizes(spatial)
+            spatial = windows("average", child.pool).sizes(spatial)
         elif type(child) not in (nn.ReLU, *_NORMS):
             return {}, also_kept
     return sizes, also_kept

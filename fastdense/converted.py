@@ -327,7 +327,8 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
 def _say_once(module: Any, message: str) -> None:
     """Warn once for each message and ``convert``: the modules that it converted share what was said."""
     if torch.compiler.is_dynamo_compiling():
-        return  # a warning would break the graph
+        functional.say_once(message)  # what else happens here would break the graph
+        return
     said: set[str] = module.__dict__.setdefault("_fastdense_said", set())
     if message not in said:
         said.add(message)

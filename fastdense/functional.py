@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backends, checks, memory, ops, reference, trial
 from .features import accumulation_dtype
@@ -20,6 +21,7 @@ from .sync import group_of
 __all__ = ["dense_block"]
 
 Moments = tuple[Tensor, Tensor]
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def dense_block(
@@ -134,12 +136,26 @@ def fused_block(
     return _fused(x, layers, recompute, backend_name(impl, x), moments, want_moments)
 
 
+def _while_tracing(function: _F) -> _F:
+    """torch.compile calls ``function`` while it traces, and takes its result for a constant.
+
+    That is ``torch.compiler.assume_constant_result`` without an import that takes seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def backend_name(impl: str, x: Tensor) -> str:
     """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
-    name = backends.resolve(impl, x.device, x.dtype)
-    if impl != "auto" or name != "triton" or not may_ask(x.device):
-        return name
-    if (reason := trial.failure(name, x.device, x.dtype)) is not None:
+    return _backend_name(impl, x.device, x.dtype)
+
+
+@_while_tracing
+def _backend_name(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = backends.resolve(impl, device, dtype)
+    if impl != "auto" or name != "triton" or is_in_torch_dispatch_mode() or _is_capturing(device):
+        return name  # under a mode (fake tensors, a counter) the trial would try something else
+    if (reason := trial.failure(name, device, dtype)) is not None:
         say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
         return "torch"
     return name
@@ -147,9 +163,11 @@ def backend_name(impl: str, x: Tensor) -> str:
 
 def may_ask(device: torch.device) -> bool:
     """Whether the device may be asked something: not while a compiler traces or a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or _is_capturing(device))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pick_alone(x: Tensor, layers: Sequence[Any], moments: Moments | None, picked: Callable[[str], None] | None) -> str:
@@ -281,7 +299,7 @@ def check_input(x: Tensor, layers: Sequence[Any]) -> None:
 
 
 def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = autocasts(x.device.type)
+    autocast = ops.autocasts(x.device.type)
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
@@ -326,13 +344,9 @@ def check_moments(x: Tensor, moments: Any) -> None:
             )
 
 
-def autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
-
-
 def autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if autocasts(device) and x.dtype != torch.float64:
+    if ops.autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -346,9 +360,15 @@ def refuse_transforms(x: Tensor) -> None:
         raise RuntimeError(ops.NOT_TWICE)
 
 
-@lru_cache(maxsize=256)
+@_while_tracing
 def say_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    """Warn, the first time that there is this to say."""
+    _warn(message)
+
+
+@lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 _choices: set[str] = set()

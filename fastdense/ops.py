@@ -11,6 +11,7 @@ which is the lazy gradient of ``schedule.py``. The operators mutate nothing and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -96,7 +97,8 @@ def _outputs(
     """Uninitialised outputs of ``dense_block``."""
     last_weights = params[5::6] if bottleneck else params[2::3]
     channels = x.shape[1] + sum(weight.shape[0] for weight in last_weights)
-    acc, m = accumulation_dtype(x.dtype), x.shape[0] * x.shape[2:].numel()
+    # Not by Size.numel(), which makes numbers of the symbols that compilers put in their place.
+    acc, m = accumulation_dtype(x.dtype), x.shape[0] * math.prod(x.shape[2:])
     widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
     X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
     mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))
@@ -111,9 +113,14 @@ def backend_of(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1
     return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
+
+
 def plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
     """Keeps autocast from casting inside an operator: dtypes were settled at the door."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
@@ -225,19 +232,37 @@ def dense_block_backward(
         elif needs_x:
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
-    return grad_x, grad_x_mean, grad_x_var, [
-        gradient_like(param, gradient) if wanted and gradient is not None else param.new_empty(0)
-        for param, gradient, wanted in zip(params, flat, needs, strict=True)
-    ]  # fmt: skip
+    wanted = {i: gradient for i, gradient in enumerate(flat) if needs[i] and gradient is not None}
+    found = [param.new_empty(0) for param in params]
+    for i, gradient in zip(wanted, gradients_like([params[i] for i in wanted], [*wanted.values()]), strict=True):
+        found[i] = gradient
+    return grad_x, grad_x_mean, grad_x_var, found
 
 
-def gradient_like(param: Tensor, gradient: Tensor) -> Tensor:
-    """``gradient`` with the shape, dtype and strides of ``param``: optimizers and DDP want them to agree."""
-    gradient = gradient.reshape(param.shape)
-    strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
-    if gradient.dtype == param.dtype and all(size == 1 or ours == theirs for size, ours, theirs in strides):
-        return gradient.as_strided(param.shape, param.stride())
-    return torch.empty_like(param).copy_(gradient)
+def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient with the shape, dtype and strides of its parameter: optimizers and DDP want them to agree.
+
+    In 16 bit all of them are cast, in one call: one for each would be more launches than everything else.
+    """
+    found: list[Tensor] = []
+    casts: list[Tensor] = []
+    sources: list[Tensor] = []
+    for param, gradient in zip(params, gradients, strict=True):
+        same = gradient.dtype == param.dtype
+        if same and gradient.shape == param.shape and gradient.stride() == param.stride():
+            found.append(gradient)
+            continue
+        gradient = gradient.reshape(param.shape)
+        strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
+        if same and all(size == 1 or ours == theirs for size, ours, theirs in strides):
+            found.append(gradient.as_strided(param.shape, param.stride()))
+            continue
+        found.append(torch.empty_like(param))
+        casts.append(found[-1])
+        sources.append(gradient)
+    if casts:
+        torch._foreach_copy_(casts, sources)
+    return found
 
 
 def _incoming_gradient(

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
-from .ops import NOT_TWICE, backend_of, gradient_like, plain_arithmetic
+from .ops import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
 from .primitives import Backend, Conv, Gradients, Norm, Pool
 
 __all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # rank: memory format
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -39,6 +41,8 @@ def channels_last(x: Tensor) -> Tensor:
         dense = x.shape[0] == 1 or strides[0] == pixels * strides[-1]
         if strides[1] == 1 and dense and strides[-1] >= x.shape[1]:
             return x
+    if x.dim() in _CHANNELS_LAST:  # no view, of whose strides compilers make less where sizes are symbols
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -192,7 +196,9 @@ def bn_relu_pool_backward(
             else:
                 be.resolve(into, source, out=grad_x)
     flat = [
-        gradient_like(param, gradient) if wanted and param is not None and gradient is not None else x.new_empty(0)
+        gradients_like([param], [gradient])[0]
+        if wanted and param is not None and gradient is not None
+        else x.new_empty(0)
         for param, gradient, wanted in zip((gamma, beta, weight), gradients, needs[1:], strict=True)
     ]
     return grad_x, grad_mean, grad_var, flat[0], flat[1], flat[2]

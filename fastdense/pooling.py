@@ -18,13 +18,13 @@ from .functional import (
     Moments,
     affine,
     autocast,
-    autocasts,
     backend_name,
     check_moments,
     refusal,
     refuse_transforms,
     say_once,
 )
+from .ops import autocasts
 from .pool_ops import channels_last
 from .primitives import Pool
 from .statistics import update_running_statistics

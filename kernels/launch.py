@@ -101,7 +101,7 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
     ("bn_relu_conv_backward", "many pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=2),
-    ("max_pool", ""): LaunchConfig(32, 64, 64, 4, 1),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
     ("mean", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
@@ -122,7 +122,6 @@ _SM100: _Table = _SM90 | {
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
-    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
 
@@ -151,7 +150,6 @@ _FP32_SM80: _Table = _SM80 | {
     ("bn_relu_conv_backward", "many pooled"): _weight_32(8, 1),
     ("bn_relu_conv_backward", "wide pooled"): _weight_32(8, 1),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
-    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _FP32_SM86: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "wide taps"): LaunchConfig(32, 16, 64, 4, 2),

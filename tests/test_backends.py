@@ -42,7 +42,7 @@ def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Monke
     """``impl="auto"`` takes the kernels, here in the interpreter."""
     monkeypatch.setattr(backends, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
     trial.failure.cache_clear()
-    functional.say_once.cache_clear()
+    functional._warn.cache_clear()
     yield monkeypatch
     trial.failure.cache_clear()
 

@@ -415,6 +415,7 @@ def test_onnx() -> None:
 
 
 def test_fastdense_own_block_exports_too() -> None:
+    fastdense.functional._warn.cache_clear()
     block = fastdense.DenseBlock(2, 6, 4, 4, dtype=torch.float64).eval()
     x = random_input((2, 6, 5, 4)).detach()
     with pytest.warns(UserWarning, match="exported"):

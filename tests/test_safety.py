@@ -19,7 +19,7 @@ from fastdense.torch_backend import TorchBackend
 
 @pytest.fixture(autouse=True)
 def _forget_warnings() -> None:
-    functional.say_once.cache_clear()
+    functional._warn.cache_clear()
 
 
 class Failure(RuntimeError):
