@@ -238,7 +238,7 @@ class TritonBackend:
     ) -> Gradients:
         """With ``dy = pool^T(grad) * (relu's mask)``: ``into.D = gamma*r*dy``, and what ``Backend`` says."""
         if not self.m:
-            return list(torch.zeros(2, source.rows.shape[1], dtype=torch.float32, device=self.device))
+            return [torch.zeros(source.rows.shape[1], dtype=torch.float32, device=self.device) for _ in range(2)]
         return pool_backward(self, grad, norm, pool, source, into)
 
     def _through_scratch(self, source: Features, conv: Conv, out: Features) -> None:

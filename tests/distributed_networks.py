@@ -19,10 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastdense
 
-# What each implementation computes in, and how near it comes to one process with the textbook in float64. "triton" is
-# for where the kernels run: on the CPU in Triton's interpreter.
-IMPLS = {"torch": (torch.float64, 1e-9)}
-KNOWN = {**IMPLS, "triton": (torch.float32, 1e-4)}
+# What each implementation computes in, and how near it comes to one process with the textbook in float64.
+IMPLS = {"torch": (torch.float64, 1e-9), "triton": (torch.float32, 1e-4)}
 
 BLOCKS = (2, 1)
 NORMS = 2 * sum(BLOCKS) + len(BLOCKS) - 1 + 2  # two a layer, the transitions', the stem's and the head's
@@ -32,7 +30,7 @@ SHARES = {"uneven": (3, 2), "one image": (4, 1), "an empty one": (5, 0)}
 def networks(impl: str, synchronise: bool) -> tuple[nn.Module, nn.Module]:
     """The textbook on the whole batch in float64, and fastdense's for a share."""
     nets: list[nn.Module] = []
-    for name, dtype in (("reference", torch.float64), (impl, KNOWN[impl][0])):
+    for name, dtype in (("reference", torch.float64), (impl, IMPLS[impl][0])):
         torch.manual_seed(0)
         nets.append(fastdense.DenseNet(3, BLOCKS, 6, 2, num_classes=4, impl=name, dtype=dtype))
     whole, ours = nets
@@ -51,12 +49,12 @@ def step(net: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor | Non
 
 def share(x: Tensor, images: tuple[int, ...], impl: str) -> Tensor:
     start = sum(images[: dist.get_rank()])
-    return x[start : start + images[dist.get_rank()]].to(KNOWN[impl][0])
+    return x[start : start + images[dist.get_rank()]].to(IMPLS[impl][0])
 
 
 def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: str, shape: tuple[int, ...]) -> None:
     """Two steps on the whole batch against two on its shares: output, gradients added up, statistics, evaluation."""
-    tolerance = KNOWN[impl][1]
+    tolerance = IMPLS[impl][1]
     for seed in range(2):
         for net in (whole, ours):
             net.zero_grad(set_to_none=True)
@@ -76,7 +74,7 @@ def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: st
             if name.endswith(".grad"):
                 dist.all_reduce(got[name])
             assert_close(f"{name}, step {seed}, shares {images}", got[name], value, tolerance, scale)
-    assert_close("evaluation", ours.eval()(x.to(KNOWN[impl][0])), whole.eval()(x), tolerance, scale=1.0)
+    assert_close("evaluation", ours.eval()(x.to(IMPLS[impl][0])), whole.eval()(x), tolerance, scale=1.0)
 
 
 def sync_batch_norm(impl: str) -> None:
@@ -104,17 +102,17 @@ def stages_share(impl: str) -> None:
     for kind in pooled.KINDS:
         for change in (None, momentum, no_affine, untracked, far):
             whole, ours = pooled.pair(pooled.small(kind), impl, torch.float64, change)
-            compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(KNOWN[impl][0])), (3, 2), impl, (5, 5, 7))
+            compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl][0])), (3, 2), impl, (5, 5, 7))
     whole, ours = pooled.pair(
         pooled.Case("head", (2, 5, 1, 1)), impl, change=lambda stage: setattr(stage.norm, "eps", 0.5)
     )
-    compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(KNOWN[impl][0])), (1, 1), impl, (5, 1, 1))
+    compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl][0])), (1, 1), impl, (5, 1, 1))
 
 
 def frozen_norms_talk_to_nobody(impl: str) -> None:
     _, ours = networks(impl, synchronise=True)
     with Collectives() as counted:
-        ours.eval()(random_input((2, 3, 37, 33), dtype=KNOWN[impl][0])).sum().backward()
+        ours.eval()(random_input((2, 3, 37, 33), dtype=IMPLS[impl][0])).sum().backward()
     assert counted.sizes == []
 
 
@@ -124,13 +122,13 @@ def some_shared_and_some_not(impl: str) -> None:
     _, alone = networks(impl, synchronise=False)
     ours.features.norm0 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm0)
     ours.features.norm5 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm5)
-    x = random_input((2, 3, 37, 33)).detach().to(KNOWN[impl][0])  # the same in both processes: sharing changes nothing
-    cotangent = random_input((2, 4), seed=3).detach().to(KNOWN[impl][0])
+    x = random_input((2, 3, 37, 33)).detach().to(IMPLS[impl][0])  # the same in both processes: sharing changes nothing
+    cotangent = random_input((2, 4), seed=3).detach().to(IMPLS[impl][0])
     got, want = step(ours, x, cotangent), step(alone, x, cotangent)
     for name, value in want.items():
         if name.endswith("running_var") and ("norm0" in name or "norm5" in name):
             continue  # unbiased by another count
-        assert_close(name, got[name], value, KNOWN[impl][1], scale=1e3)
+        assert_close(name, got[name], value, IMPLS[impl][1], scale=1e3)
 
 
 def ddp(impl: str) -> None:
@@ -141,12 +139,12 @@ def ddp(impl: str) -> None:
         x = random_input((2 + dist.get_rank(), 3, 37, 33), seed=10 * n + dist.get_rank()).detach()
         cotangent = random_input((len(x), 4), seed=n).detach()
         found = []
-        for net, optimizer, dtype in zip(nets, optimizers, (torch.float64, KNOWN[impl][0]), strict=True):
+        for net, optimizer, dtype in zip(nets, optimizers, (torch.float64, IMPLS[impl][0]), strict=True):
             optimizer.zero_grad()
             found.append(step(net, x.to(dtype), cotangent.to(dtype)))
             optimizer.step()
         for name, value in found[0].items():
-            assert_close(name, found[1][name], value, KNOWN[impl][1], scale=1e3)
+            assert_close(name, found[1][name], value, IMPLS[impl][1], scale=1e3)
 
 
 def ddp_and_sync_batch_norm(impl: str) -> None:
@@ -161,7 +159,7 @@ def ddp_and_sync_batch_norm(impl: str) -> None:
             value = share(value, (3, 2), "torch")
         elif name.endswith(".grad"):
             value = value / 2  # DDP averages
-        assert_close(name, got[name], value, KNOWN[impl][1], scale=1e3)
+        assert_close(name, got[name], value, IMPLS[impl][1], scale=1e3)
 
 
 def _named(case: Callable[[str], None], impl: str) -> Callable[[], None]:
