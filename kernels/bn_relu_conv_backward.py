@@ -162,6 +162,7 @@ def _pass_over_rows(
     """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
     PLACES: tl.constexpr = PD * PH * PW
+    UNROLLED: tl.constexpr = 2 if PLACES % 2 == 0 else 1
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
@@ -211,9 +212,9 @@ def _pass_over_rows(
         reader = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
         activation = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for pair in range(0, PLACES, 2):  # all places written out would not fit into registers
-            for place_in_window in tl.static_range(min(PLACES, 2)):
-                begin = first_source + in_window(pair + place_in_window, XH, XW, PH, PW)
+        for first_place in range(0, PLACES, UNROLLED):  # all places written out would not fit into registers
+            for n in tl.static_range(UNROLLED):
+                begin = first_source + in_window(first_place + n, XH, XW, PH, PW)
                 sum_dy, sum_centred, activation = _through_norm(
                     D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1,
                     begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,

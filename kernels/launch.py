@@ -94,7 +94,7 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=1, weight_block_c=128),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
     ("copy", ""): LaunchConfig(32, 64, 64, 4, 1),
-    ("resolve", ""): LaunchConfig(64, 64, 64, 4, 1),
+    ("resolve", ""): LaunchConfig(64, 32, 32, 4, 1),
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
@@ -121,6 +121,7 @@ _SM100: _Table = _SM90 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
+    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
