@@ -112,6 +112,7 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
+    ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1),
     ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3, weight_block_c=128),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
@@ -121,6 +122,7 @@ _SM100: _Table = _SM90 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
     ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
 }

@@ -130,6 +130,10 @@ SHAPES = {
     "1D": (2, 6, 4, 4, (3, 6, 17), "bottlenecks"),
     "1D, basic": (2, 6, None, 5, (3, 6, 9), "activations"),
     "3D": (1, 6, 4, 4, (2, 6, 3, 5, 4), "bottlenecks"),
+    "3D, basic": (2, 5, None, 4, (1, 5, 4, 3, 5), "activations"),
+    "3D, primes": (2, 7, 3, 5, (1, 7, 2, 5, 3), "activations"),
+    "3D, one plane": (1, 8, 4, 12, (2, 8, 1, 5, 4), "activations"),
+    "3D, k = 32": (1, 17, 4, 32, (1, 17, 3, 2, 4), "bottlenecks"),
 }
 
 

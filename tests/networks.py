@@ -33,7 +33,7 @@ def own(**options: Any) -> tuple[nn.Module, nn.Module]:
 def _converted(theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
     randomise(theirs)
     ours = fastdense.convert(copy.deepcopy(theirs))
-    assert sum(isinstance(module, Converted) for module in ours.modules()) == 3  # two blocks and a transition
+    assert sum(isinstance(module, Converted) for module in ours.modules()) == 4  # stem, two blocks, transition
     return theirs, ours
 
 
