@@ -31,6 +31,7 @@ def names(output: str) -> set[str]:
     return set(re.findall(r"^(benchmarks/micro/\S+::.+?) PASSED", output, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_all_run_and_all_are_in_the_record() -> None:
     if importlib.util.find_spec("torchvision") is None:  # found, not imported: a CPU build of PyTorch cannot
         pytest.skip("torchvision is not installed")

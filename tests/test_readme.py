@@ -35,6 +35,7 @@ def by_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE, ids=by_name)
 def test_python_runs_in_order(page: Path) -> None:
     if importlib.util.find_spec("torchvision") is None:
@@ -113,3 +114,9 @@ def test_the_citation_names_this_version_and_the_papers() -> None:
     assert version is not None and f"\nversion: {version[1]}\n" in citation
     for paper in ("1608.06993", "1707.06990"):
         assert paper in citation and paper in (ROOT / "README.md").read_text()
+
+
+def test_the_page_on_kernels_lists_them_all() -> None:
+    listed = set(re.findall(r"`(\w+_kernel)`", (ROOT / "docs" / "kernels.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert listed == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
