@@ -19,14 +19,20 @@ NEEDS := pyproject.toml constraints.txt
 CODE := fastdense kernels benchmarks tests
 EVERYTHING := train,bench,dev
 PEERS := monai timm torchvision torchxrayvision
+# `make micro` compares with this record and fails where the fastest round exceeds its by more than MICRO_LIMIT: what else
+# the machine does moves medians.
+MICRO_BASELINE ?= benchmarks/results/cpu/micro.json
+MICRO_LIMIT ?= 50%
+MICRO := $(BIN)/python -m pytest benchmarks/micro -q -p no:cacheprovider --benchmark-only \
+	--benchmark-timer=time.thread_time --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env demo test lint types pytest format bench wheel clean distclean
+.PHONY: help env demo test lint types pytest format bench micro micro-baseline wheel clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(ENV_READY) ## Create or update .venv with everything that development needs
 
@@ -55,6 +61,13 @@ format: $(ENV_READY) ## Rewrite the code in the project's format
 bench: $(ENV_READY) ## Measure time and memory on this machine and record the figures under benchmarks/results
 	@$(BIN)/python -m benchmarks.speed
 	@$(BIN)/python -m benchmarks.memory
+
+micro: $(ENV_READY) ## Time what the host does, beside the stored figures; fails where it became much slower
+	@$(MICRO) --benchmark-group-by=fullname --benchmark-compare=$(MICRO_BASELINE) \
+		--benchmark-compare-fail=min:$(MICRO_LIMIT)
+
+micro-baseline: $(ENV_READY) ## Store these figures instead, on a quiet machine
+	@$(MICRO) --benchmark-json=$(MICRO_BASELINE)
 
 wheel: $(ENV_READY) ## Build the source archive and, from it, the wheel into dist/
 	@$(BIN)/python -m build --no-isolation

@@ -3,7 +3,9 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``compiled`` and ``host``. ``--check`` changes nothing and exits with 1 if a table is not what its record says.
+``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that
+picture of ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a
+table is not what its record says.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "compat
 _TABLE = re.compile(
     r"(<!-- (?P<kind>figures|memory|compiled|host): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
 )
+_PICTURE = re.compile(r"(<!-- picture: (?P<file>\S+) \| (?P<words>.+?) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
 
 def speed_table(record: dict[str, Any], file: str) -> str:
@@ -123,14 +126,21 @@ _TABLES: dict[str, Callable[[Any, str], str]] = {
 }
 
 
+def picture(match: re.Match[str]) -> str:
+    """The marked picture of the README, if it exists."""
+    exists = (RESULTS / match["file"]).is_file()
+    line = f"![{match['words']}](benchmarks/results/{match['file']})\n" if exists else ""
+    return f"{match[1]}{line}{match[4]}"
+
+
 def render(text: str) -> str:
-    """``text`` with every marked table made again from its record."""
+    """``text`` with every marked table made again from its record, and every picture that exists."""
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((RESULTS / match["file"]).read_text())
         return f"{match[1]}{_TABLES[match['kind']](record, match['file'])}{match[4]}"
 
-    return _TABLE.sub(table, text)
+    return _PICTURE.sub(picture, _TABLE.sub(table, text))
 
 
 def main() -> None:

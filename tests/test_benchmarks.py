@@ -26,6 +26,16 @@ def test_a_changed_figure_is_noticed(page: Path) -> None:
     assert changed != text and render.render(changed) == text
 
 
+def test_a_picture_is_shown_once_it_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = "<!-- picture: cpu/depth.png | How deep. -->\n<!-- end of picture -->\n"
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert render.render(page) == page
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "depth.png").touch()
+    shown = render.render(page)
+    assert "\n![How deep.](benchmarks/results/cpu/depth.png)\n" in shown and render.render(shown) == shown
+
+
 def test_timing_summary() -> None:
     timing = runner.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
     assert (timing.median, timing.p20, timing.p80, timing.repeats) == (3.5, 2.0, 5.0, 6)

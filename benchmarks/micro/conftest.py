@@ -1,0 +1,43 @@
+"""Options of the suite, and what its record holds beside pytest-benchmark's own statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.runner import environment
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> Iterator[None]:
+    """Tiny tensors, one thread: what is timed is Python's and PyTorch's way to the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Without the machine's name, and of the processor what does not change from run to run."""
+    for name in ("node", "python_build", "python_compiler", "release"):
+        machine_info.pop(name, None)
+    cpu = machine_info.get("cpu", {})
+    machine_info["cpu"] = {name: cpu[name] for name in ("arch", "brand_raw", "count") if name in cpu}
+    machine_info["torch"] = torch.__version__
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """The commit and whether it was changed; not the branch that somebody happened to be on."""
+    for name in ("project", "branch", "author_time"):
+        commit_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Statistics without every round's time, and the fields that each record of this project carries."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+    output_json |= {**environment(), "threads": 1}
