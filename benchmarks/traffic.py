@@ -130,7 +130,7 @@ def mean_backward(shape: Shape, images: int = 0) -> Traffic:
     return Traffic((2 * shape.m + images) * shape.reads * shape.itemsize, 0)
 
 
-def _around(operation: str, shape: Shape) -> Traffic:
+def _around(operation: str, shape: Shape, window: int) -> Traffic:
     """The floor of an operation of :func:`around`; ``shape.m`` is what a convolution writes, else what is read."""
     if operation in STEM:  # its input is no parameter and needs no gradient
         m, reads, writes, taps, itemsize = shape
@@ -138,7 +138,7 @@ def _around(operation: str, shape: Shape) -> Traffic:
         moved = m * (stride**2 * reads + writes) * itemsize
         weight = taps * reads * writes * (itemsize if operation == STEM[0] else GRADIENT_BYTES)
         return Traffic(moved + weight, 2 * m * reads * writes * taps)
-    windows, pixels = shape.m // WINDOW, shape.m * WINDOW
+    windows, pixels = shape.m // window, shape.m * window
     floors: dict[str, Callable[[], Traffic]] = {
         MOMENTS: lambda: moments(shape),
         RESOLVE: lambda: resolve(shape),
@@ -156,18 +156,18 @@ def _sum(*parts: Traffic) -> Traffic:
     return Traffic(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 
 
-def primitive(operation: str, shape: Shape, *, bottleneck: bool = True) -> Traffic:
+def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: int = WINDOW) -> Traffic:
     """The floor of an operation of :func:`operations` or :func:`around`.
 
     Behind a bottleneck a 3x3 convolution is the only reader of its input, so it writes ``D`` where every other
-    backward adds to it.
+    backward adds to it. ``window``: pixels that a transition averages, 8 in 3D.
     """
     if operation == COPY:
         return copy_with_moments(shape)
     if operation in FORWARD:
         return forward(shape)
     if operation not in BACKWARD:
-        return _around(operation, shape)
+        return _around(operation, shape, window)
     return backward(shape, accumulate=not (bottleneck and operation == "backward 3x3"))
 
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from benchmarks import runner, traffic
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import kernels, primitives, steps
+from benchmarks.gpu import around, kernels, primitives, steps
+from benchmarks.gpu.case import Case
 from benchmarks.gpu.run import RECORD, Run, _variables
 from benchmarks.gpu.stage import Job, Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
@@ -231,56 +232,79 @@ SMALL = traffic.Network(8, (2, 1), 16)
 def test_cases_are_those_of_the_networks_and_the_largest_come_first() -> None:
     larger = traffic.Network(8, (2, 2), 16)
     found = kernels.cases({"small": SMALL, "larger": larger}, batch=2, size=32)
-    assert sum(times.get("small", 0) for times in found.values()) == 2 + 4 * 3
-    assert sum(times.get("larger", 0) for times in found.values()) == 2 + 4 * 4
+    round_blocks = 4 + 2 + 2 + 2  # stem; inputs' gradients; transition; head
+    assert sum(times.get("small", 0) for times in found.values()) == 2 + 4 * 3 + round_blocks
+    assert sum(times.get("larger", 0) for times in found.values()) == 2 + 4 * 4 + round_blocks
     first = [case for case, times in found.items() if "small" in times]
     assert list(found)[: len(first)] == first
-    assert first[0].operation == "backward 3x3"  # twice a step
+    moved = [times["small"] * traffic.primitive(case.operation, case.shape).bytes for case, times in found.items()
+             if case in first]  # fmt: skip
+    assert moved == sorted(moved, reverse=True)
     assert all(case.batch * case.spatial[0] * case.spatial[1] == case.shape.m for case in found)
-    assert {case.width for case in first} == {32, 24}
+    assert {case.width for case in first if case.operation not in traffic.AROUND} == {32, 24}
+    assert {case.operation for case in first} == {
+        traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND
+    }  # fmt: skip
+
+
+# The backend's method behind each operation, and how many results it has, if not rows and two moments.
+PRIMITIVE = {
+    traffic.COPY: "copy_with_moments",
+    traffic.MOMENTS: "moments",
+    traffic.RESOLVE: "resolve",
+    traffic.MAX_POOL[0]: "bn_relu_pool",
+    traffic.MEAN[0]: "bn_relu_pool",
+    traffic.MAX_POOL[1]: "bn_relu_pool_backward",
+    traffic.MEAN[1]: "bn_relu_pool_backward",
+    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
+    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
+}
+RESULTS = {
+    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), 6),
+    traffic.MAX_POOL[1]: 5, traffic.MEAN[1]: 5, traffic.MEAN[0]: 1, traffic.RESOLVE: 1, traffic.MOMENTS: 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("operation", [traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD])
+@pytest.mark.parametrize("operation", [traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND])
 def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_does_not(
     operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(case for case in kernels.cases({"": SMALL}, 2, 32) if case.operation == operation)
     _, errors = primitives.check(case, dtype, CPU, "torch")
     assert primitives.passes(errors, dtype), errors
-    assert len(errors) == (6 if operation in traffic.BACKWARD else 3)
+    assert len(errors) == RESULTS.get(operation, 3)
 
     class Wrong(TorchBackend):
         pass
 
-    name = "copy_with_moments" if operation == traffic.COPY else "bn_relu_conv"
+    name = PRIMITIVE[operation]
     real = getattr(TorchBackend, name)
 
-    def all_but_one(self: Any, source: Any, *arguments: Any, **options: Any) -> Any:
+    def all_but_one(self: Any, *arguments: Any, **options: Any) -> Any:
         out = options.get("out", arguments[-1])
-        kept = out.rows[3].clone()
-        result = real(self, source, *arguments, **options)
-        out.rows[3] = kept
+        rows = out.mean if operation == traffic.MOMENTS else out if isinstance(out, torch.Tensor) else out.rows
+        kept = rows[1].clone()
+        result = real(self, *arguments, **options)
+        rows[1] = kept
         return result
 
     def too_small(self: Any, *arguments: Any, **options: Any) -> Any:
-        dgamma, dbeta, dweight = TorchBackend.bn_relu_conv_backward(self, *arguments, **options)
-        assert dweight is not None
-        return [dgamma, dbeta, dweight * 0.9]
+        *others, last = real(self, *arguments, **options)
+        assert last is not None
+        return [*others, last * 0.9]
 
-    if operation in traffic.BACKWARD:
-        Wrong.bn_relu_conv_backward = too_small  # type: ignore[method-assign]
-    else:
-        setattr(Wrong, name, all_but_one)
+    setattr(Wrong, name, too_small if name.endswith("backward") else all_but_one)
     create = primitives.backends.create
-    monkeypatch.setattr(primitives.backends, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
+    for module in (primitives, around):
+        monkeypatch.setattr(module.backends, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
     _, errors = primitives.check(case, dtype, CPU, "wrong")
     assert not primitives.passes(errors, dtype)
-    assert operation in traffic.BACKWARD or math.isnan(errors["rows"]), "what nobody wrote is NaN"
+    assert name.endswith("backward") or any(math.isnan(e) for e in errors.values()), "what nobody wrote is NaN"
 
 
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    def check(case: primitives.Case, dtype: torch.dtype, device: torch.device, impl: str) -> Any:
+    def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> Any:
         if case.operation == "forward 3x3":
             raise RuntimeError("out of resource: shared memory")
         error = float("nan") if case.operation == "forward 1x1" else 0.0
@@ -302,13 +326,13 @@ def test_candidates_differ_in_one_field_and_the_table_comes_first_and_last(
     configuration = launch.configuration
     shape = launch.Shape(64, 16, 32, 1)
 
-    def row(job: Job, case: primitives.Case, dtype: torch.dtype) -> dict[str, Any]:
+    def row(job: Job, case: Case, dtype: torch.dtype) -> dict[str, Any]:
         seen.append(launch.configuration("bn_relu_conv", shape, dtype, 80, 100))
         return {"operation": case.operation, **case.shape._asdict(), "checked": True}
 
     monkeypatch.setattr(kernels, "_row", row)
     job.rehearsal = False
-    case = primitives.Case("forward 1x1", traffic.Shape(64, 16, 32, 1, 2), 1, 32)
+    case = Case("forward 1x1", traffic.Shape(64, 16, 32, 1, 2), 1, 32)
     rows = list(kernels._variants(job, case))
     assert rows[0]["change"] == rows[-1]["change"] == {} and seen[0] == seen[-1]
     for found, config in zip(rows[1:-1], seen[1:-1], strict=True):
