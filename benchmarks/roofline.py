@@ -12,7 +12,9 @@ alone. The second line shows each kernel's measured time beside its floor, from 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,11 @@ from torch.utils.benchmark import Timer
 import fastdense
 
 from . import traffic
-from .runner import Timing, environment, interleave, training_step, write_record
-from .speed import TOLERANCE, inputs, step_in_float64
+from .runner import Timing, environment, interleave, write_record
 
 COPY_BYTES, MATMUL_SIZE = 1 << 28, 2048  # past every cache; a second's work for a slow core
 BARS = 24
+TOLERANCE = 1e-9  # relative 2-norm of output and all gradients together, in float64
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ def _timing(statement: str, names: dict[str, Any], threads: int) -> Timing:
 def cpu_rates(options: Options) -> dict[str, Any]:
     """Bytes a second that a copy moves (read and written), operations a second of a matrix product, in float32."""
     x = torch.randn(options.copy_bytes // 4)
-    copy = _timing("out.copy_(x)", {"x": x, "out": torch.empty_like(x)}, options.threads)
+    moved = _timing("out.copy_(x)", {"x": x, "out": torch.empty_like(x)}, options.threads)
     size = options.matmul_size
     a, b = torch.randn(2, size, size)
     product = _timing("torch.mm(a, b, out=out)", {"torch": torch, "a": a, "b": b, "out": a.clone()}, options.threads)
     return {
-        "copy": {"per_second": 2 * x.nbytes / copy.median, "bytes": 2 * x.nbytes, "timing": copy},
+        "copy": {"per_second": 2 * x.nbytes / moved.median, "bytes": 2 * x.nbytes, "timing": moved},
         "float32": {"per_second": 2 * size**3 / product.median, "size": size, "timing": product},
     }
 
@@ -94,18 +96,42 @@ def floors(
     return found
 
 
+def _images(batch: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images, channels last, and a random cotangent of the class scores."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, size, size, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last), torch.randn(batch, 1000, generator=generator)
+
+
+def _in_float64(model: torch.nn.Module) -> torch.Tensor:
+    """Output and all gradients of one step of a float64 copy on small images, as one vector."""
+    model = copy.deepcopy(model).double()
+    x, cotangent = _images(2, 64, seed=1)
+    output = model(x.double())
+    output.backward(cotangent.double())
+    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return torch.cat([tensor.flatten() for tensor in found])
+
+
 def _step(options: Options) -> dict[str, Any]:
     """The PyTorch backend's training step: checked against the textbook network in float64, then timed."""
     reference = getattr(fastdense, options.model)(impl="reference")
     model = getattr(fastdense, options.model)(impl="torch")
     model.load_state_dict(reference.state_dict())
     model.to(memory_format=torch.channels_last)
-    want = step_in_float64(reference)
-    error = ((step_in_float64(model) - want).norm() / want.norm()).item()
+    want = _in_float64(reference)
+    error = ((_in_float64(model) - want).norm() / want.norm()).item()
     row: dict[str, Any] = {"relative_difference": error, "checked": error <= TOLERANCE}
     if not row["checked"]:
         return row
-    step = training_step(model, *inputs(options.batch, options.size))
+    x, cotangent = _images(options.batch, options.size)
+
+    def step() -> dict[str, float]:
+        model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        model(x).backward(cotangent)
+        return {"step": time.perf_counter() - start}
+
     (phases,) = interleave({"fastdense": step}, repeats=options.repeats, warmup=1).values()
     return row | {phase: Timing.of(values) for phase, values in phases.items()}
 
