@@ -149,6 +149,21 @@ def test_candidates_differ_in_one_field_and_the_table_comes_first_and_last(
     assert launch.configuration("bn_relu_conv", shape, torch.bfloat16, 80, 100) == seen[0]
 
 
+def test_every_operation_and_variant_of_the_launch_table_has_candidates(
+    monkeypatch: pytest.MonkeyPatch, job: Job
+) -> None:
+    job.rehearsal = False
+    chosen = kernels._largest(job)
+    variants = {kernels._variant(case) for case in chosen}
+    assert {case.operation for case in chosen} == set(PRIMITIVE)
+    assert {variant for _, variant in variants} == {"", "pooled", "many pooled", "wide pooled"}
+    config = launch.LaunchConfig(32, 32, 32)
+    for op in launch.OPERATIONS:
+        changed = {field for change in kernels.neighbours(op, config) for field in change}
+        assert {"block_m", "block_c", "num_warps"} <= changed
+        assert ("form" in changed) == (op == "bn_relu_conv") and ("group" in changed) == (op == "bn_relu_conv_backward")
+
+
 def test_a_network_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     class Wrong(nn.Module):
         def __init__(self, network: traffic.Network) -> None:
@@ -222,7 +237,7 @@ def test_a_network_that_is_wrong_as_a_graph_is_not_timed(monkeypatch: pytest.Mon
         model.register_forward_pre_hook(lambda module, arguments: (arguments[0].flip(0),))
         return model
 
-    monkeypatch.setattr(graphs, "LABELS", (steps.BASE,))
+    monkeypatch.setattr(graphs, "REHEARSED_LABELS", (steps.BASE,))
     monkeypatch.setattr(graphs, "WAYS", {"eager": lambda model, x: model, "graph": wrong})
     graphs.measure(job)
     rows = job.result["rows"]

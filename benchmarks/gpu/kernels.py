@@ -25,6 +25,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 REHEARSED = Network(8, (1, 1), 16)  # at 2 images of 16 x 16 pixels
 SECONDS_A_ROW = 8.0  # the most that one row takes: its kernels may have to be compiled
 
+# Fields of a configuration that an operation does not read.
+ONLY_CONVOLUTIONS = ("block_k", "form", "group", "weight_block_m", "weight_block_c")
+UNUSED = {"bn_relu_conv": ("group", "weight_block_m", "weight_block_c"), "bn_relu_conv_backward": ("form",)}
+
 Occurrences = dict[str, int]  # network: times a step
 
 
@@ -71,7 +75,8 @@ def _cases(job: Job) -> dict[Case, Occurrences]:
 def measure(job: Job) -> None:
     """Check, then time every case; ``rows`` is complete up to where the time ran out."""
     job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
-    todo = [(dtype, case, times) for dtype in DTYPES for case, times in _cases(job).items()]
+    dtypes = DTYPES[1:] if job.rehearsal else DTYPES
+    todo = [(dtype, case, times) for dtype in dtypes for case, times in _cases(job).items()]
     for number, (dtype, case, times) in enumerate(todo):
         if job.seconds_left() < SECONDS_A_ROW:
             job.result["not_reached"] = len(todo) - number
@@ -119,9 +124,9 @@ def _looked_up() -> Iterator[dict[str, Any]]:
         launch.configuration = before
 
 
-def neighbours(config: Any) -> Iterator[dict[str, Any]]:
+def neighbours(op: str, config: Any) -> Iterator[dict[str, Any]]:
     """Every change of one field to the next smaller or larger value that a kernel may take, and every other form."""
-    for field in fields(config):
+    for field in [field for field in fields(config) if field.name not in UNUSED.get(op, ONLY_CONVOLUTIONS)]:
         value = getattr(config, field.name)
         if field.name == "form":
             yield from ({"form": form} for form in launch.FORMS if form != value)
@@ -190,7 +195,7 @@ def _variants(job: Job, case: Case) -> Iterator[dict[str, Any]]:
         first = _candidate(job, case)
     yield {"kernel": None, "change": {}, **first}
     for op, config in sorted(used.items()):
-        for change in list(neighbours(config))[: 1 if job.rehearsal else None]:
+        for change in list(neighbours(op, config))[: 1 if job.rehearsal else None]:
             with launch.override(op, **change):
                 row = _candidate(job, case)
             yield {"kernel": op, "change": change, **row}

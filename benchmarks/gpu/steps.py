@@ -29,7 +29,7 @@ REHEARSED_PROVIDERS = {  # of each network size: an interpreted step takes secon
     ("densenet121", 64): ("torchvision", "fastdense bottlenecks triton", "fastdense activations torch"),
     ("densenet121", 256): ("torchvision", "torchvision compile"),
     ("densenet201", 64): ("torchvision", "fastdense converted triton"),
-    ("densenet121", 1): ("torchvision", "fastdense bottlenecks triton"),
+    ("densenet121", 1): ("torchvision", "fastdense bottlenecks torch"),
 }
 REHEARSED, REHEARSED_SIZE = Network(8, (1, 1), 16), 16
 SIZE, CLASSES = 224, 1000
