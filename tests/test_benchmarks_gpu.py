@@ -146,6 +146,7 @@ def test_without_time_a_stage_is_not_reached(run: Callable[..., Any], tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
@@ -153,7 +154,7 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=540,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = done.stdout[done.stdout.index("REHEARSAL") :]
