@@ -143,7 +143,12 @@ def _traffic(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, 
         return traffic.Traffic(4 * elements * (splits + 1), elements * splits), {"elements": elements, "splits": splits}
     if name == "bn_relu_mean_kernel":
         m = launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
-        return traffic.Traffic(m * a["C"] * itemsize, 0), {"m": m, "reads": a["C"], "writes": a["C"], "taps": 1}
+        return traffic.mean(traffic.Shape(m, a["C"], a["C"], 1, itemsize)), {
+            "m": m,
+            "reads": a["C"],
+            "writes": a["C"],
+            "taps": 1,
+        }
     m, taps = a["m"], prod(a.get(size, 1) for size in ("KD", "KH", "KW"))
     reads: int = a["C"] if "C" in a else a["K"]
     writes: int = a["K"] if "K" in a else a["C"]
@@ -157,20 +162,22 @@ def _traffic(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, 
             return traffic.backward(shape, accumulate=a["ACCUMULATE"]), sizes
         return traffic.pooled_backward(m * window, shape), sizes
     if name == "resolve_kernel":
-        return traffic.Traffic(3 * m * reads * itemsize, 3 * m * reads), sizes
+        return traffic.resolve(shape), sizes
     if name == "copy_with_moments_kernel":
         return traffic.copy_with_moments(shape) if a["out_ptr"] is not None else traffic.moments(shape), sizes
-    return traffic.Traffic(_pooling_bytes(launch, itemsize), 0), sizes
+    return _pooling(launch, shape), sizes
 
 
-def _pooling_bytes(launch: Launch, itemsize: int) -> int:
-    """Each pixel and each window once in or out; where a maximum lies is one byte."""
-    a, name = launch.arguments, launch.kernel.__name__
-    if name == "bn_relu_max_pool_kernel":
-        pixels = a["m"] // (a["D"] * a["H"] * a["W"]) * a["XD"] * a["XH"] * a["XW"]
-        return a["C"] * (pixels * itemsize + a["m"] * (itemsize if a["tap_ptr"] is None else 1))
-    windows = a["m"] // (a["XD"] * a["XH"] * a["XW"]) * a["D"] * a["H"] * a["W"]
-    return a["C"] * (2 * a["m"] * itemsize + windows * (itemsize + bool(a["MAXIMUM"])))
+def _pooling(launch: Launch, shape: traffic.Shape) -> traffic.Traffic:
+    """Of a kernel that pools a maximum, or of a pooling's backward; ``shape.m`` is the kernel's own ``m``."""
+    a, m = launch.arguments, shape.m
+    outside, inside = a["D"] * a["H"] * a["W"], a["XD"] * a["XH"] * a["XW"]
+    if launch.kernel.__name__ == "bn_relu_max_pool_kernel":
+        count = traffic.max_pool if a["tap_ptr"] is None else traffic.arg_max
+        return count(m, shape._replace(m=m // outside * inside))
+    if a["MAXIMUM"]:
+        return traffic.max_pool_backward(m // inside * outside, shape)
+    return traffic.mean_backward(shape, images=m // inside)
 
 
 def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None:

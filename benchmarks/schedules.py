@@ -319,7 +319,8 @@ def outside(name: str, *, training: bool, size: int = 224) -> float:
     network, sizes = NETWORKS[name], network_blocks(name, size)
     copies = sum(2 * block.pixels * block.entering for block in sizes)
     if training:
-        return traffic.outside_blocks(network, 1, size, 1).bytes + copies
+        one, two = (traffic.outside_blocks(network, batch, size, ITEMSIZE).bytes for batch in (1, 2))
+        return (two - one) / ITEMSIZE + copies  # without weights, which are read once for the whole batch
     conv, pooled = network.init_features * size**2 // 4, network.init_features * size**2 // 16
     transitions = sum(block.pixels * block.entering for block in sizes[1:])
     return 3 * size**2 + 2 * conv + pooled + copies + transitions + sum(b.pixels * b.leaving for b in sizes)

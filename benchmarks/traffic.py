@@ -9,12 +9,16 @@ bottleneck of ``B`` and adds ``k``, that is, in elements a pixel,
 
 Backward, a convolution reads the gradient that arrives as ``(D, a, b)`` together with the values ``v`` that it is lazy
 in, and the features that it was computed from; it writes their ``D``, or reads it and adds to it.
+
+Round the blocks (two dimensions, as everywhere here) stand the stem, the transitions and the head, each as the kernels
+that it runs, with moments handed from one to the next: only the stem convolution's output has its moments taken by a
+pass of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,6 +28,15 @@ GRADIENT_BYTES = 4  # weight gradients leave a kernel in fp32
 FORWARD = ("forward 1x1", "forward 3x3")
 BACKWARD = ("backward 1x1", "backward 3x3")
 COPY = "copy"
+MOMENTS, RESOLVE = "moments", "resolve"
+MAX_POOL = ("max pool", "max pool backward")
+MEAN = ("mean", "mean backward")
+TRANSITION = ("transition", "transition backward")
+AROUND = (MOMENTS, RESOLVE, *MAX_POOL, *TRANSITION, *MEAN)
+STEM = ("stem convolution", "stem convolution backward")  # PyTorch's own: part of a network's floor, no kernel of ours
+
+WINDOW = 4  # pixels that a transition averages, and pixels for each window of the stem's pooling
+STEM_TAPS, STEM_READS = {4: 49, 1: 9}, 3  # by how much the stem divides height and width
 
 
 class Shape(NamedTuple):
@@ -86,16 +99,75 @@ def moments(shape: Shape) -> Traffic:
     return Traffic(shape.m * shape.reads * shape.itemsize, 0)
 
 
-def primitive(operation: str, shape: Shape, *, bottleneck: bool = True) -> Traffic:
-    """The floor of an operation of :func:`operations`.
+def resolve(shape: Shape) -> Traffic:
+    """``resolve``: ``D`` and values in, the gradient ``D + a + b*(v - mu)`` out."""
+    elements = shape.m * shape.reads
+    return Traffic(3 * elements * shape.itemsize, 3 * elements)
+
+
+def max_pool(windows: int, shape: Shape) -> Traffic:
+    """BN-ReLU-MaxPool of ``shape.m`` pixels: reads pixels, writes windows."""
+    return Traffic((shape.m + windows) * shape.reads * shape.itemsize, 0)
+
+
+def arg_max(windows: int, shape: Shape) -> Traffic:
+    """Where each maximum lies, one byte a window, computed again for backward."""
+    return Traffic(shape.reads * (shape.m * shape.itemsize + windows), 0)
+
+
+def max_pool_backward(windows: int, shape: Shape) -> Traffic:
+    """Its backward proper: the windows' gradient and places and the pixels in, the pixels' ``D`` out."""
+    return Traffic(shape.reads * (2 * shape.m * shape.itemsize + windows * (shape.itemsize + 1)), 0)
+
+
+def mean(shape: Shape) -> Traffic:
+    """BN-ReLU and the mean over all pixels: every pixel in; one value an image and channel is left out."""
+    return Traffic(shape.m * shape.reads * shape.itemsize, 0)
+
+
+def mean_backward(shape: Shape, images: int = 0) -> Traffic:
+    """Its backward: every pixel in, its ``D`` out, and one value an image and channel where ``images`` are named."""
+    return Traffic((2 * shape.m + images) * shape.reads * shape.itemsize, 0)
+
+
+def _around(operation: str, shape: Shape, window: int) -> Traffic:
+    """The floor of an operation of :func:`around`; ``shape.m`` is what a convolution writes, else what is read."""
+    if operation in STEM:  # its input is no parameter and needs no gradient
+        m, reads, writes, taps, itemsize = shape
+        stride = 1 if taps == STEM_TAPS[1] else 2
+        moved = m * (stride**2 * reads + writes) * itemsize
+        weight = taps * reads * writes * (itemsize if operation == STEM[0] else GRADIENT_BYTES)
+        return Traffic(moved + weight, 2 * m * reads * writes * taps)
+    windows, pixels = shape.m // window, shape.m * window
+    floors: dict[str, Callable[[], Traffic]] = {
+        MOMENTS: lambda: moments(shape),
+        RESOLVE: lambda: resolve(shape),
+        MAX_POOL[0]: lambda: max_pool(windows, shape),
+        MAX_POOL[1]: lambda: _sum(arg_max(windows, shape), max_pool_backward(windows, shape)),
+        TRANSITION[0]: lambda: pooled_forward(pixels, shape),
+        TRANSITION[1]: lambda: pooled_backward(pixels, shape),
+        MEAN[0]: lambda: mean(shape),
+        MEAN[1]: lambda: mean_backward(shape),
+    }
+    return floors[operation]()
+
+
+def _sum(*parts: Traffic) -> Traffic:
+    return Traffic(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+
+
+def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: int = WINDOW) -> Traffic:
+    """The floor of an operation of :func:`operations` or :func:`around`.
 
     Behind a bottleneck a 3x3 convolution is the only reader of its input, so it writes ``D`` where every other
-    backward adds to it.
+    backward adds to it. ``window``: pixels that a transition averages, 8 in 3D.
     """
     if operation == COPY:
         return copy_with_moments(shape)
     if operation in FORWARD:
         return forward(shape)
+    if operation not in BACKWARD:
+        return _around(operation, shape, window)
     return backward(shape, accumulate=not (bottleneck and operation == "backward 3x3"))
 
 
@@ -185,31 +257,40 @@ def operations(network: Network, batch: int, size: int, itemsize: int) -> list[O
     return [Operation(*key, times) for key, times in found.items()]
 
 
-def outside_blocks(network: Network, batch: int, size: int, itemsize: int) -> Traffic:
-    """Stem, transitions, head and the blocks' borders, forward and backward, at their least.
+def around(network: Network, batch: int, size: int, itemsize: int) -> list[Operation]:
+    """Every primitive that one training step runs outside the blocks' layers: stem, blocks' inputs, transitions, head.
 
-    The stem's convolution runs at half, its pooling at a quarter of the resolution (a stem of stride 1 is one
-    convolution); a transition pools before it convolves; the gradient of a block's input is formed once from ``D`` and
-    the values. Products outside the blocks, under a tenth of all, count as free: the floor stays a floor.
+    Block 0 is the stem (one of stride 1 is a convolution alone). The gradient of a block's input, and of the stem
+    convolution's output, is formed once from ``D`` and the values. The copy of an arriving gradient into ``D`` is left
+    out, as is the classifier.
     """
-    pixels, channels = batch * size * size, network.init_features
-    if network.stem_stride == 1:
-        elements = 2 * pixels * (3 + channels)
-    else:
-        image, conv, pooled = 3 * pixels, channels * pixels // 4, channels * pixels // network.stem_stride**2
-        elements = (image + conv) + (conv + pooled) + (pooled + 2 * conv) + (conv + image)
     sizes = list(blocks(network, batch, size))
-    for m, entering, leaving in sizes:
-        elements += 3 * m * entering  # D and v in, the gradient out
-        elements += 3 * m * leaving  # the reader after the block: X forward, X and D backward
-    for before, after in pairwise(sizes):
-        elements += 2 * after.m * (before.leaving // 2)  # a transition's output and its gradient
-    return Traffic(elements * itemsize, 0)
+    channels, taps = network.init_features, STEM_TAPS[network.stem_stride]
+    pixels = batch * (size // (2 if network.stem_stride == 4 else 1)) ** 2
+    found = [Operation(name, 0, Shape(pixels, STEM_READS, channels, taps, itemsize), 1) for name in STEM]
+
+    def add(names: Sequence[str], block: int, m: int, reads: int, writes: int) -> None:
+        found.extend(Operation(name, block, Shape(m, reads, writes, 1, itemsize), 1) for name in names)
+
+    if network.stem_stride == 4:
+        add((MOMENTS, *MAX_POOL, RESOLVE), 0, pixels, channels, channels)
+    for number, (m, entering, _) in enumerate(sizes, 1):
+        add([RESOLVE], number, m, entering, entering)
+    for number, (before, after) in enumerate(pairwise(sizes), 1):
+        add(TRANSITION, number, after.m, before.leaving, after.entering)
+    add(MEAN, len(sizes), sizes[-1].m, sizes[-1].leaving, sizes[-1].leaving)
+    return found
+
+
+def outside_blocks(network: Network, batch: int, size: int, itemsize: int) -> Traffic:
+    """All of :func:`around` together."""
+    return _sum(*(primitive(o.name, o.shape) for o in around(network, batch, size, itemsize)))
 
 
 def _parts(network: Network, batch: int, size: int, itemsize: int) -> Iterator[tuple[int, Traffic]]:
     """How often, and what, for everything that a training step does."""
-    yield 1, outside_blocks(network, batch, size, itemsize)
+    for name, _, shape, times in around(network, batch, size, itemsize):
+        yield times, primitive(name, shape)
     for name, _, shape, times in operations(network, batch, size, itemsize):
         yield times, primitive(name, shape, bottleneck=network.bn_size is not None)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -77,3 +78,101 @@ class LaunchCounter(TorchDispatchMode):
         if not (func.is_view or "empty" in name or name in ("detach", "_unsafe_view")):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Accesses(NamedTuple):
+    """What one launch loads and stores, in bytes; the counters of arrivals are left out.
+
+    Attributes:
+        kernel: its name.
+        loaded, stored: of each argument that is a tensor, by name: every address once; a load of what the launch has
+            stored itself, which is in a cache, does not count.
+        accessed: of all accesses, as often as they are made.
+    """
+
+    kernel: str
+    loaded: Mapping[str, int]
+    stored: Mapping[str, int]
+    accessed: int
+
+    @property
+    def moved(self) -> int:
+        """What a cache that forgets nothing lets through."""
+        return sum(self.loaded.values()) + sum(self.stored.values())
+
+
+class _Counting:
+    """The accesses of the launch that runs, in their order."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[int, int]] = {}
+        self.seen: list[tuple[bool, np.ndarray[Any, Any], int]] = []  # whether stored, addresses, bytes of each
+
+    def start(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        self.seen.clear()
+        self.tensors = {
+            name: (a.data_ptr(), a.data_ptr() + _span(a))
+            for name, a in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False)
+            if isinstance(a, Tensor)
+        }
+
+    def of(self, kernel: Any) -> Accesses:
+        """What the launch read that it had not written itself, and what it wrote."""
+        loaded: Counter[str] = Counter()
+        stored: Counter[str] = Counter()
+        for size in {size for _, _, size in self.seen}:
+            mine = [(is_store, addresses) for is_store, addresses, bytes_ in self.seen if bytes_ == size]
+            addresses = np.concatenate([addresses for _, addresses in mine])
+            stores = np.concatenate([np.full(addresses.shape, is_store) for is_store, addresses in mine])
+            distinct, first = np.unique(addresses, return_index=True)
+            self._share(loaded, distinct[~stores[first]], size)
+            self._share(stored, np.unique(addresses[stores]), size)
+        accessed = sum(len(addresses) * size for _, addresses, size in self.seen)
+        return Accesses(kernel.__name__, loaded, stored, accessed)
+
+    def _share(self, found: Counter[str], addresses: np.ndarray[Any, Any], size: int) -> None:
+        for name, (begin, end) in self.tensors.items():
+            mine = (begin <= addresses) & (addresses < end)
+            if mine.any():
+                found[name] += size * int(mine.sum())
+            addresses = addresses[~mine]
+        if len(addresses):
+            found["beyond"] += size * len(addresses)  # of rows that are read in whole words
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+@contextmanager
+def accesses_counted() -> Iterator[list[Accesses]]:
+    """What every launch within the ``with`` loads and stores, as the interpreter does it."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[Accesses] = []
+    counting = _Counting()
+    launch = TritonBackend.launch
+
+    def counted(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+        counting.start(kernel, arguments)
+        launch(self, kernel, programs, *arguments, **keywords)
+        found.append(counting.of(kernel))
+
+    def noted(kind: str) -> Any:
+        original = getattr(InterpreterBuilder, f"create_masked_{kind}")
+
+        def access(self: Any, pointers: Any, *arguments: Any, **keywords: Any) -> Any:
+            mask = arguments[0] if kind == "load" else arguments[1]
+            where = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
+            counting.seen.append((kind == "store", where.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
+            return original(self, pointers, *arguments, **keywords)
+
+        return access
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonBackend, "launch", counted)
+        for kind in ("load", "store"):
+            patch.setattr(InterpreterBuilder, f"create_masked_{kind}", noted(kind))
+        yield found

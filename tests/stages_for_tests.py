@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from benchmarks.gpu.skip import Skip
 from benchmarks.gpu.stage import Job
 
 
@@ -47,3 +48,7 @@ def hang(job: Job) -> None:
     job.result["helper"] = helper.pid
     job.save()
     time.sleep(600)
+
+
+def cannot_run_here(job: Job) -> None:
+    raise Skip("no such tool")

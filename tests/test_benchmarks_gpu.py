@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 import sysconfig
@@ -15,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import runner, traffic
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import kernels, primitives, steps
-from benchmarks.gpu.run import RECORD, Run, _variables
+from benchmarks.gpu import graphs, steps
+from benchmarks.gpu import run as run_module
+from benchmarks.gpu.run import FILE_BYTES, FILES, LOG, PICTURE, RECORD, Run, _variables
 from benchmarks.gpu.stage import Job, Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
-from fastdense.kernels import launch
-from fastdense.torch_backend import TorchBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -137,34 +134,74 @@ def test_only_a_rehearsal_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found == [None, "1"]
 
 
+def test_a_stage_that_cannot_run_here_says_why_and_the_run_is_complete(run: Callable[..., Any], tmp_path: Path) -> None:
+    complete, said = run(stage("cannot_run_here"))
+    assert complete and "skipped: no such tool" in said[0]
+    assert entries(tmp_path)["cannot-run-here"]["error"] == "no such tool"
+
+
 def test_without_time_a_stage_is_not_reached(run: Callable[..., Any], tmp_path: Path) -> None:
     assert run(stage("finish"), minutes=0.0)[0] is False
     assert entries(tmp_path)["finish"]["status"] == "not reached"
 
 
 @pytest.mark.slow
-def test_a_short_rehearsal(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stages = ("environment", "gpu-tests", "rates", "densenet121-batch64")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--rehearse", "--stages", *stages],
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--rehearse"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=540,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "REHEARSAL" in done.stdout
+    report = done.stdout[done.stdout.index("REHEARSAL") :]
+    assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
     found = entries(out)
-    assert {name: entry["status"] for name, entry in found.items()} == dict.fromkeys(stages, "ok")
+    status = {name: entry["status"] for name, entry in found.items()}
+    assert status.pop("depth") in ("ok", "skipped")
+    assert status == {one.name: "ok" for one in command.STAGES if one.name != "depth"}
     assert all(entry["environment"]["rehearsal"] for entry in found.values())
-    assert found["gpu-tests"]["result"]["passed"] >= 2
-    providers = found["densenet121-batch64"]["result"]["providers"]
-    assert all(row["step"]["median"] > 0 for row in providers.values())
-    assert {label for label, row in providers.items() if row["checked"]} == {
-        label for label in providers if label.startswith("fastdense")
-    }
-    assert found["densenet121-batch64"]["result"]["modelled"]["floor_seconds"] > 0
+    assert {path.name for path in out.iterdir()} == {RECORD, LOG, PICTURE}
+    assert all(path.stat().st_size <= FILE_BYTES for path in out.iterdir())
+    results = {name: entry["result"] for name, entry in found.items()}
+    assert results["gpu-tests"]["passed"] >= 2
+    rows = results["kernels"]["rows"]
+    assert {row["operation"] for row in rows} == {
+        traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND
+    } and all(row["checked"] and row["floor_seconds"] > 0 for row in rows)  # fmt: skip
+    timed = [name for name in results if name.startswith("densenet") or name == "host"]
+    labels = set()
+    for name in timed:
+        providers = results[name]["providers"]
+        assert all(row["step"]["median"] > 0 for row in providers.values())
+        assert all(row["checked"] for label, row in providers.items() if label.startswith("fastdense"))
+        labels |= providers.keys()
+    assert {"fastdense converted triton", "fastdense bottlenecks triton", steps.COMPILED} <= labels
+    assert results["densenet121-batch64"]["modelled"]["floor_seconds"] > 0
+    assert len(results["graphs"]["rows"]) == 2 * len(graphs.WAYS)
+    assert all("step" in row for row in results["graphs"]["rows"].values())
+    assert results["sanitizer"]["primitives"] == 13
+
+
+def test_what_a_run_leaves_is_small_and_few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for day in range(10, 20):
+        (tmp_path / f"gpu-2026-01-{day}.json").write_text("{}")
+    (tmp_path / LOG).write_bytes(b"x" * 5000 + b"the end")
+    (tmp_path / "gpu.json.tmp").write_text("half of it")
+    monkeypatch.setattr(run_module, "FILE_BYTES", 4000)
+    one = Run(tmp_path, minutes=1.0, rehearsal=True, say=lambda line: None)
+    one._enter(stage("finish"), {"status": "ok", "seconds": 1.0, "result": {"kept": 1}})
+    one._enter(stage("fail"), {"status": "ok", "seconds": 1.0, "result": {"rows": ["long"] * 1000}})
+    run_module.tidy(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == FILES == 8 and "gpu-2026-01-19.json" in left and "gpu-2026-01-13.json" not in left
+    assert all(path.stat().st_size <= 4000 for path in tmp_path.iterdir())
+    assert (tmp_path / LOG).read_bytes().endswith(b"the end")
+    found = entries(tmp_path)
+    assert found["finish"]["result"] == {"kept": 1} and "exceed" in found["fail"]["result"]["dropped"]
 
 
 def test_every_stage_names_a_function_and_together_they_fit() -> None:
@@ -223,163 +260,3 @@ def test_only_this_checkouts_package_is_given_these_kernels() -> None:
     assert _Kernels.find_spec("fastdense.nn", [str(ROOT / "fastdense")]) is None
     found = _Kernels.find_spec("fastdense.kernels", [str(ROOT / "fastdense")])
     assert found is not None and found.origin == str(ROOT / "kernels" / "__init__.py")
-
-
-SMALL = traffic.Network(8, (2, 1), 16)
-
-
-def test_cases_are_those_of_the_networks_and_the_largest_come_first() -> None:
-    larger = traffic.Network(8, (2, 2), 16)
-    found = kernels.cases({"small": SMALL, "larger": larger}, batch=2, size=32)
-    assert sum(times.get("small", 0) for times in found.values()) == 2 + 4 * 3
-    assert sum(times.get("larger", 0) for times in found.values()) == 2 + 4 * 4
-    first = [case for case, times in found.items() if "small" in times]
-    assert list(found)[: len(first)] == first
-    assert first[0].operation == "backward 3x3"  # twice a step
-    assert all(case.batch * case.spatial[0] * case.spatial[1] == case.shape.m for case in found)
-    assert {case.width for case in first} == {32, 24}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("operation", [traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD])
-def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_does_not(
-    operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = next(case for case in kernels.cases({"": SMALL}, 2, 32) if case.operation == operation)
-    _, errors = primitives.check(case, dtype, CPU, "torch")
-    assert primitives.passes(errors, dtype), errors
-    assert len(errors) == (6 if operation in traffic.BACKWARD else 3)
-
-    class Wrong(TorchBackend):
-        pass
-
-    name = "copy_with_moments" if operation == traffic.COPY else "bn_relu_conv"
-    real = getattr(TorchBackend, name)
-
-    def all_but_one(self: Any, source: Any, *arguments: Any, **options: Any) -> Any:
-        out = options.get("out", arguments[-1])
-        kept = out.rows[3].clone()
-        result = real(self, source, *arguments, **options)
-        out.rows[3] = kept
-        return result
-
-    def too_small(self: Any, *arguments: Any, **options: Any) -> Any:
-        dgamma, dbeta, dweight = TorchBackend.bn_relu_conv_backward(self, *arguments, **options)
-        assert dweight is not None
-        return [dgamma, dbeta, dweight * 0.9]
-
-    if operation in traffic.BACKWARD:
-        Wrong.bn_relu_conv_backward = too_small  # type: ignore[method-assign]
-    else:
-        setattr(Wrong, name, all_but_one)
-    create = primitives.backends.create
-    monkeypatch.setattr(primitives.backends, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
-    _, errors = primitives.check(case, dtype, CPU, "wrong")
-    assert not primitives.passes(errors, dtype)
-    assert operation in traffic.BACKWARD or math.isnan(errors["rows"]), "what nobody wrote is NaN"
-
-
-def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    def check(case: primitives.Case, dtype: torch.dtype, device: torch.device, impl: str) -> Any:
-        if case.operation == "forward 3x3":
-            raise RuntimeError("out of resource: shared memory")
-        error = float("nan") if case.operation == "forward 1x1" else 0.0
-        return (lambda: None), {"rows": error}
-
-    monkeypatch.setattr(kernels, "check", check)
-    job.earlier["rates"] = {name: {"per_second": 1e12} for name in ("copy", "bfloat16", "float16", "tf32")}
-    kernels.measure(job)
-    for row in job.result["rows"]:
-        assert ("timing" in row) == ("floor_seconds" in row) == (row["operation"] not in traffic.FORWARD)
-    text = summary({"kernels": {"status": "ok", "seconds": 1.0, "result": runner.plain(job.result), "environment": {}}})
-    assert "out of resource" in text and "nan" in text
-
-
-def test_candidates_differ_in_one_field_and_the_table_comes_first_and_last(
-    monkeypatch: pytest.MonkeyPatch, job: Job
-) -> None:
-    seen: list[launch.LaunchConfig] = []
-    configuration = launch.configuration
-    shape = launch.Shape(64, 16, 32, 1)
-
-    def row(job: Job, case: primitives.Case, dtype: torch.dtype) -> dict[str, Any]:
-        seen.append(launch.configuration("bn_relu_conv", shape, dtype, 80, 100))
-        return {"operation": case.operation, **case.shape._asdict(), "checked": True}
-
-    monkeypatch.setattr(kernels, "_row", row)
-    job.rehearsal = False
-    case = primitives.Case("forward 1x1", traffic.Shape(64, 16, 32, 1, 2), 1, 32)
-    rows = list(kernels._variants(job, case))
-    assert rows[0]["change"] == rows[-1]["change"] == {} and seen[0] == seen[-1]
-    for found, config in zip(rows[1:-1], seen[1:-1], strict=True):
-        ((field, value),) = found["change"].items()
-        assert getattr(config, field) == value != getattr(seen[0], field)
-    assert len(rows) > 8
-    assert launch.configuration is configuration
-    assert launch.configuration("bn_relu_conv", shape, torch.bfloat16, 80, 100) == seen[0]
-
-
-def test_a_network_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    class Wrong(nn.Module):
-        def __init__(self, network: traffic.Network) -> None:
-            super().__init__()
-            self.model = steps._fastdense(network, impl="torch")
-
-        def load_state_dict(self, state: Any, *arguments: Any, **options: Any) -> Any:
-            return self.model.load_state_dict(state)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.model(x.flip(0))
-
-    class Greedy(nn.Module):
-        def __init__(self, network: traffic.Network) -> None:
-            super().__init__()
-            self.register_parameter("weight", nn.Parameter(torch.zeros(())))
-
-        def load_state_dict(self, state: Any, *arguments: Any, **options: Any) -> Any:
-            return None
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    right = steps.PROVIDERS["fastdense bottlenecks torch"]
-    providers = {steps.BASE: steps._torchvision, "greedy": Greedy, "fastdense right": right, "fastdense wrong": Wrong}
-    monkeypatch.setattr(steps, "PROVIDERS", providers | {steps.COMPILED: steps._compiled})
-    steps.densenet121_batch64(job)
-    rows = job.result["providers"]
-    assert rows["fastdense right"]["checked"] and not rows["fastdense wrong"]["checked"]
-    assert rows["greedy"]["status"] == "out of memory"
-    timed = {label for label, row in rows.items() if "step" in row}
-    assert timed == {steps.BASE, "fastdense right", steps.COMPILED}
-    text = summary({"host": {"status": "ok", "seconds": 1.0, "result": runner.plain(job.result), "environment": {}}})
-    assert "not timed: wrong" in text and "out of memory" in text
-
-
-def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
-    rows = [
-        {
-            "operation": operation,
-            "dtype": dtype,
-            "m": 10**m,
-            "reads": 64,
-            "checked": True,
-            "errors": {},
-            "timing": {"median": 1e-3 * (m + 1)},
-            "floor_seconds": 1e-3,
-            "host_seconds": 1e-5,
-            "times": {"densenet121": 1, "densenet201": 2},
-        }
-        for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD)
-        for dtype in ("bfloat16", "float16")
-        for m in range(4)
-    ]
-    environment = {"device": "some GPU", "rehearsal": False}
-    failed = {"status": "failed", "seconds": 1.0, "result": {}, "environment": environment, "error": "x" * 3000}
-    stages = {f"stage {i}": failed for i in range(20)}
-    stages["kernels"] = {**failed, "result": {"rows": rows, "not_reached": 3}}
-    text = summary(stages)
-    assert len(text) <= CHARACTERS
-    assert "REHEARSAL" not in text and "3 of 43 shapes not reached" in text
-    table = [line.split() for line in text[text.index("kernels of densenet121, bfloat16") :].splitlines()[3:23]]
-    above = [float(line[-2]) for line in table]
-    assert above == sorted(above, reverse=True) and above[0] == 3.0 and above[-1] == 0.0

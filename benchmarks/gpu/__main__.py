@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .run import MINUTES, Run
+from ..roofline import bars_of_record, plot
+from .run import MINUTES, PICTURE, Run
 from .stage import Stage
 from .summary import summary
 
@@ -34,16 +35,21 @@ STAGES = (
     Stage("kernels", f"{_HERE}.kernels:measure", 90, timed=True),
     Stage("densenet121-batch64", f"{_HERE}.steps:densenet121_batch64", 90, timed=True),
     Stage("densenet121-batch256", f"{_HERE}.steps:densenet121_batch256", 90, timed=True),
-    Stage("densenet201-batch64", f"{_HERE}.steps:densenet201_batch64", 90, timed=True),
     Stage("host", f"{_HERE}.steps:host", 60, timed=True),
-    Stage("candidates", f"{_HERE}.kernels:candidates", 90, timed=True),
+    Stage("depth", f"{_HERE}.deepest:measure", 75, timed=True),
+    Stage("graphs", f"{_HERE}.graphs:measure", 75, timed=True),
+    Stage("densenet201-batch64", f"{_HERE}.steps:densenet201_batch64", 90, timed=True),
+    Stage("candidates", f"{_HERE}.kernels:candidates", 60, timed=True),
+    Stage("sanitizer", f"{_HERE}.sanitize:check", 90, timed=True),  # slow, and alone on the GPU
 )
 
 
 def main() -> None:
     """Command line; exits with 1 if a stage did not finish."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.log; continued if there")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for gpu.json, gpu.log and kernels.png; continued if there"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the longest that all stages may take together")
     parser.add_argument(
         "--stages", nargs="+", metavar="NAME", choices=[stage.name for stage in STAGES], help="only these"
@@ -66,8 +72,19 @@ def main() -> None:
         say=lambda line: print(line, flush=True),
     )
     complete = run.run([stage for stage in STAGES if options.stages is None or stage.name in options.stages])
+    _picture(run)
     print(summary(run.stages), flush=True)
     sys.exit(not complete)
+
+
+def _picture(run: Run) -> None:
+    """The kernels' times against their floors, where there are any and matplotlib is installed."""
+    groups = bars_of_record({"stages": run.stages})
+    if groups:
+        try:
+            plot(groups, run.out / PICTURE)
+        except Exception as error:  # whatever a picture needs, the figures are kept
+            print(f"no picture: {type(error).__name__}: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One primitive of a backend on random features, as a network would call it: to check it, and to time it.
 
 The features lie as in a network: a layer's earlier features are a slice of the block's wide buffer, the bottleneck is
-a buffer of its own, and so are their gradients. The three functions at the top are all that this package knows of how
-a backend is called.
+a buffer of its own, and so are their gradients. The three functions at the top, and for what stands round the blocks
+``around``, are all that this package knows of how a backend is called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from fastdense.features import Features, LazyGradient, as_images
 from fastdense.primitives import Backend, Conv, Norm
 
 from .. import traffic
-from ..traffic import Shape
+from .around import Around
+from .around import Tensors as AroundTensors
+from .case import Case, normal, with_moments
 from .machine import tf32
 from .measure import TOLERANCE, relative_error
 
@@ -50,29 +52,6 @@ def backward(
 
 
 @dataclass(frozen=True)
-class Case:
-    """One primitive on one shape.
-
-    Attributes:
-        operation: a name of :mod:`benchmarks.traffic`.
-        shape: of the primitive.
-        batch: images; the space is square.
-        width: channels of the block's buffer.
-    """
-
-    operation: str
-    shape: Shape
-    batch: int
-    width: int
-
-    @property
-    def spatial(self) -> tuple[int, int]:
-        """Height and width."""
-        side = math.isqrt(self.shape.m // self.batch)
-        return side, side
-
-
-@dataclass(frozen=True)
 class Tensors:
     """Random features and gradients of one layer, all as the backends get them."""
 
@@ -92,32 +71,23 @@ class Tensors:
         m, reads, writes, taps, _ = case.shape
         bottleneck = writes if taps == 1 else reads
 
-        def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            return torch.randn(size, device=device).mul_(scale).add_(shift)
-
         size = math.isqrt(taps)
-        weight = normal(writes, reads, size, size, scale=math.sqrt(2 / (reads * taps)))
+        weight = normal(device, writes, reads, size, size, scale=math.sqrt(2 / (reads * taps)))
         return cls(
-            X=normal(m, case.width, shift=0.5).to(dtype),
-            Z=normal(m, bottleneck, shift=-0.5).to(dtype),
-            grad_X=normal(m, case.width, scale=1e-2).to(dtype),
-            grad_Z=normal(m, bottleneck, scale=1e-2).to(dtype),
+            X=normal(device, m, case.width, shift=0.5).to(dtype),
+            Z=normal(device, m, bottleneck, shift=-0.5).to(dtype),
+            grad_X=normal(device, m, case.width, scale=1e-2).to(dtype),
+            grad_Z=normal(device, m, bottleneck, scale=1e-2).to(dtype),
             gamma=torch.rand(reads, device=device) + 0.5,
             beta=torch.rand(reads, device=device) - 0.5,
-            a=normal(writes, scale=1e-3),
-            b=normal(writes, scale=1e-3),
+            a=normal(device, writes, scale=1e-3),
+            b=normal(device, writes, scale=1e-3),
             weight=weight.to(dtype).contiguous(memory_format=torch.channels_last),
         )
 
     def widened(self) -> Tensors:
         """Copies in fp32: the same values for the arithmetic that a result is checked against."""
         return Tensors(*(tensor.float().clone() for tensor in vars(self).values()))
-
-
-def _features(rows: Tensor) -> Features:
-    """``rows`` with the moments that they have."""
-    var, mean = torch.var_mean(rows.float(), dim=0, correction=0)
-    return Features(rows, mean, var)
 
 
 class Primitive:
@@ -135,7 +105,7 @@ class Primitive:
         self.images = as_images(tensors.X, case.spatial)
         self.be = backends.create(impl, self.images)
         channels = slice(0, reads) if pointwise else slice(case.width - writes, case.width)
-        features, bottleneck = _features(tensors.X)[channels], _features(tensors.Z)
+        features, bottleneck = with_moments(tensors.X)[channels], with_moments(tensors.Z)
         self.source, self.output = (features, bottleneck) if pointwise else (bottleneck, features)
         self.conv = Conv(Norm(tensors.gamma, tensors.beta, 1e-5), tensors.weight)
         of_features = tensors.grad_X[:, channels]
@@ -178,11 +148,22 @@ class Primitive:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tuple[Primitive, dict[str, float]]:
-    """The primitive, run once on fresh random values, and its errors against the torch backend in fp32, by name."""
+Bound = Primitive | Around
+
+
+def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tuple[Bound, Bound]:
+    """The primitive on fresh random values, and the torch backend's in fp32 on the same ones."""
+    if case.operation in traffic.AROUND:
+        around = AroundTensors.random(case, dtype, device)
+        return Around(case, around, impl), Around(case, around.widened(), "torch")
     tensors = Tensors.random(case, dtype, device)
-    truth = Primitive(case, tensors.widened(), "torch")
-    primitive = Primitive(case, tensors, impl)
+    truth = Primitive(case, tensors.widened(), "torch")  # first: a run changes what is not widened
+    return Primitive(case, tensors, impl), truth
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tuple[Bound, dict[str, float]]:
+    """The primitive, run once on fresh random values, and its errors against the torch backend in fp32, by name."""
+    primitive, truth = bind(case, dtype, device, impl)
     for one in (truth, primitive):
         one.poison()
     with tf32(False):

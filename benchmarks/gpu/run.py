@@ -18,13 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..runner import ROOT, SCHEMA, environment, write_record
+from ..runner import ROOT, SCHEMA, environment, plain, write_record
 from .stage import ERROR_CHARACTERS, Stage
 
-RECORD, LOG = "gpu.json", "gpu.log"
+RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 9.0  # the run for which stages give their seconds
 LEAST_SECONDS = 5.0  # what starting a process and importing PyTorch takes: with less there is no use in trying
 LOG_BYTES = 1 << 20  # kept of what one stage printed
+
+# What a run leaves in its folder: no file larger, no more files, and no folders in it. Whatever carries results away
+# from a machine with a GPU may take no more.
+FILE_BYTES, FILES = 16 << 20, 8
 
 # What one record is about: one machine, one set of versions, one state of the code.
 SAME = ("device", "driver", "torch", "triton", "sources", "rehearsal")
@@ -121,6 +125,12 @@ class Run:
     def _keep(self) -> None:
         record = {"schema": SCHEMA, "minutes": self.minutes, "environment": self.environment, "stages": self.stages}
         write_record(self.out / RECORD, record)
+        while (self.out / RECORD).stat().st_size > FILE_BYTES:
+            largest = max(self.stages.values(), key=lambda entry: len(json.dumps(plain(entry["result"]))))
+            if "dropped" in largest["result"]:
+                break
+            largest["result"] = {"dropped": f"the record would exceed {FILE_BYTES} bytes"}
+            write_record(self.out / RECORD, record)
 
     def finished(self, stage: Stage) -> bool:
         """Whether an earlier run into this folder has this stage's results."""
@@ -143,7 +153,8 @@ class Run:
         finally:
             for running in self._alive:
                 running.kill()
-        return all(self.stages[stage.name]["status"] == "ok" for stage in stages)
+            tidy(self.out)
+        return all(self.stages[stage.name]["status"] in ("ok", "skipped") for stage in stages)
 
     def _collect(self, last: int = 0) -> None:
         """Wait for the processes that run, or for the ``last`` of them."""
@@ -182,6 +193,19 @@ class Run:
         )
         self._alive.append(_Running(stage, process, output, record, time.monotonic(), seconds))
         return True
+
+
+def tidy(out: Path, most: int = FILES) -> None:
+    """Remove what stages have left unfinished, the oldest records put aside, and the beginning of a log too long."""
+    for path in out.glob("*.tmp"):
+        path.unlink()
+    log = out / LOG
+    if log.exists() and log.stat().st_size > FILE_BYTES:
+        log.write_bytes(log.read_bytes()[-FILE_BYTES // 2 :])
+    aside = sorted(out.glob("gpu-*.json"))
+    others = sum(path.is_file() for path in out.iterdir()) - len(aside)
+    for path in aside[: max(0, others + len(aside) - most)]:
+        path.unlink()
 
 
 def _variables(stage: Stage, rehearsal: bool) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..runner import write_record
+from .skip import Skip
 
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
 
@@ -103,6 +104,9 @@ def main() -> None:
     try:
         function: Callable[[Job], None] = getattr(importlib.import_module(module), name)
         function(job)
+    except Skip as reason:
+        job.save(status="skipped", error=str(reason), seconds=round(time.monotonic() - start, 1))
+        return
     except Exception as error:
         traceback.print_exc()
         job.save(**describe(error), seconds=round(time.monotonic() - start, 1))

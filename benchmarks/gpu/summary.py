@@ -10,9 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..roofline import Bar, bars
+
 CHARACTERS = 10_000
 WIDTH = 118
-ROWS = 20  # of a table of kernels
+ROWS = 12  # of a table of kernels
 LISTED = 5  # of what went wrong in one stage
 REHEARSAL = "REHEARSAL on the CPU, in Triton's interpreter: it ran, and no figure below says anything about a GPU."
 
@@ -41,21 +43,24 @@ def _blocks(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[str | Table]:
     names = ("device", "driver", "torch", "triton", "python", "commit", "sources", "date")
     yield ", ".join(f"{name} {made.get(name)}" for name in names)
     yield _status(stages)
-    show: dict[str, Callable[[Result], Iterator[str | Table]]] = {
+    show: dict[str, Callable[[Result], Iterator[str | Table]]] = {  # where it is too much, the end is cut off
         "smoke": _smoke,
         "gpu-tests": _tests,
         "kernel-tests": _tests,
         "rates": _rates,
-        "kernels": _kernels,
         "densenet121-batch64": _steps,
         "densenet121-batch256": _steps,
-        "densenet201-batch64": _steps,
+        "kernels": _kernels,
+        "sanitizer": _sanitizer,
+        "depth": _depth,
         "host": _steps,
+        "graphs": _graphs,
+        "densenet201-batch64": _steps,
         "candidates": _candidates,
     }
     for name, blocks in show.items():
         result = stages.get(name, {}).get("result")
-        if result and not (rehearsal and name == "rates"):
+        if result and "dropped" not in result and not (rehearsal and name == "rates"):
             yield from blocks(result)
 
 
@@ -113,36 +118,63 @@ def _kernels(result: Result) -> Iterator[str | Table]:
     timed = [row for row in rows if "timing" in row]
     for network in dict.fromkeys(name for row in timed for name in row["times"]):
         for dtype in dict.fromkeys(row["dtype"] for row in timed):
-            those = [row for row in timed if network in row["times"] and row["dtype"] == dtype]
-            if those:
-                yield _kernel_table(f"kernels of {network}, {dtype}, ms a step; floors modelled", network, those)
+            found = bars([row for row in timed if row["dtype"] == dtype], network)
+            if found:
+                yield _totals(f"kernels of {network}, {dtype}", found)
+    if timed:  # one table in full: the others are in the record, and in the picture
+        network, dtype = next(iter(timed[0]["times"])), timed[0]["dtype"]
+        group = bars([row for row in timed if row["dtype"] == dtype], network)
+        yield _kernel_table(f"kernels of {network}, {dtype}, ms a step; floors modelled", group)
 
 
-def _kernel_table(title: str, network: str, rows: list[Result]) -> Table:
+def _totals(what: str, group: list[Bar]) -> str:
+    measured, floor = sum(bar.measured or 0.0 for bar in group), sum(bar.floor for bar in group)
+    reached = f", {floor / measured:.0%} of the floor's rate" if floor and measured else ""
+    return f"{what}: {measured * 1e3:.2f} ms a step, floor (modelled) {floor * 1e3:.2f} ms{reached}"
+
+
+def _kernel_table(title: str, group: list[Bar]) -> Table:
     """One line for an operation and a resolution; first where most is lost above the floor."""
-    sums: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        times = row["times"][network]
-        floor, host = row.get("floor_seconds", 0.0), row["host_seconds"]
-        sums.setdefault((row["operation"], row["m"]), [0.0] * 4)
-        for i, value in enumerate((1.0, row["timing"]["median"], floor, host)):
-            sums[row["operation"], row["m"]][i] += times * value
     table = _table(title, "primitive", "m", "times", "measured", "floor", "x floor", "above floor", "host")
-    for (operation, m), (times, measured, floor, host) in sorted(
-        sums.items(), key=lambda pair: pair[1][2] - pair[1][1]
-    )[:ROWS]:
-        ratio = f"{measured / floor:.2f}" if floor else ""
-        cells = (_milliseconds(value, 3) for value in (measured, floor))
-        above = _milliseconds(measured - floor, 3)
-        table.add_row(operation, str(m), f"{times:.0f}", *cells, ratio, above, _milliseconds(host, 3))
+    for bar in sorted(group, key=lambda bar: bar.floor - (bar.measured or 0.0))[:ROWS]:
+        measured = bar.measured or 0.0
+        ratio = f"{measured / bar.floor:.2f}" if bar.floor else ""
+        cells = (_milliseconds(value, 3) for value in (measured, bar.floor))
+        above, host = _milliseconds(measured - bar.floor, 3), _milliseconds(bar.host, 3)
+        table.add_row(bar.operation, str(bar.m), str(bar.times), *cells, ratio, above, host)
     return table
+
+
+def _graphs(result: Result) -> Iterator[Table]:
+    table = _table(f"batch {result['batch']}: the host's time, eager and without it", "", "ms", "host ms", "first s")
+    for label, row in result["rows"].items():
+        if "step" in row:
+            cells = [_milliseconds(row[key]["median"], 2) for key in ("step", "host")]
+            table.add_row(label, *cells, f"{row['first_seconds']:.1f}")
+        else:
+            table.add_row(label, row.get("status", "not timed: wrong"))
+    yield table
+
+
+def _depth(result: Result) -> Iterator[str]:
+    for question in result.get("results", {}).values():
+        rows = question["providers"].values()
+        answers = (f"{row['label']} {row[question['grows']]}{'' if row['complete'] else ' or more'}" for row in rows)
+        yield f"{question['title']}: {'; '.join(answers) or 'nobody took part'}"
+
+
+def _sanitizer(result: Result) -> Iterator[str]:
+    for name, row in result.items():
+        if isinstance(row, Mapping):
+            found = "did not finish" if row["found"] is None else f"{row['found']} found"
+            yield f"{name}: {found}, {row['ran']} primitives run"
 
 
 def _steps(result: Result) -> Iterator[Table]:
     floor = result.get("modelled", {}).get("floor_seconds")
     title = f"{result['network']}, {result['batch']} x {result['size']}^2, {result['dtype']}, training step"
     if floor:
-        title += f"; modelled floor {floor * 1e3:.2f} ms"
+        title += f"; modelled floor {floor * 1e3:.2f} ms, {result['batch'] / floor:.0f} img/s"
     table = _table(title, "", "ms", "p20 - p80", "ratio", "img/s", "host ms", "peak MB", "launches", "first s")
     providers = result["providers"]
     base = providers.get("torchvision", {}).get("step", {}).get("median")
