@@ -62,7 +62,9 @@ def run(options: Options, watch: Callable[[Record], None] = lambda record: None)
     if options.depths:
         depths = {f"densenet-bc-{depth}": depth for depth in sorted(options.depths)}
         settings["depths"] = {"of": depths, "size": DEPTHS_SIZE, "growth_rate": GROWTH_RATE}
-    record = {**head, "settings": settings, "results": {}}
+    record: Record = {**head, "settings": settings, "results": {}}
+    if options.threads:
+        record["threads"] = options.threads
     try:
         for network, label, row in in_fresh_process(measure, options):
             record["results"].setdefault(network, {})[label] = row

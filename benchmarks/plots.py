@@ -76,7 +76,7 @@ def memory_against_depth(record: Record, path: Path) -> None:
     _plain_numbers(axes, sorted(depths.values()))
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("depth (layers with weights)")
+    axes.set_xlabel("depth (convolutions and classifier)")
     axes.set_ylabel("kept for the backward pass [MB an image]")
     caption = (
         f"DenseNet-BC, k = {settings['depths']['growth_rate']}, three equal blocks, images of "
