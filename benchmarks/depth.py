@@ -10,11 +10,14 @@ whose output or gradients differ from torchvision's takes no part.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,7 @@ class Options:
         questions: keys of ``QUESTIONS``.
         providers: keys of ``PROVIDERS``; empty for those that the device can run.
         seconds: after which no further trial begins, all questions together; what is known then is a lower bound.
+        processes: that count at the same time; on CUDA there is one.
     """
 
     budget: int = 12 * 10**9
@@ -111,6 +115,7 @@ class Options:
     questions: tuple[str, ...] = tuple(QUESTIONS)
     providers: tuple[str, ...] = ()
     seconds: float | None = None
+    processes: int = 1
 
     @classmethod
     def quick(cls, device: str = "cpu") -> Options:
@@ -187,23 +192,44 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dic
     if cuda and not torch.cuda.is_available():
         raise ValueError("device 'cuda' needs a CUDA GPU; 'cpu' counts bytes without one")
     checks, right = _checked(options, say)
-    memory = CudaMemory(options.budget, torch.device("cuda")) if cuda else None
     results: dict[str, dict[str, Any]] = {}
-    try:
-        for name in options.questions:
-            question = QUESTIONS[name]
-            answers = results[name] = {"title": question.title, "grows": question.grows, "providers": {}}
-            for provider in right:
-                found = largest(_attempt(question, provider, options, memory), options.budget, until=until)
-                answers["providers"][provider.name] = _row(question, provider, found)
-                end = "" if found.complete else " or more: time was up"
-                say(f"{name}, {provider.label}: {question.answer(found.largest)}{end}")
-    finally:
-        if memory is not None:
-            memory.close()
+    for name, provider, row in (_on_cuda if cuda else _by_counting)(options, right, until):
+        question = QUESTIONS[name]
+        answers = results.setdefault(name, {"title": question.title, "grows": question.grows, "providers": {}})
+        answers["providers"][provider.name] = row
+        say(f"{name}, {provider.label}: {row[question.grows]}{'' if row['complete'] else ' or more: time was up'}")
     settings = {"budget": options.budget, "method": STEPPED if cuda else COUNTED, "dtype": "float32"}
     settings |= {"optimizer": "SGD with momentum", "seconds": options.seconds}
     return {**environment(gpu=cuda), "settings": settings, "checks": checks, "results": results}
+
+
+Found = Iterator[tuple[str, Provider, dict[str, Any]]]  # question, who, and the row
+
+
+def _on_cuda(options: Options, providers: Sequence[Provider], until: float | None) -> Found:
+    memory = CudaMemory(options.budget, torch.device("cuda"))
+    try:
+        for name, provider in product(options.questions, providers):
+            found = largest(_attempt(QUESTIONS[name], provider, options, memory), options.budget, until=until)
+            yield name, provider, _row(QUESTIONS[name], provider, found)
+    finally:
+        memory.close()
+
+
+def _by_counting(options: Options, providers: Sequence[Provider], until: float | None) -> Found:
+    jobs = list(product(options.questions, providers))
+    if options.processes == 1:
+        yield from ((name, provider, _count(name, provider.name, options, until)) for name, provider in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        found = [pool.submit(_count, name, provider.name, options, until) for name, provider in jobs]
+        yield from ((name, provider, row.result()) for (name, provider), row in zip(jobs, found, strict=True))
+
+
+def _count(name: str, provider: str, options: Options, until: float | None) -> dict[str, Any]:
+    attempt = _attempt(QUESTIONS[name], PROVIDERS[provider], options, None)
+    return _row(QUESTIONS[name], PROVIDERS[provider], largest(attempt, options.budget, until=until))
 
 
 def _checked(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Provider]]:
@@ -262,6 +288,7 @@ def _options(arguments: Sequence[str] | None = None) -> tuple[Options, Path | No
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS))
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
+    parser.add_argument("--processes", type=int, default=2, help="that count at the same time, without a GPU")
     parser.add_argument("--quick", action="store_true", help="a small budget, two questions: under a minute")
     parser.add_argument("--json", type=Path, help="the record; default: benchmarks/results/cpu/depth-BUDGET.json")
     parser.add_argument("--plot", type=Path, help="a PNG of memory against depth; default: beside the record")
@@ -272,6 +299,7 @@ def _options(arguments: Sequence[str] | None = None) -> tuple[Options, Path | No
         budget=given.budget or options.budget,
         questions=tuple(given.questions or options.questions),
         providers=tuple(given.providers or ()),
+        processes=given.processes,
     )
     path = given.json
     if path is None and not given.quick and given.device == "cpu":  # elsewhere a folder is named by who knows the card

@@ -315,7 +315,7 @@ def test_who_is_wrong_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = ["--json", str(tmp_path / "depth.json"), "--plot", str(tmp_path / "depth.png")]
+    paths = ["--processes", "1", "--json", str(tmp_path / "depth.json"), "--plot", str(tmp_path / "depth.png")]
     depth.main(
         ["--budget", "100MB", "--device", "cpu", "--questions", "cifar", "--providers", "fastdense-bottlenecks", *paths]
     )
