@@ -1,87 +1,119 @@
 """How many bytes a training step keeps and needs at its peak: fastdense against torchvision, on this machine's CPU.
 
-    python -m benchmarks.memory [--models densenet121 densenet201] [--batch 8] [--size 224] [--json FILE]
+    python -m benchmarks.memory [--models densenet121 densenet201] [--batch 8] [--size 224] [--depths 40 100 190]
 
-Bytes do not depend on the machine's speed or load. A provider whose output or gradients differ from torchvision's is
-reported and not measured.
+`fastdense bench memory` is the same with all options. On the CPU bytes do not depend on the machine's speed or load. A
+provider whose output or gradients differ from torchvision's is reported and not measured.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastdense.memory import peak_bytes, saved_bytes
+from .options import Options
+from .providers import MODELS, PROVIDERS, NetworkSpec, cifar
+from .runner import RESULTS, environment, in_fresh_process, write_record
+from .speed import Record, bytes_cells, trouble
+from .training import Check, Step, attempt, build, count_bytes, images
 
-from .runner import RESULTS, environment, write_record
-from .speed import TOLERANCE, inputs, providers, step_in_float64
+DEPTHS_SIZE = 32  # pixels; CIFAR's images
+GROWTH_RATE = 12  # of the networks of --depths
 
 
-def measure(model: torch.nn.Module, batch: int, size: int) -> dict[str, int]:
-    """Bytes of one training step in float32 without parameters, their gradients, and the input.
+def networks(options: Options) -> dict[str, tuple[NetworkSpec, int]]:
+    """Each network by its name, and the size of its images."""
+    found = {name: (MODELS[name], options.size) for name in options.models}
+    deep = {f"densenet-bc-{depth}": (cifar(depth, GROWTH_RATE), DEPTHS_SIZE) for depth in sorted(options.depths)}
+    return found | deep
 
-    ``bytes_kept`` is what the forward pass keeps for backward; ``bytes_peak`` the most that there is at one time.
-    """
-    x, cotangent = inputs(batch, size)
-    with saved_bytes(model, x) as kept:
-        output = model(x)
-    del output
-    with peak_bytes("cpu") as peak:
-        model(x).backward(cotangent)
-    found = {"bytes_kept": kept.bytes, "bytes_peak": peak.without(model)}
-    model.zero_grad(set_to_none=True)
+
+def measure(options: Options) -> Iterator[tuple[str, str, Record]]:
+    """Network, label and row of each provider."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for network, (spec, size) in networks(options).items():
+        x, cotangent = images(options.batch, size, spec.num_classes, options)
+        check = Check(spec, 2, min(size, 64), options)
+        for name in options.labels():
+            provider = PROVIDERS[name]
+
+            def count(provider: Any = provider, spec: NetworkSpec = spec, check: Check = check) -> Record:
+                row: Record = dict(check(provider))
+                if row["checked"]:
+                    row |= count_bytes(Step(build(provider, spec, options), x, cotangent, options.dtype))  # noqa: B023
+                return row
+
+            yield network, provider.label, dict(attempt(count, options.torch_device))
+
+
+def run(options: Options, watch: Callable[[Record], None] = lambda record: None) -> Record:
+    """Check, then count; see :func:`benchmarks.speed.run`."""
+    head = {**environment(gpu=options.torch_device.type == "cuda"), "kind": "memory", "complete": False}
+    names = list(networks(options))
+    settings: Record = {"models": names, "batch": options.batch, "size": options.size, **options.arithmetic()}
+    if options.depths:
+        depths = {f"densenet-bc-{depth}": depth for depth in sorted(options.depths)}
+        settings["depths"] = {"of": depths, "size": DEPTHS_SIZE, "growth_rate": GROWTH_RATE}
+    record = {**head, "settings": settings, "results": {}}
+    try:
+        for network, label, row in in_fresh_process(measure, options):
+            record["results"].setdefault(network, {})[label] = row
+            watch(record)
+        record["complete"] = True
+    except KeyboardInterrupt:
+        pass
+    return record
+
+
+def table(record: Record) -> Table:
+    """The record as a table; ratios are against torchvision's plain network."""
+    settings = record["settings"]
+    found = Table("", "", "kept [MB]", "ratio", "peak [MB]", "ratio", box=box.SIMPLE, pad_edge=False)
+    found.title = f"{settings['batch']} images, {settings['dtype']}, {settings['layout']}, {record['device']}"
+    for network, rows in record["results"].items():
+        deep = settings.get("depths", {})
+        size = deep["size"] if network in deep.get("of", {}) else settings["size"]
+        base = rows.get("torchvision", {})
+        for label, row in rows.items():
+            found.add_row(f"{network}, {size}^2", label, *_cells(row, base))
     return found
 
 
-def run(models: list[str], batch: int, size: int) -> dict[str, Any]:
-    """Check, then measure; returns the record."""
-    results: dict[str, dict[str, Any]] = {}
-    for name in models:
-        networks = providers(name)
-        want = step_in_float64(networks["torchvision"])
-        for label, model in networks.items():
-            error = ((step_in_float64(model) - want).norm() / want.norm()).item()
-            row: dict[str, Any] = {"relative_difference": error, "checked": error <= TOLERANCE}
-            results.setdefault(name, {})[label] = row | (measure(model, batch, size) if row["checked"] else {})
-    settings = {"models": models, "batch": batch, "size": size, "dtype": "float32", "layout": "channels_last"}
-    return {**environment(), "settings": settings, "results": results}
+def _cells(row: Record, base: Record) -> list[str]:
+    return [words] if (words := trouble(row)) is not None else bytes_cells(row, base)
 
 
-def show(record: dict[str, Any], console: Console) -> None:
-    """The record as a table; ratios are against torchvision's plain network."""
-    settings = record["settings"]
-    table = Table("", "", "kept [MB]", "ratio", "peak [MB]", "ratio")
-    table.title = f"{settings['batch']} x {settings['size']}^2, float32"
-    for name, rows in record["results"].items():
-        base = rows["torchvision"]
-        for label, row in rows.items():
-            cells = [f"not measured: differs by {row['relative_difference']:.1e}", "", "", ""]
-            if row["checked"]:
-                pairs = ((row[key], base[key]) for key in ("bytes_kept", "bytes_peak"))
-                cells = [cell for bytes_, most in pairs for cell in (f"{bytes_ / 1e6:.1f}", f"{bytes_ / most:.2f}")]
-            table.add_row(name, label, *cells)
-    console.print(table)
+def file_name(options: Options) -> str:
+    """Of the record, without ``.json``."""
+    size = options.size if options.models else DEPTHS_SIZE
+    what = "memory" + ("-depths" if options.depths and not options.models else "")
+    return f"{what}-{options.batch}x{size}{options.suffix()}"
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
-    names = [f"densenet{n}" for n in (121, 161, 169, 201)]
-    parser.add_argument("--models", nargs="+", default=["densenet121", "densenet201"], choices=names)
+    parser.add_argument("--models", nargs="*", default=["densenet121", "densenet201"], choices=list(MODELS))
+    parser.add_argument("--depths", nargs="*", type=int, default=[], help="of CIFAR's DenseNet-BC: 6*n + 4")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="height and width in pixels")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/memory-BATCHxSIZE.json")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
+    models, depths = tuple(arguments.models), tuple(arguments.depths)
+    options = Options(batch=arguments.batch, size=arguments.size, models=models, depths=depths)
     console = Console()
     with console.status("checking, then measuring"):
-        record = run(options.models, options.batch, options.size)
-    show(record, console)
-    path = options.json or RESULTS / "cpu" / f"memory-{options.batch}x{options.size}.json"
+        record = run(options)
+    console.print(table(record))
+    path = arguments.json or RESULTS / "cpu" / f"{file_name(options)}.json"
     write_record(path, record)
     console.print(f"record: {path}")
 

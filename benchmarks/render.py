@@ -35,6 +35,8 @@ def speed_table(record: dict[str, Any], file: str) -> str:
         "|---|--:|--:|--:|--:|",
     ]
     for label, row in results.items():
+        if "step" not in row or "bytes_kept" not in row:  # failed, or not to be had: the record says why
+            continue
         kept, seconds = row["bytes_kept"], row["step"]["median"]
         less, slower = base["bytes_kept"] / kept, seconds / base["step"]["median"]
         lines.append(f"| {label} | {kept / 1e6:.1f} MB | 1/{less:.1f} | {seconds * 1e3:.0f} ms | {slower:.2f} |")
@@ -42,7 +44,8 @@ def speed_table(record: dict[str, Any], file: str) -> str:
         f"{settings['model']}, {settings['batch']} images of {settings['size']} x {settings['size']}, "
         f"{settings['dtype']}, {settings['layout']}; {record['processor']}, {record['threads']} threads, "
         f"PyTorch {record['torch']}, {record['date'][:10]}; medians of {base['step']['repeats']} interleaved steps "
-        f"(forward and backward) in {settings['processes']} processes. Reproduce: `make bench`. "
+        f"({'forward, backward, SGD' if 'optimizer' in base else 'forward and backward'}) in {settings['processes']} "
+        f"processes. Reproduce: `make bench`. "
         f"Record: [{file}](benchmarks/results/{file})."
     )
     return "\n".join([*lines, "", conditions, ""])
@@ -53,6 +56,8 @@ def memory_table(record: dict[str, Any], file: str) -> str:
     lines = ["| | | kept for backward | | peak of a training step | |", "|---|---|--:|--:|--:|--:|"]
     for name, rows in record["results"].items():
         for label, row in rows.items():
+            if "bytes_peak" not in row:
+                continue
             cells = []
             for key in ("bytes_kept", "bytes_peak"):
                 cells += [f"{row[key] / 1e6:.1f} MB", f"1/{rows['torchvision'][key] / row[key]:.1f}"]

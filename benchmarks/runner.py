@@ -8,12 +8,12 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,8 @@ Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
+CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()  # or installed from a wheel
+SCHEMA = 2  # schema.md says what a record holds, and what changed
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,57 @@ def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeat
     return seconds
 
 
-def in_fresh_processes(measure: Callable[..., Seconds], *arguments: Any, processes: int) -> Seconds:
-    """``measure(*arguments)`` in one new process after another, all seconds pooled.
+def in_fresh_process(generate: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
+    """What ``generate(*arguments)`` yields in a new process, as it comes.
 
     Where a process's memory comes to lie moves a whole run by several percent either way: one process is one sample.
+
+    Raises:
+        RuntimeError: the process ended early.
     """
-    pooled: Seconds = {}
     context = multiprocessing.get_context("spawn")
-    for _ in range(processes):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            for name, phases in pool.submit(measure, *arguments).result().items():
-                for phase, values in phases.items():
-                    pooled.setdefault(name, {}).setdefault(phase, []).extend(values)
-    return pooled
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, generate, arguments), daemon=True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes on each profile would run through the table
+    with _deaf_children():
+        process.start()
+    there.close()
+    try:
+        while True:
+            try:
+                ended, item = here.recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"the process that measured ended with status {process.exitcode}") from None
+            if ended:
+                break
+            yield item
+        process.join()
+    finally:
+        process.terminate()
+        process.join()
+        here.close()
 
 
-def training_step(
-    model: torch.nn.Module, x: torch.Tensor, cotangent: torch.Tensor
-) -> Callable[[], Mapping[str, float]]:
-    """One step without an optimizer: forward, and backward from a fixed random cotangent. CPU only."""
+def _send(pipe: Any, generate: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    for item in generate(*arguments):
+        pipe.send((False, item))
+    pipe.send((True, None))
 
-    def step() -> Mapping[str, float]:
-        model.zero_grad(set_to_none=True)
-        start = time.perf_counter()
-        output = model(x)
-        middle = time.perf_counter()
-        output.backward(cotangent)
-        end = time.perf_counter()
-        return {"forward": middle - start, "backward": end - middle, "step": end - start}
 
-    return step
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Ctrl-C reaches this process alone: it ends those that it starts, and they print no traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which alone may say so
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def environment(*, gpu: bool = False) -> dict[str, Any]:
@@ -108,7 +130,7 @@ def environment(*, gpu: bool = False) -> dict[str, Any]:
     record = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, "-m", *sys.orig_argv[2:]]),
+        "command": _command(),
         "commit": _commit(),
         "sources": _sources(),
         "device": "cpu",
@@ -118,17 +140,26 @@ def environment(*, gpu: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "torchvision": _version("torchvision"),
     }
     if gpu:
         found = query_gpu("name", "driver_version")
         record |= {"device": found.get("name", "unknown GPU"), "driver": found.get("driver_version", "unknown")}
         record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        record |= {"torchvision": _version("torchvision")}
     return record
 
 
+def _command() -> str:
+    """What was typed, without the folders of this machine."""
+    if sys.orig_argv[1:2] == ["-m"]:
+        return " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def _commit() -> str:
-    """What git says, or ``FASTDENSE_COMMIT`` where the checkout came without its history."""
+    """What git says, or ``FASTDENSE_COMMIT`` where the checkout came without its history; a release has a version."""
+    if not CHECKOUT:
+        return _version("fastdense") or "unknown"
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -139,9 +170,8 @@ def _commit() -> str:
 def _sources() -> str:
     """A fingerprint of the code itself: two records of one fingerprint measured the same, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path for folder in ("fastdense", "kernels", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
-    ):
+    folders = ("fastdense", "kernels", "benchmarks") if CHECKOUT else (".",)
+    for path in sorted(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,4 +1,4 @@
-"""``fastdense train`` and ``fastdense env``: options, files and exit codes."""
+"""``fastdense train`` and ``fastdense env``, beside ``fastdense bench``: options, files and exit codes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
+from .bench_commands import bench
 from .data import digits
 from .display import display, environment_tables, introduction, result_table
 from .environment import environment, versions
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 NETWORK, TRAINING, MACHINE = "Network", "Training", "Machine and output"
 Model = Annotated[

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -104,11 +106,12 @@ def is_inside(path: str | None, folder: Path) -> bool:
 
 def installed_name(source: Path) -> str:
     package, *rest = source.relative_to(ROOT).parts
-    return "/".join(["fastdense/kernels" if package == "kernels" else package, *rest])
+    return "/".join([package if package == "fastdense" else f"fastdense/{package}", *rest])
 
 
 def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) -> None:
     modules = [path for folder in ("fastdense", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    modules += (ROOT / "benchmarks").glob("*.py")  # the records stay out, and what needs a checkout: benchmarks/gpu
     expected = {installed_name(path) for path in modules} | {"fastdense/py.typed"}
     assert "fastdense/kernels/__init__.py" in expected
 
@@ -117,11 +120,11 @@ def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) 
     assert code == expected
 
 
-def test_source_archive_holds_both_folders_and_the_licence(distributions: Distributions) -> None:
+def test_source_archive_holds_the_folders_and_the_licence(distributions: Distributions) -> None:
     with tarfile.open(distributions.sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py"} <= files
-    assert not any(name.startswith("benchmarks/") for name in files)
+    assert {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py", "benchmarks/speed.py"} <= files
+    assert not any(name.startswith(("benchmarks/results", "benchmarks/gpu")) for name in files)
 
 
 def test_wheel_metadata(distributions: Distributions) -> None:
@@ -162,6 +165,32 @@ def test_wheel_imports_from_anywhere(fresh_python: Path, tmp_path: Path) -> None
 def test_wheel_installs_the_command(fresh_python: Path, tmp_path: Path) -> None:
     pytest.importorskip("typer")
     assert "train" in run(fresh_python.parent / "fastdense", "--help", cwd=tmp_path)
+
+
+def test_wheel_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
+    for package in ("typer", "matplotlib", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = fresh_python.parent / "fastdense"
+    tiny = [
+        "bench",
+        "memory",
+        "--device",
+        "cpu",
+        "--depths",
+        "10",
+        "--batch",
+        "2",
+        "--providers",
+        "fastdense-activations",
+    ]
+    run(command, *tiny, cwd=tmp_path)
+    (path,) = (tmp_path / "fastdense-bench").glob("*.json")
+    record = json.loads(path.read_text())
+    rows = record["results"]["densenet-bc-10"]
+    assert rows["fastdense activations torch"]["bytes_kept"] < rows["torchvision"]["bytes_kept"]
+    assert record["command"].startswith("fastdense bench memory") and str(tmp_path) not in path.read_text()
+    assert record["commit"] == importlib.metadata.version("fastdense")
 
 
 @pytest.mark.parametrize("place", ["repository root", "elsewhere"])

@@ -1,0 +1,194 @@
+"""A provider's training step: built, checked, its bytes counted, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastdense
+from fastdense.memory import peak_bytes, saved_bytes
+
+from .options import DTYPES, LAYOUTS, Options
+from .providers import BASE, PROVIDERS, NetworkSpec, Provider, Unavailable
+
+SEED = 0
+TOLERANCE = 1e-9  # relative 2-norm of output and all gradients together, in float64
+CHECKED_PIXELS = 1 << 18  # a check takes the timed shape while its batch has no more, so that nothing compiles twice
+SMALL_CHECK = (2, 64)
+
+
+@contextmanager
+def arithmetic(dtype: str, device: torch.device) -> Iterator[None]:
+    """``fp32`` and ``tf32`` as they say, ``fp16`` and ``bf16`` under autocast."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
+    low = DTYPES[dtype] if DTYPES[dtype].itemsize == 2 else torch.bfloat16
+    try:
+        with torch.autocast(device.type, low, enabled=DTYPES[dtype].itemsize == 2):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def build(provider: Provider, spec: NetworkSpec, options: Options) -> nn.Module:
+    """The provider's network on the device, in the layout, with the weights that all have.
+
+    Raises:
+        Unavailable: it cannot run here.
+    """
+    provider.require(options.torch_device)
+    torch.manual_seed(SEED)
+    model: Any = provider.build(spec).to(options.torch_device)
+    return provider.wrap(model.to(memory_format=LAYOUTS[options.layout]))
+
+
+def images(batch: int, size: int, classes: int, options: Options) -> tuple[Tensor, Tensor]:
+    """Random images in the layout, and a random cotangent of the class scores."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(batch, 3, size, size, generator=generator).contiguous(memory_format=LAYOUTS[options.layout])
+    cotangent = torch.randn(batch, classes, generator=generator)
+    return x.to(options.torch_device), cotangent.to(options.torch_device)
+
+
+class Step:
+    """Forward, backward from a fixed random cotangent, and SGD with momentum, whose learning rate is 0."""
+
+    def __init__(self, model: nn.Module, x: Tensor, cotangent: Tensor, dtype: str) -> None:
+        self.model, self.x, self.cotangent, self.dtype = model, x, cotangent, dtype
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True)
+
+    def forward_backward(self) -> None:
+        """Both, without the optimizer; gradients add up."""
+        with arithmetic(self.dtype, self.x.device):
+            scores = self.model(self.x)
+        scores.backward(self.cotangent.to(scores.dtype))
+
+    def __call__(self) -> Mapping[str, float]:
+        """Seconds by phase on the device, and of the whole step until the device has finished."""
+        device = self.x.device
+        _wait(device)
+        start = time.perf_counter()
+        marks = [_mark(device)]
+        with arithmetic(self.dtype, device):
+            scores = self.model(self.x)
+        marks.append(_mark(device))
+        scores.backward(self.cotangent.to(scores.dtype))
+        marks.append(_mark(device))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.append(_mark(device))
+        _wait(device)
+        total = time.perf_counter() - start
+        phases = zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False)
+        return {name: _between(first, second) for name, first, second in phases} | {"step": total}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(first: Any, second: Any) -> float:
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3
+
+
+def count_bytes(step: Step) -> dict[str, int]:
+    """Bytes of one training step, without parameters, their gradients, the images, and the optimizer.
+
+    ``bytes_kept`` is what the forward pass keeps for backward; ``bytes_peak`` the most that there is at one time.
+    """
+    model, x = step.model, step.x
+    model.zero_grad(set_to_none=True)
+    with saved_bytes(model, x) as kept, arithmetic(step.dtype, x.device):
+        scores = model(x)
+    if x.device.type == "cuda":  # its counter cannot leave gradients out: they exist before
+        scores.backward(step.cotangent.to(scores.dtype))
+    del scores
+    with peak_bytes(x.device) as peak:
+        step.forward_backward()
+    found = {"bytes_kept": kept.bytes, "bytes_peak": peak.without(model) if x.device.type == "cpu" else peak.bytes}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+class Check:
+    """Whether a provider computes what torchvision does: output and all gradients of one step.
+
+    What is plain PyTorch must agree in float64, where rounding hides nothing. What is compiled, and kernels that know
+    no float64, are held against float64 in float32 and in the arithmetic that is timed, and may be off by little more
+    than torchvision itself: a value within a rounding of 0 switches a ReLU, and everything after it.
+    """
+
+    def __init__(self, spec: NetworkSpec, batch: int, size: int, options: Options) -> None:
+        self.spec, self.options = spec, options
+        small = batch * size**2 <= CHECKED_PIXELS
+        self.batch, self.size = (batch, size) if small else SMALL_CHECK
+        self.truth = self._outcome(self._base(), "float64")
+        self.theirs: dict[str, float] = {}
+
+    def __call__(self, provider: Provider) -> dict[str, Any]:
+        """``checked``, and ``relative_difference`` in the arithmetic of the check."""
+        if provider.name == BASE:
+            return {"relative_difference": 0.0, "checked": True}
+        if provider.exact:
+            error = self._error(build(provider, self.spec, self.options), "float64")
+            return {"relative_difference": error, "checked": error <= TOLERANCE}
+        found = []
+        for dtype in dict.fromkeys(["fp32", self.options.dtype]):
+            if dtype not in self.theirs:
+                self.theirs[dtype] = self._error(self._base(), dtype)
+            limit = (4 if dtype == "fp32" else 1.3) * self.theirs[dtype] + 1e-2
+            error = self._error(build(provider, self.spec, self.options), dtype)
+            found.append((error, error <= limit))
+        return {"relative_difference": found[0][0], "checked": all(right for _, right in found)}
+
+    def _base(self) -> nn.Module:
+        try:
+            return build(PROVIDERS[BASE], self.spec, self.options)
+        except Unavailable:
+            reference = Provider("reference", "textbook", _reference)
+            return build(reference, self.spec, self.options)
+
+    def _outcome(self, model: nn.Module, dtype: str) -> Tensor:
+        x, cotangent = images(self.batch, self.size, self.spec.num_classes, self.options)
+        if dtype == "float64":
+            model, x = model.double(), x.double()
+        with arithmetic("fp32" if dtype == "float64" else dtype, x.device):
+            scores = model(x)
+        scores.backward(cotangent.to(scores.dtype))
+        found = [scores.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return torch.cat([tensor.double().flatten() for tensor in found])
+
+    def _error(self, model: nn.Module, dtype: str) -> float:
+        outcome = self._outcome(model, dtype)
+        return ((outcome - self.truth).norm() / self.truth.norm()).item()  # NaN, which no tolerance admits, stays
+
+
+def _reference(spec: NetworkSpec) -> nn.Module:
+    return fastdense.DenseNet(**spec.arguments(), small_inputs=spec.small_inputs, impl="reference")
+
+
+def attempt(action: Callable[[], Mapping[str, Any]], device: torch.device) -> Mapping[str, Any]:
+    """``action()``, or why a provider could not do it: one that fails must not take the others' figures with it."""
+    try:
+        return action()
+    except Unavailable as reason:
+        return {"unavailable": str(reason)}
+    except Exception as error:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
