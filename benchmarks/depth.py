@@ -27,6 +27,7 @@ from rich.console import Console
 
 from fastdense.memory import peak_bytes, saved_bytes
 
+from . import options as options_module
 from .counted import counted_bytes
 from .depth_report import plot, tables
 from .providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, Unavailable, cifar
@@ -38,6 +39,7 @@ __all__ = ["QUESTIONS", "Options", "Question", "main", "parse_bytes", "plot", "r
 COUNTED = "by bytes counted, not by steps on a GPU"
 STEPPED = "by training steps on the GPU, under a limit on PyTorch's allocator"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}  # of what cannot run in float64: half switched ReLUs
+DEFAULT_BUDGET = "12GB"
 BATCH = 16  # of the step that counts are compared with
 
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -123,6 +125,24 @@ class Options:
         return cls(budget=5 * 10**8, device=device, questions=QUICK, seconds=60.0)
 
 
+def settled(options: Options | options_module.Options) -> Options:
+    """The options that all benchmarks share, as this one's.
+
+    Raises:
+        ValueError: for another arithmetic than float32, whose bytes nobody has counted, or a budget that is none.
+    """
+    if isinstance(options, Options):
+        return options
+    if options.dtype != "fp32":
+        raise ValueError(f"depth is found out in fp32, got dtype {options.dtype!r}")
+    device = options.torch_device.type
+    own = Options.quick(device) if options.quick else Options(device=device)
+    if options.budget is not None and not (options.quick and options.budget == DEFAULT_BUDGET):
+        own = replace(own, budget=parse_bytes(options.budget))
+    providers = tuple(options.labels()) if options.providers else ()
+    return replace(own, providers=providers, processes=1 if options.quick else 2)
+
+
 def parse_bytes(text: str) -> int:
     """``"12GB"`` is 12,000,000,000; ``"12GiB"`` is 12 * 2**30.
 
@@ -179,15 +199,15 @@ def beside_measured(provider: Provider, depth: int = 40) -> dict[str, int]:
     return {**figures, "peak_counted": counted.peak - there, "peak_measured": peak.bytes}
 
 
-def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run(options: Options | options_module.Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Check, then search; returns the record.
 
     Args:
         options: what to find out.
         say: is told what was found, a line at a time.
     """
-    began = time.monotonic()
-    until = None if options.seconds is None else began + options.seconds
+    options = settled(options)
+    until = None if options.seconds is None else time.monotonic() + options.seconds
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError("device 'cuda' needs a CUDA GPU; 'cpu' counts bytes without one")
@@ -200,7 +220,9 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dic
         say(f"{name}, {provider.label}: {row[question.grows]}{'' if row['complete'] else ' or more: time was up'}")
     settings = {"budget": options.budget, "method": STEPPED if cuda else COUNTED, "dtype": "float32"}
     settings |= {"optimizer": "SGD with momentum", "seconds": options.seconds}
-    return {**environment(gpu=cuda), "settings": settings, "checks": checks, "results": results}
+    complete = all(row["complete"] for answers in results.values() for row in answers["providers"].values())
+    about = {**environment(gpu=cuda), "kind": "depth", "complete": complete}
+    return {**about, "settings": settings, "checks": checks, "results": results}
 
 
 Found = Iterator[tuple[str, Provider, dict[str, Any]]]  # question, who, and the row

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks import depth, depth_report, trials
+from benchmarks import depth, depth_report, schema, trials
 from benchmarks.counted import LiveBytes, counted_bytes
 from benchmarks.providers import MODELS, PROVIDERS, NetworkSpec, cifar
 from benchmarks.trials import CudaMemory, Trial, largest, real_trial
@@ -276,6 +276,7 @@ def record() -> dict[str, Any]:
 
 def test_a_small_run(record: dict[str, Any]) -> None:
     assert record["settings"]["method"] == "by bytes counted, not by steps on a GPU"
+    assert schema.complaints(json.loads(json.dumps(record))) == []
     assert record["checks"]["compile"]["unavailable"] == "its bytes cannot be counted without a device"
     found = record["results"]["cifar"]["providers"]
     assert list(found) == ["torchvision", "memory-efficient", "fastdense-bottlenecks"]
@@ -323,6 +324,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert written["settings"]["budget"] == 10**8
     assert (tmp_path / "depth.png").stat().st_size > 10_000
     assert "fastdense bottlenecks" in capsys.readouterr().out
+
+
+def test_the_options_of_all_benchmarks() -> None:
+    settle, shared = depth.settled, depth.options_module.Options
+    assert settle(shared(budget="24GiB")) == depth.Options(24 << 30, processes=2)
+    assert settle(shared(quick=True, budget="12GB")) == depth.Options.quick("cpu")
+    assert settle(shared(quick=True, budget="2GB")).budget == 2 * 10**9
+    assert settle(shared(providers=("convert",))).providers == ("torchvision", "convert")
+    with pytest.raises(ValueError, match="fp32, got dtype 'bf16'"):
+        settle(shared(dtype="bf16"))
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
