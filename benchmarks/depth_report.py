@@ -163,7 +163,7 @@ def _curves(axis: Any, answers: dict[str, Any], budget: int) -> None:
         if (best := _best(row)).get("bytes"):
             axis.plot(row["depth"], best["bytes"] / 1e9, "o", color=colour, zorder=3)
             axis.annotate(
-                f"{row['depth']:,}", (row["depth"], line), (0, 5), textcoords="offset points", ha="center",
+                f"{row['depth']:,}", (row["depth"], line), (0, 4), textcoords="offset points", rotation=50,
                 fontsize=9, fontweight="bold", color=colour, visible=row["depth"] not in marked,
             )  # fmt: skip
             marked.add(row["depth"])

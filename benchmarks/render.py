@@ -3,7 +3,8 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``compiled`` and ``host``. ``--check`` changes nothing and exits with 1 if a table is not what its record says.
+``depth``, ``compiled`` and ``host``. ``--check`` changes nothing and exits with 1 if a table is not what its record
+says.
 """
 
 from __future__ import annotations
