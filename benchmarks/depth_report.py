@@ -163,7 +163,7 @@ def _curves(axis: Any, answers: dict[str, Any], budget: int) -> None:
         if (best := _best(row)).get("bytes"):
             axis.plot(row["depth"], best["bytes"] / 1e9, "o", color=colour, zorder=3)
             axis.annotate(
-                f"{row['depth']:,}", (row["depth"], line), (0, 4), textcoords="offset points", rotation=50,
+                f"{row['depth']:,}", (row["depth"], line), (0, 4), textcoords="offset points", rotation=40,
                 fontsize=9, fontweight="bold", color=colour, visible=row["depth"] not in marked,
             )  # fmt: skip
             marked.add(row["depth"])
@@ -178,7 +178,7 @@ def _curves(axis: Any, answers: dict[str, Any], budget: int) -> None:
         axis.plot(*zip(*shares, strict=True), ":", color="#333333", linewidth=1.3, label=label)
     axis.axhline(line, color="#b2182b", linewidth=1, label="the budget; above it, the deepest that fits")
     axis.set(
-        ylim=(0, 1.8 * line),
+        ylim=(0, 2.1 * line),
         xlim=(0, 1.12 * max(1, deepest["depth"])),
         xlabel="depth (convolutions and classifier)",
         ylabel="memory [GB]",
