@@ -3,7 +3,7 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that
+``depth``, ``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that
 picture of ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a
 table is not what its record says.
 """
@@ -18,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .depth_report import depth_table
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "compatibility")))
+PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "depth", "compatibility")))
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>figures|memory|compiled|host): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
+    r"(<!-- (?P<kind>figures|memory|depth|compiled|host): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
 )
 _PICTURE = re.compile(r"(<!-- picture: (?P<file>\S+) \| (?P<words>.+?) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
@@ -126,6 +127,7 @@ def host_table(record: dict[str, Any], file: str) -> str:
 _TABLES: dict[str, Callable[[Any, str], str]] = {
     "figures": speed_table,
     "memory": memory_table,
+    "depth": depth_table,
     "compiled": compiled_table,
     "host": host_table,
 }
