@@ -3,8 +3,8 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that
-picture of ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a
+``depth``, ``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands
+that picture of ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a
 table is not what its record says.
 """
 
