@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _forget_warnings() -> None:
-    functional.say_once.cache_clear()
+    functional._warn.cache_clear()
 
 
 def network_pair(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[Any, Any]:
