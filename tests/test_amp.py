@@ -16,7 +16,7 @@ from common import random_input, relative_error
 from torch import Tensor, nn
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-INPUTS = 41
+INPUTS = 81
 
 
 def _norms_in_float32(net: nn.Module) -> nn.Module:
