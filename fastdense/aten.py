@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import as_images, as_rows
+from .features import CHANNELS_LAST, as_images, as_rows
 from .pieces import Piece
 from .primitives import Pool
 
 __all__ = ["Convolution", "MaxPool"]
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Convolution:
@@ -46,7 +44,7 @@ class Convolution:
     @staticmethod
     def _rows(images: Tensor) -> Tensor:
         """A convolution's result as rows; a copy only if it did not come out channels last."""
-        return as_rows(images.contiguous(memory_format=_CHANNELS_LAST[images.dim()]))
+        return as_rows(images.contiguous(memory_format=CHANNELS_LAST[images.dim()]))
 
     def d_weight(self, g: Tensor, operand: Tensor, so_far: Tensor | None, acc: torch.dtype) -> Tensor:
         """The gradient of a 1x1 weight, added to that of the chunks before."""
@@ -104,7 +102,7 @@ class MaxPool:
         self._backward = backward[0] if three else backward[1]
 
     def _result(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=_CHANNELS_LAST[images.dim()])
+        images = images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
         return images.squeeze(2) if self.one_d else images
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,16 +153,12 @@ def everything(
         sweep = "4,16" if quick else "1,2,4,16,32"
         jobs: list[tuple[str, Record]] = [("speed", {"batches": sweep}), ("memory", {"depths": (40, 100, 190)})]
         jobs[1:1] = [] if quick else [("memory", {})]
-        jobs += [("depth", {"budget": "12GB"})] if not quick and _exists("depth") else []
+        jobs += [] if quick else [("depth", {"budget": "12GB"})]
         for name, special in jobs:
             records.append(_run(console, name, _options(name, {**options, **special})))
             if not records[-1].get("complete", True):
                 break
         _finish(console, records, as_json)
-
-
-def _exists(name: str) -> bool:
-    return (Path(str(benchmark("runner").__file__)).parent / f"{name}.py").is_file()
 
 
 def _more_depths(depths: list[int] | None, rest: list[str]) -> tuple[int, ...]:

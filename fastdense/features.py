@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ROW_ALIGNMENT_BYTES = 16
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # rank: memory format
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

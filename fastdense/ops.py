@@ -232,22 +232,22 @@ def dense_block_backward(
         elif needs_x:
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
-    wanted = {i: gradient for i, gradient in enumerate(flat) if needs[i] and gradient is not None}
-    found = [param.new_empty(0) for param in params]
-    for i, gradient in zip(wanted, gradients_like([params[i] for i in wanted], [*wanted.values()]), strict=True):
-        found[i] = gradient
-    return grad_x, grad_x_mean, grad_x_var, found
+    return grad_x, grad_x_mean, grad_x_var, gradients_like(params, flat, needs)
 
 
-def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Each gradient with the shape, dtype and strides of its parameter: optimizers and DDP want them to agree.
 
-    In 16 bit all of them are cast, in one call: one for each would be more launches than everything else.
+    Empty where there is none or nobody ``needs`` it. In 16 bit all of them are cast, in one call: one for each would be
+    more launches than everything else.
     """
     found: list[Tensor] = []
     casts: list[Tensor] = []
     sources: list[Tensor] = []
-    for param, gradient in zip(params, gradients, strict=True):
+    for param, gradient, needed in zip(params, gradients, needs, strict=True):
+        if gradient is None or not needed:
+            found.append(param.new_empty(0))
+            continue
         same = gradient.dtype == param.dtype
         if same and gradient.shape == param.shape and gradient.stride() == param.stride():
             found.append(gradient)

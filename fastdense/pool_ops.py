@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
+from .features import CHANNELS_LAST, Features, LazyGradient, accumulation_dtype, as_rows, empty_features
 from .ops import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
 from .primitives import Backend, Conv, Gradients, Norm, Pool
 
 __all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # rank: memory format
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -41,8 +39,8 @@ def channels_last(x: Tensor) -> Tensor:
         dense = x.shape[0] == 1 or strides[0] == pixels * strides[-1]
         if strides[1] == 1 and dense and strides[-1] >= x.shape[1]:
             return x
-    if x.dim() in _CHANNELS_LAST:  # no view, of whose strides compilers make less where sizes are symbols
-        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    if x.dim() in CHANNELS_LAST:  # no view, of whose strides compilers make less where sizes are symbols
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -195,13 +193,9 @@ def bn_relu_pool_backward(
                 grad_mean, grad_var = into.a * be.m, into.b * (be.m / 2)
             else:
                 be.resolve(into, source, out=grad_x)
-    flat = [
-        gradients_like([param], [gradient])[0]
-        if wanted and param is not None and gradient is not None
-        else x.new_empty(0)
-        for param, gradient, wanted in zip((gamma, beta, weight), gradients, needs[1:], strict=True)
-    ]
-    return grad_x, grad_mean, grad_var, flat[0], flat[1], flat[2]
+    # A parameter that there is not has no gradient either: any tensor stands for it.
+    dgamma, dbeta, dweight = gradients_like([gamma, beta, gamma if weight is None else weight], gradients, needs[1:])
+    return grad_x, grad_mean, grad_var, dgamma, dbeta, dweight
 
 
 @bn_relu_pool_backward.register_fake
@@ -212,9 +206,10 @@ def _(
 ) -> Any:  # fmt: skip
     grad_x = empty_features(x.shape, dtype=x.dtype, device=x.device) if needs[0] else x.new_empty(0)
     moments = [mean.new_empty(x.shape[1] if needs[0] and lazy and not frozen_stats else 0) for _ in range(2)]
+    wanted = (*needs[1:3], needs[3] and weight is not None)
     return grad_x, *moments, *(
-        torch.empty_like(param) if wanted and param is not None else x.new_empty(0)
-        for param, wanted in zip((gamma, beta, weight), needs[1:], strict=True)
+        torch.empty_like(param) if want else param.new_empty(0)
+        for param, want in zip((gamma, beta, gamma if weight is None else weight), wanted, strict=True)
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,18 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels_checked(fresh_memory_is_nan: None) -> Iterator[None]:
+    """For tests of the kernels: accesses within their tensors, and fp32 products in fp32, ours and PyTorch's."""
+    from interpreted import accesses_checked
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with nullcontext() if torch.cuda.is_available() else accesses_checked():
+        yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from budget import BF16, DEVICE, F16, F32, SHAPES, check_budget, check_shape, or
 from common import assert_close, block_pair, random_input, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import accesses_checked
 from torch import Tensor, nn
 
 import fastdense
@@ -25,22 +23,7 @@ from fastdense.triton_backend import TritonBackend
 
 Results = dict[str, Tensor | None]
 
-pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "_accesses_checked")
-
-
-@pytest.fixture
-def _accesses_checked() -> Iterator[None]:
-    with nullcontext() if DEVICE == "cuda" else accesses_checked():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    """fp32 products in fp32, ours and PyTorch's."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = pytest.mark.usefixtures("kernels_checked")
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])

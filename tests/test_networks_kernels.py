@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import networks
@@ -13,7 +11,7 @@ import pytest
 import torch
 from budget import DEVICE, F16, F32, INPUTS, TOLERANCE, decided_relus, ordinary_gammas
 from common import random_input, relative_error
-from interpreted import LaunchCounter, accesses_checked
+from interpreted import LaunchCounter
 from torch import Tensor, nn
 
 import fastdense
@@ -22,13 +20,7 @@ from fastdense.converted import Converted
 DIMS3 = (9, 17, 14)
 
 
-@pytest.fixture(autouse=True)
-def _checked(fresh_memory_is_nan: None) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    with nullcontext() if DEVICE == "cuda" else accesses_checked():
-        yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = pytest.mark.usefixtures("kernels_checked")
 
 
 def _pair(name: str) -> tuple[nn.Module, nn.Module]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from budget import BF16, F16, F32, tiles
 from common import assert_close, random_input, results
-from interpreted import accesses_checked
 from pooled import CASES, DEVICE, KINDS, Case, Stage, check_budget, check_shape, pair, rolled, small
 from test_kernels import Guarded
 from torch import Tensor, nn
@@ -21,25 +19,10 @@ from fastdense.primitives import Conv, Norm, Pool
 from fastdense.torch_backend import TorchBackend
 from fastdense.triton_backend import TritonBackend
 
-pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "_accesses_checked")
+pytestmark = pytest.mark.usefixtures("kernels_checked")
 
 INPUTS = 3 if DEVICE == "cuda" else 1  # the interpreter takes a second or so for each
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture
-def _accesses_checked() -> Iterator[None]:
-    with nullcontext() if DEVICE == "cuda" else accesses_checked():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    """fp32 products in fp32, ours and PyTorch's."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from typing import Any
 
-from .skip import Skip
+from .. import depth
 from .stage import Job
 
 BUDGET = 12 * 10**9
@@ -15,12 +13,6 @@ SPARE_SECONDS = 8.0  # for the trial that runs when time is up
 
 def measure(job: Job) -> None:
     """``benchmarks.depth.run`` within the stage's time; what it has not settled by then is a lower bound."""
-    try:
-        depth: Any = importlib.import_module("benchmarks.depth")
-    except ModuleNotFoundError as missing:
-        if missing.name != "benchmarks.depth":
-            raise
-        raise Skip("this checkout has no benchmarks/depth.py") from None
     seconds = max(1.0, job.seconds_left() - SPARE_SECONDS)
     if job.rehearsal:
         quick = depth.Options.quick("cpu")
