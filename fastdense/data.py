@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Dataset", "batches", "digits"]
+__all__ = ["Dataset", "Source", "UnreadableImage", "batches", "digits", "open_data"]
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed, so that accuracies of different --seed values are about the same test images
+
+
+class UnreadableImage(RuntimeError):
+    """An image cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,42 @@ class Dataset:
     test_labels: Tensor
     classes: int
 
+    unreadable = ()
+
     @property
     def channels(self) -> int:
         return self.train_images.shape[1]
+
+    @property
+    def class_names(self) -> list[str]:
+        """What each class is called."""
+        return [str(number) for number in range(self.classes)]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, pixels."""
+        return self.train_images.shape[-1]
+
+    @property
+    def train_count(self) -> int:
+        """Images to train on."""
+        return len(self.train_labels)
+
+    @property
+    def test_count(self) -> int:
+        """Images to test on."""
+        return len(self.test_labels)
+
+    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of each batch of image numbers."""
+        for batch in batches:
+            numbers = batch.to(self.train_labels.device)
+            yield self.train_images[numbers], self.train_labels[numbers]
+
+    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of the test images ``numbers``, in order, ``batch_size`` at a time."""
+        for part in numbers.to(self.test_labels.device).split(batch_size):
+            yield self.test_images[part], self.test_labels[part]
 
     def to(self, device: torch.device) -> Dataset:
         """The same images on ``device``."""
@@ -84,3 +121,21 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
     """
     order = torch.randperm(count, generator=generator)
     return iter(order[: count // batch_size * batch_size].split(batch_size))
+
+
+Source = Dataset
+
+
+def open_data(
+    data: str,
+    *,
+    image_size: int | None,
+    augment: str = "auto",
+    seed: int = 0,
+    workers: int = 0,
+    on_error: str = "stop",
+) -> Source:
+    """What ``--data`` names."""
+    if data != "digits":
+        raise ValueError(f"--data must be digits, got {data!r}")
+    return digits(image_size or 8)
