@@ -113,6 +113,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.saved: tuple[int, bool] | None = None
         self.failed = False  # whether the newest checkpoint could not be written
         self.logs_failed = False
+        self.stopped = False  # whether a log failed, or a checkpoint, that must not
         if resumed is not None:
             self.saved = (experiment.step, experiment.evaluated)
             if self.writing:  # a kill between last.pt and its other names
@@ -201,6 +202,8 @@ class Outputs(AbstractContextManager["Outputs"]):
                 old.unlink()
 
     def _log(self, what: str, write: Callable[[], None]) -> None:
+        if self.stopped:
+            return
         quiet = self.logs_failed  # one warning is enough for a disk that stays full
         self.logs_failed = not self._attempt(what, write, quiet=quiet)
 
@@ -211,6 +214,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         except OSError as error:
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}"
             if self.experiment.config.on_error == "stop":
+                self.stopped = True
                 raise OutputError(f"{reason}. What was written before is whole. {self.remedy}") from error
             if not quiet:
                 self.warn(f"{reason}. Training goes on; the next save tries again.")

@@ -107,7 +107,9 @@ def each_takes_its_share(everybody: Processes) -> None:
 def batches_that_cannot_be_shared(everybody: Processes) -> None:
     with pytest.raises(ValueError, match=r"--batch-size must be divisible by the 2 processes, as 64 is; got 65"):
         Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, everybody)
-    with pytest.raises(ValueError, match="--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU"):
+    with pytest.raises(
+        ValueError, match="--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU"
+    ):
         Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, everybody)
 
 
