@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -65,12 +66,15 @@ class OutputOptions:
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
 
 
-def prepare(out: Path, *, resume: bool) -> None:
+def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
     """Make the folder ready for a run, or for going on with one.
 
     Raises:
         ValueError: it cannot be written, or holds a run already.
+        ModuleNotFoundError: tensorboardX is not installed.
     """
+    if tensorboard:
+        importlib.import_module("tensorboardX")  # before anything is written
     held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
     if held and not resume:
         raise ValueError(
