@@ -34,14 +34,13 @@ def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
 def schedule(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
     """A linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
 
-    The step that crosses a milestone, a fraction of all ``steps``, is the first with the lower rate. A single step has
-    no warm-up.
+    So many steps as a milestone's fraction of all ``steps``, rounded, are made before it. A single step has no warm-up.
     """
     config = config or TrainConfig()
     warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
     rest: LRScheduler
     if config.schedule == "step":
-        falls = [math.floor(fraction * steps) - warm_up for fraction in config.milestones]
+        falls = [round(fraction * steps) - warm_up for fraction in config.milestones]
         rest = MultiStepLR(optimizer, milestones=falls, gamma=config.gamma)
     else:
         rest = CosineAnnealingLR(optimizer, T_max=steps - warm_up)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,11 @@ def _block_config(text: str | None) -> tuple[int, ...] | None:
 
 def _milestones(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(fraction) for fraction in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--milestones must be fractions of all steps, as in 0.5,0.75, got {text!r}") from error
+        return tuple(float(Fraction(fraction)) for fraction in text.split(","))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"--milestones must be fractions of all steps, as in 0.5,0.75 or 1/3,2/3; got {text!r}"
+        ) from error
 
 
 PARSERS = {"bn_size": _bn_size, "block_config": _block_config, "milestones": _milestones}

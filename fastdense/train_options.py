@@ -131,7 +131,7 @@ Schedule = Annotated[
     ),
 ]
 Milestones = Annotated[
-    str, typer.Option(help="With --schedule step: fractions of all steps.", rich_help_panel=TRAINING)
+    str, typer.Option(help="With --schedule step: fractions of all steps, as 1/3,2/3.", rich_help_panel=TRAINING)
 ]
 Gamma = Annotated[float, typer.Option(help="What a milestone multiplies the rate by.", rich_help_panel=TRAINING)]
 WarmUp = Annotated[

@@ -175,6 +175,12 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
         (["--model", "densenet121", "--depth", "40"], "--model and --depth contradict each other"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--batch-size", "5000"], "--batch-size must be at most 1437, the training images, got 5000"),
+        (
+            ["--milestones", "half"],
+            "--milestones must be fractions of all steps, as in 1/3,2/3, got 'half'",
+        ),
+        (["--save-every", "soon"], "--save-every must be a number of epochs or steps, as in 2epochs or 500steps"),
+        (["--resume"], "--resume needs --out, the folder of the run to go on with"),
         (["--lr", "0"], "--lr must be a positive number, got 0"),
         (["--compare", "--impl", "reference"], "must be auto, triton or torch, not reference"),
         (["--metrics", "no/such/folder"], "--metrics no/such/folder cannot be written: No such file"),
