@@ -229,6 +229,8 @@ class Outputs(AbstractContextManager["Outputs"]):
     def remedy(self) -> str:
         """How to go on with this run."""
         assert self.out is not None
+        if not (self.out / LAST).exists():
+            return "Start again where there is space"
         count = self.experiment.processes.count
         start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"
         return f"Go on with: {start} train --out {shlex.quote(str(self.out))} --resume"

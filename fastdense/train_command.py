@@ -92,9 +92,7 @@ def _milestones(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(Fraction(fraction)) for fraction in text.split(","))
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"--milestones must be fractions of all steps, as in 0.5,0.75 or 1/3,2/3; got {text!r}"
-        ) from error
+        raise ValueError(f"--milestones must be fractions of all steps, as in 1/3,2/3, got {text!r}") from error
 
 
 PARSERS = {"bn_size": _bn_size, "block_config": _block_config, "milestones": _milestones}
@@ -147,14 +145,17 @@ def _explained(error: BaseException) -> str | None:
 
 
 def _run(options: dict[str, Any], given: frozenset[str], everybody: Processes, errors: Console) -> None:
-    metrics = options.pop("metrics") if everybody.first else options.pop("metrics") and None
+    metrics = options.pop("metrics")
     experiment, output, state = _prepare(options, given, everybody)
     console = Console(highlight=False, markup=False, quiet=not everybody.first)
 
     def warn(message: str) -> None:
         errors.print(message, style="yellow")
 
-    with _metrics_file(metrics) as file, Outputs(output, experiment, warn, resumed=state) as outputs:
+    with (
+        _metrics_file(metrics if everybody.first else None) as file,
+        Outputs(output, experiment, warn, resumed=state) as outputs,
+    ):
         train(console, experiment, file, outputs)
     if outputs.failed:
         raise OutputError(f"the last checkpoint could not be written to {outputs.out}. {outputs.remedy}")
