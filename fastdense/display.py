@@ -100,9 +100,22 @@ def introduction(experiment: Experiment) -> str:
         f"{config.architecture.description}: {parameters:,} parameters.\n"
         f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.\n"
         f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
-        f"SGD, learning rate {config.lr:g}, seed {config.seed}.\n"
+        f"SGD, learning rate {config.lr:g}, seed {config.seed}{_more(experiment)}.\n"
         f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment) + _resumed(experiment)
     )
+
+
+def _more(experiment: Experiment) -> str:
+    """What is not as in the demonstration."""
+    config, count = experiment.config, experiment.processes.count
+    told = {
+        f", times {config.gamma:g} at {', '.join(f'{fraction:.0%}' for fraction in config.milestones)}": config.schedule
+        == "step",
+        f", {config.amp}": config.amp != "off",
+        f", weights averaged with decay {config.ema}": config.ema is not None,
+        f"; {count} processes" + (" with SyncBatchNorm" if config.sync_bn else ""): count > 1,
+    }
+    return "".join(text for text, shown in told.items() if shown)
 
 
 def _resumed(experiment: Experiment) -> str:
@@ -218,7 +231,7 @@ class PlainDisplay:
 @contextmanager
 def display(console: Console, experiment: Experiment) -> Iterator[Display]:
     """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
-    if not console.is_terminal or console.is_dumb_terminal:
+    if console.quiet or not console.is_terminal or console.is_dumb_terminal:
         yield PlainDisplay(console, experiment)
         return
     live = LiveDisplay(console, experiment)

@@ -274,7 +274,8 @@ def test_log_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_averaged_weights_have_a_row() -> None:
-    result = fastdense_command(*TINY, "--steps", "2", "--ema", "0.9")
+    result = fastdense_command(*TINY, "--steps", "2", "--ema", "0.9", "--schedule", "step", "--amp", "bf16")
+    assert "seed 0, times 0.1 at 50%, 75%, bf16, weights averaged with decay 0.9." in words(result.output)
     (row,) = [cells for label, cells in rows(result.output).items() if label.startswith("fastdense, averaged")]
     assert float(row[1]) > 0 and row[2].endswith("%") and row[0] == row[3] == "-"
 

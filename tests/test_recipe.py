@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
+import types
 import warnings
 from typing import Any
 
@@ -183,6 +185,15 @@ def test_buffers_are_restored_with_their_dtypes_and_shapes() -> None:
     assert same(model.state_dict(), before) != ""
     kept.restore()
     assert same(model.state_dict(), before) == ""
+
+
+def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = types.ModuleType("fastdense.plain")
+    plain.without_dense_connections = lambda model: model.requires_grad_(False)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastdense.plain", plain)
+    for asked in (True, False):
+        model = dataclasses.replace(TINY, plain=asked).architecture.build(channels=1, classes=10, plain=asked)
+        assert any(p.requires_grad for p in model.parameters()) != asked
 
 
 def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
