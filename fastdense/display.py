@@ -108,6 +108,7 @@ def introduction(experiment: Experiment) -> str:
 def _more(experiment: Experiment) -> str:
     """What is not as in the demonstration."""
     config, count = experiment.config, experiment.processes.count
+    milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
     told = {
         f", times {config.gamma:g} at {', '.join(f'{fraction:.0%}' for fraction in config.milestones)}": config.schedule
         == "step",

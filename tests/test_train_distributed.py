@@ -16,7 +16,10 @@ pytest.importorskip("sklearn")
 import train_worker
 from torchrun import two_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+]
 
 NAMES = [case.__name__ for case in train_worker.CASES]
 
