@@ -110,8 +110,7 @@ def _more(experiment: Experiment) -> str:
     config, count = experiment.config, experiment.processes.count
     milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
     told = {
-        f", times {config.gamma:g} at {', '.join(f'{fraction:.0%}' for fraction in config.milestones)}": config.schedule
-        == "step",
+        f", times {config.gamma:g} at {milestones}": config.schedule == "step",
         f", {config.amp}": config.amp != "off",
         f", weights averaged with decay {config.ema}": config.ema is not None,
         f"; {count} processes" + (" with SyncBatchNorm" if config.sync_bn else ""): count > 1,

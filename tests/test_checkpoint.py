@@ -120,6 +120,13 @@ def test_a_checkpoint_holds_what_it_says(finished: Path) -> None:
     assert load(finished / "best.pt")["step"] == best["step"]
 
 
+def test_best_is_the_first_with_the_highest_accuracy(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.2, 0.5, 0.5, 0.4])
+    monkeypatch.setattr(Run, "evaluate", lambda *_: (1.0, next(accuracies)))
+    assert command(*COMMAND, "--epochs", "4", "--save-every", "3epochs", "--out", str(out)).exit_code == 0
+    assert (load(out / "best.pt")["epoch"], load(out / "last.pt")["epoch"]) == (2, 4)
+
+
 def test_named_models_give_weights_that_torchvision_loads() -> None:
     import peer_packages
 
@@ -226,7 +233,8 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     steps = [record["step"] for record in records(out) if record["event"] == "step"]
     assert steps == [1, 2, 3, 4]
     assert [record["step"] for record in records(out) if record["event"] == "epoch"] == [2, 4]
-    assert [record["event"] for record in records(out)].count("resumed") == 1
+    kinds = [record["event"] for record in records(out)]
+    assert kinds.count("resumed") == kinds.count("summary") == 1 and "error" not in kinds, "cut back to the checkpoint"
 
 
 class FullDisk:
