@@ -22,6 +22,7 @@ from .bench_commands import bench
 from .data import digits
 from .display import display, environment_tables, introduction, result_table
 from .environment import environment, versions
+from .inspect_commands import inspect
 from .train import Experiment, NonFiniteLoss
 from .train_config import SMALL_IMAGES, TrainConfig
 
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.add_typer(inspect, name="inspect")
 
 NETWORK, TRAINING, MACHINE = "Network", "Training", "Machine and output"
 Model = Annotated[

@@ -183,6 +183,11 @@ def test_under_no_grad_autocast_and_inference_mode() -> None:
         with context:
             got = gradient_flow(fast, x)
         assert all(torch.equal(a.total, b.total) for a, b in zip(got, want, strict=True))
+    want = gradient_flow(fast, x, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, cast = gradient_flow(fast, x, dtype=torch.float32), gradient_flow(fast, x, dtype=None)
+    assert all(torch.equal(a.total, b.total) for a, b in zip(got, want, strict=True))
+    assert not any(torch.equal(a.total, b.total) for a, b in zip(cast, want, strict=True))
 
 
 def test_losses() -> None:
