@@ -2,7 +2,7 @@
 
     python -m benchmarks.flow [--depth 100] [--epochs 6] [--json FILE]
 
-Before and after training: it trains both on scikit-learn's digits with ``fastdense train``, and writes a record and the pictures of
+Before and after training, which `fastdense train` does on scikit-learn's digits. Writes a record and the pictures of
 docs/gradient-flow.md beside it: ``STEM-init.png``, ``STEM-trained.png``, ``STEM-reuse.png``.
 """
 

@@ -104,9 +104,11 @@ def _figure(sizes: Sequence[int], title: str, *, curve: bool) -> tuple[Figure, l
 
 def _decades(values: Any) -> LogNorm:
     """A logarithmic scale over all of ``values``, or over the largest decades of them."""
-    largest = float(values.max(initial=np.finfo(float).tiny))
-    smallest = float(values.min(initial=largest))
-    return LogNorm(max(smallest, largest / 10**DECADES) * (1 - 1e-12), largest * (1 + 1e-12), clip=True)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return LogNorm(0.1, 1.0, clip=True)
+    largest = float(values.max())
+    return LogNorm(max(float(values.min()), largest / 10**DECADES) * (1 - 1e-9), largest * (1 + 1e-9), clip=True)
 
 
 def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize) -> Any:
@@ -117,7 +119,8 @@ def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize) -> Any:
 
 def _label_layers(axes: Axes, name: str, L: int, *, output: bool, first: bool) -> None:
     axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layers)", fontsize=10)
-    step = max(1, -(-L // 12))
+    inches = axes.bbox.width / DPI  # before the layout is final: about right
+    step = max(1, round(0.3 * L / inches))
     layers = range(0, L, step)
     axes.set_xticks([*layers, *([L] if output else [])], [*(str(j + 1) for j in layers), *(["out"] if output else [])])
     maps = range(0, L + output, step)
@@ -156,7 +159,8 @@ def _depth_curves(axes: Axes, curves: Mapping[str, Sequence[BlockFlow]]) -> None
         axes.text(middle, 1.01, flow.name.removeprefix("features."), transform=axes.get_xaxis_transform(),
                   ha="center", va="bottom", fontsize=8, color="#555555")  # fmt: skip
         start = stop
-    axes.set_yscale("log")
+    if any((flow.total.isfinite() & (flow.total > 0)).any() for flows in curves.values() for flow in flows):
+        axes.set_yscale("log")
     axes.set_xlim(-0.5, start - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("feature map, counted from the input: the loss is on the right")

@@ -115,15 +115,14 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
     channels, spatial_dims = stem.in_channels, stem.weight.dim() - 2
     small = max(stem.stride) == 1
     if data == RANDOM:
-        size = image_size or of.image_size or LARGE_STEM_IMAGE
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(count, channels, *[size] * spatial_dims, generator=generator)
-        return Batch(images, None, f"noise, {'x'.join([str(size)] * spatial_dims)}")
+        shape = [image_size or of.image_size or LARGE_STEM_IMAGE] * spatial_dims
+        images = torch.randn(count, channels, *shape, generator=torch.Generator().manual_seed(seed))
+        return Batch(images, None, f"noise, {'x'.join(map(str, shape))}")
     if spatial_dims != 2:
         raise ValueError(
             f"--data {data} has flat images and the network reads {spatial_dims}D ones: use --data {RANDOM}"
         )
-    size = image_size or (of.image_size if data == of.data else None)
+    size: int | None = image_size or (of.image_size if data == of.data else None)
     if size is None and data == "digits" and not small:
         size = LARGE_STEM_IMAGE
     source = open_data(data, image_size=size, augment="none")
