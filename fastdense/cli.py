@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["main"]
 
-EXTRAS = ("typer", "rich", "sklearn")
+EXTRAS = ("typer", "rich", "sklearn", "PIL", "tensorboardX")
 
 
 def main() -> None:

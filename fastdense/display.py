@@ -83,7 +83,7 @@ def introduction(experiment: Experiment) -> str:
         where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
     return (
         f"{config.architecture.description}: {parameters:,} parameters.\n"
-        f"{data.name}: {len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test on.\n"
+        f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.\n"
         f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
         f"SGD, learning rate {config.lr:g}, seed {config.seed}.\n"
         f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +17,17 @@ import fastdense
 from . import checks
 from .environment import choose_impl
 
-__all__ = ["NAMED", "Architecture", "TrainConfig", "architecture", "layers_per_block"]
+__all__ = ["AMP", "MACHINE", "NAMED", "Architecture", "TrainConfig", "architecture", "layers_per_block"]
 
 NAMED = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 NAMED_BLOCKS = 4
 DEFAULT_DEPTH = 100
 DEFAULT_GROWTH_RATE = 12
+DIGITS_SIZE = 8  # pixels
+WARM_UP = 0.05  # of all steps, with a cosine
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What may change between the start of a run and its resumption: where it runs, and what it tells.
+MACHINE = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
 SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, and three transitions leave one
 
 
@@ -45,10 +52,12 @@ class Architecture:
         stem = 1 if self.arguments["small_inputs"] else 4
         return image_size // (stem * 2 ** (self.blocks - 1))
 
-    def build(self, *, channels: int, classes: int, **keywords: Any) -> nn.Module:
-        """A fresh network; ``keywords`` are those of :class:`fastdense.DenseNet`."""
+    def build(self, *, channels: int, classes: int, plain: bool = False, **keywords: Any) -> nn.Module:
+        """A fresh network; ``keywords`` are those of :class:`fastdense.DenseNet`, ``plain`` takes its connections."""
         construct = getattr(fastdense, self.constructor)
         model: nn.Module = construct(in_channels=channels, num_classes=classes, **self.arguments, **keywords)
+        if plain:
+            model = importlib.import_module("fastdense.plain").without_dense_connections(model)
         return model
 
 
@@ -146,17 +155,32 @@ class TrainConfig:
     """Everything that decides what a training run computes. The defaults are the demonstration's.
 
     Attributes:
-        model, depth, block_config, growth_rate, bn_size, image_size: the network, see :func:`architecture`.
+        model, depth, block_config, growth_rate, bn_size, image_size: the network, see :func:`architecture`. Without
+            ``image_size`` it is the data's own: 8 for the digits.
+        plain: the same layers without dense connections, each reading the one before it alone.
+        data: ``"digits"`` or a folder of images.
+        augment: ``"auto"`` for what suits the data; see :func:`fastdense.data.open_data`.
+        workers: processes that read images; 0 for none beside this one.
+        on_error: at an image that cannot be read or a file that cannot be written, ``"stop"`` or ``"skip"`` it.
         drop_rate: dropout after each layer's last convolution, in [0, 1).
         epochs: passes over the training images.
         steps: stop after so many steps, even within an epoch; the learning rate's schedule ends there too.
-        batch_size: images a step; what is left over at an epoch's end is dropped.
+        batch_size: images a step, over all processes; what is left over at an epoch's end is dropped.
         lr: highest learning rate, reached after the warm-up.
+        schedule: ``"cosine"``, down to zero, or ``"step"``, which multiplies the rate by ``gamma`` at ``milestones``.
+        milestones: fractions of all steps, in (0, 1), increasing.
+        warm_up: fraction of all steps, in [0, 1), in which the learning rate rises from a tenth; ``None`` for 0.05
+            with ``"cosine"`` and 0 with ``"step"``.
+        momentum, nesterov, weight_decay: of SGD.
+        amp: autocast to ``"bf16"`` or ``"fp16"``, the latter with a scaled loss; or ``"off"``.
+        ema: decay a step of a moving average of the weights, in (0, 1), evaluated beside them; ``None`` for none.
+        sync_bn: BatchNorm over the images of all processes.
         seed: of the initial weights, the order of the images and dropout.
         device: ``None`` takes CUDA where there is one, else the CPU.
         impl, recompute: as in :class:`fastdense.DenseNet`.
         compare: train the textbook ``torch.cat`` network as well, step by step beside the other.
         check_steps: with ``compare``, steps that both make in float64 beforehand; 0 for none.
+        watch_flow: look at what flows through the layers after every so many steps.
         threads: of the CPU; ``None`` for one below 32 pixels, where more of them mostly wait for each other,
             and as many as PyTorch takes from there on.
 
@@ -169,34 +193,72 @@ class TrainConfig:
     block_config: tuple[int, ...] | None = None
     growth_rate: int | None = None
     bn_size: int | None = 4
+    plain: bool = False
+    data: str = "digits"
+    augment: str = "auto"
+    workers: int = 0
+    on_error: str = "stop"
     drop_rate: float = 0.0
     epochs: int = 6
     steps: int | None = None
     batch_size: int = 64
     lr: float = 0.1
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warm_up: float | None = None
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 1e-4
+    amp: str = "off"
+    ema: float | None = None
+    sync_bn: bool = False
     seed: int = 0
     device: str | None = None
     impl: str = "auto"
     recompute: str | None = None
     compare: bool = False
     check_steps: int = 10
-    image_size: int = 8
+    watch_flow: int | None = None
+    image_size: int | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_counts()
+        self._check_rates()
+        checks.choice("--schedule", self.schedule, ("cosine", "step"))
+        checks.choice("--amp", self.amp, tuple(AMP))
+        checks.choice("--on-error", self.on_error, ("stop", "skip"))
+        checks.choice("--impl", self.impl, checks.IMPL)
+        checks.choice("--recompute", self.recompute, (*checks.RECOMPUTE, None))
+        if self.compare and checks.impl_name(self.impl) == "reference":
+            raise ValueError(
+                "--compare trains the textbook block (reference) beside another one: --impl and "
+                "FASTDENSE_IMPL must be auto, triton or torch, not reference"
+            )
+        if self._pixels is not None:
+            self.check_batch(self.batch_size)
+
+    def _check_counts(self) -> None:
         at_least_one: dict[str, int | None] = {
             "--epochs": self.epochs,
             "--batch-size": self.batch_size,
             "--steps": self.steps,
             "--threads": self.threads,
+            "--watch-flow": self.watch_flow,
         }
         for option, count in at_least_one.items():
             if count is not None and count < 1:
                 raise ValueError(f"{option} must be at least 1, got {count}")
-        if self.check_steps < 0:
-            raise ValueError(f"--check-steps must be at least 0, got {self.check_steps}")
+        for option, count in {"--check-steps": self.check_steps, "--workers": self.workers}.items():
+            if count < 0:
+                raise ValueError(f"{option} must be at least 0, got {count}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and less than 2**63, got {self.seed}")
+        if self.image_size is not None and self.image_size < DIGITS_SIZE:
+            raise ValueError(f"--image-size must be at least 8, the size of the digits, got {self.image_size}")
+
+    def _check_rates(self) -> None:
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"--drop-rate must be at least 0 and less than 1, got {self.drop_rate}")
         if not 0 <= self.momentum < 1:
@@ -205,44 +267,74 @@ class TrainConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"--weight-decay must be 0 or a positive number, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and less than 2**63, got {self.seed}")
-        if self.image_size < 8:
-            raise ValueError(f"--image-size must be at least 8, the size of the digits, got {self.image_size}")
-        checks.choice("--impl", self.impl, checks.IMPL)
-        checks.choice("--recompute", self.recompute, (*checks.RECOMPUTE, None))
-        if self.compare and checks.impl_name(self.impl) == "reference":
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"--gamma must be more than 0 and at most 1, got {self.gamma}")
+        if not 0 <= self.warm_up_fraction < 1:
             raise ValueError(
-                "--compare trains the textbook block (reference) beside another one: --impl and "
-                "FASTDENSE_IMPL must be auto, triton or torch, not reference"
+                f"--warm-up must be at least 0 and less than 1, a fraction of all steps, got {self.warm_up}"
             )
-        net = self.architecture
-        if self.batch_size * net.last_resolution(self.image_size) ** 2 == 1:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema must be more than 0 and less than 1, as 0.999, got {self.ema}")
+        marks = (self.warm_up_fraction, *self.milestones, 1.0)
+        rising = all(a < b for a, b in itertools.pairwise(marks))
+        if self.schedule == "step" and not (self.milestones and rising):
+            raise ValueError(
+                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
+                f"0.5,0.75; got {','.join(map(str, self.milestones))!r}"
+            )
+
+    def check_batch(self, images: int) -> None:
+        """Raise ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
+        size = self._pixels
+        assert size is not None
+        if images * self.architecture.last_resolution(size) ** 2 == 1:
             raise ValueError(
                 "--batch-size 1 leaves BatchNorm a single value per channel in the last block: use at least "
                 "2, fewer blocks or a larger --image-size"
             )
 
     @property
+    def _pixels(self) -> int | None:
+        """Height and width; ``None`` while only the data know it."""
+        return self.image_size or (DIGITS_SIZE if self.data == "digits" else None)
+
+    @property
+    def warm_up_fraction(self) -> float:
+        """Of all steps."""
+        if self.warm_up is None:
+            return WARM_UP if self.schedule == "cosine" else 0.0
+        return self.warm_up
+
+    @property
     def architecture(self) -> Architecture:
-        """The network that the options describe; raises ``ValueError`` where they describe none."""
+        """The network that the options describe; raises ``ValueError`` where they describe none.
+
+        For images in a folder, ``image_size`` must be given: :class:`fastdense.train.Experiment` fills it in.
+        """
+        assert self._pixels is not None
         return architecture(
             model=self.model,
             depth=self.depth,
             block_config=self.block_config,
             growth_rate=self.growth_rate,
             bn_size=self.bn_size,
-            image_size=self.image_size,
+            image_size=self._pixels,
         )
 
     @property
     def cpu_threads(self) -> int:
         """How many threads to run on the CPU."""
-        return self.threads or (1 if self.image_size < SMALL_IMAGES else torch.get_num_threads())
+        return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
-    def resolve_device(self) -> torch.device:
-        """The device to train on; raises ``ValueError`` if it is not there."""
+    def resolve_device(self, process: int | None = None) -> torch.device:
+        """The device to train on; raises ``ValueError`` if it is not there.
+
+        Args:
+            process: which one on this machine, where there are several: each takes a GPU of its own.
+        """
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and process is not None:
+            name = f"cuda:{process}"
         try:
             device = torch.device(name)
             torch.zeros(1, device=device).item()  # a device may parse and still not be there

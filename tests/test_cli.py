@@ -22,9 +22,11 @@ from typer.testing import CliRunner, Result
 
 import fastdense
 from fastdense import display
-from fastdense.commands import MetricsFile, _train, app
+from fastdense.commands import app
 from fastdense.data import digits
+from fastdense.outputs import OutputOptions, Outputs
 from fastdense.train import Experiment, Run, TrainConfig
+from fastdense.train_command import MetricsFile, train
 
 TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
 FINAL = re.compile(
@@ -140,8 +142,13 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
     ]
     fields = {
         "check": {"event", "step", "reference", "fastdense"},
-        "step": {"event", "run", "step", "epoch", "loss", "seconds", "images_per_second"},
-        "epoch": {"event", "run", "epoch", "step", "train_loss", "test_loss", "test_accuracy"},
+        "step": {
+            *("event", "run", "step", "epoch", "loss", "seconds", "images_per_second", "lr", "grad_norm", "skipped")
+        },
+        "epoch": {
+            *("event", "run", "epoch", "step", "train_loss", "test_loss", "test_accuracy"),
+            *("ema_test_loss", "ema_test_accuracy", "peak_bytes"),
+        },
     }
     for record in rest:
         if record["event"] in fields:
@@ -260,7 +267,9 @@ def test_terminal_shows_both_curves_grow() -> None:
     config = TrainConfig(depth=10, growth_rate=4, steps=12, check_steps=2, compare=True, device="cpu")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
-    _train(console, Experiment(config, digits()), MetricsFile(None))
+    experiment = Experiment(config, digits())
+    with Outputs(OutputOptions(), experiment, print) as outputs:
+        train(console, experiment, MetricsFile(None), outputs)
     shown = screen.getvalue()
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden, then shown again"
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)

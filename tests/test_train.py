@@ -215,7 +215,7 @@ def test_measuring_the_bytes_changes_nothing() -> None:
     model = experiment.runs[0].model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    kept = kept_for_backward(model, DIGITS.train_images[:64], DIGITS.train_labels[:64])
+    kept = kept_for_backward(model, DIGITS.train_images[:64].clone(), DIGITS.train_labels[:64].clone())
     assert kept == experiment.runs[0].kept_bytes > 0
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():

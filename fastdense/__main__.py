@@ -1,0 +1,5 @@
+"""``python -m fastdense`` is the ``fastdense`` command."""
+
+from .cli import main
+
+main()

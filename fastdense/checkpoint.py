@@ -1,0 +1,201 @@
+"""Checkpoints: one file each, there as a whole or not at all.
+
+A checkpoint is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads: ``runs[NAME]["model"]`` is the
+plain ``state_dict`` of a network. The rest is what training needs to go on bit for bit: see :func:`contents`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .environment import versions
+from .train import Experiment
+from .train_config import MACHINE, TrainConfig
+
+__all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save"]
+
+FORMAT = 1
+KIND = "fastdense train"
+PARTIAL = ".partial"  # a file that was not finished: what a killed process leaves is never taken for a checkpoint
+
+
+def contents(experiment: Experiment) -> dict[str, Any]:
+    """Everything that a checkpoint holds of ``experiment``; every process must call it.
+
+    ``config`` and ``data``: what is trained, on what. ``processes``: how many. ``step``, ``epoch``, ``checked``. In
+    ``runs``, for each run: ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``ema``, ``rng`` (states of every
+    process), ``losses``, ``seconds``, ``evaluations``. ``format``, ``kind``, ``versions``, ``commit`` and ``time``.
+    """
+    return {
+        "format": FORMAT,
+        "kind": KIND,
+        "config": dataclasses.asdict(experiment.config),
+        "data": _facts(experiment),
+        "processes": experiment.processes.count,
+        "versions": versions(),
+        "commit": _commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **experiment.state_dict(),
+    }
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    """What must be true of the data wherever they lie."""
+    data = experiment.data
+    names = ("train_count", "test_count", "channels", "classes", "class_names")
+    return {name: getattr(data, name) for name in names}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file belongs to; ``None`` if it is installed elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return os.environ.get("FASTDENSE_COMMIT")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FASTDENSE_COMMIT")
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write ``state`` to ``path``, which holds either its old contents or all of the new ones, whatever happens.
+
+    After it returns, a power failure does not undo it. Raises ``OSError`` where it cannot be written: then ``path`` is
+    as it was and nothing else is left behind.
+    """
+    buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
+    torch.save(dict(state), buffer)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        _put(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def link(path: Path, name: Path) -> None:
+    """Let ``name`` be what ``path`` is now, also after ``path`` is replaced. Raises ``OSError`` as :func:`save`."""
+    partial = name.with_name(name.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, partial)
+        except OSError:  # not every file system can
+            shutil.copyfile(path, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        _put(partial, name)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _put(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too, must survive a power failure
+    finally:
+        os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left."""
+    for partial in folder.glob(f"*.pt{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint in ``path``, with its tensors on the CPU.
+
+    Raises:
+        ValueError: there is none, it is damaged or comes from elsewhere, or from a newer fastdense.
+    """
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
+    other = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The readers of archives and of pickles raise anything at all on bytes that are not theirs.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}): {other}") from error
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise ValueError(f"{path} is not a checkpoint of fastdense train: {other}")
+    if state["format"] != FORMAT:
+        version = state.get("versions", {}).get("fastdense")
+        raise ValueError(
+            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, which wrote it"
+        )
+    return state
+
+
+def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration to go on with: the checkpoint's, but for what concerns the machine.
+
+    Args:
+        path: of the checkpoint.
+        state: its contents.
+        given: fields that the user asks for now.
+
+    Raises:
+        ValueError: one of them contradicts the checkpoint, or that was written by another fastdense.
+    """
+    try:
+        config = TrainConfig(**state["config"])
+    except TypeError as error:
+        version = state["versions"]["fastdense"]
+        raise ValueError(f"{path} was written by fastdense {version}, with other options: {error}") from error
+    for name, value in given.items():
+        was = getattr(config, name)
+        if name not in MACHINE and value != was:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} {_shown(value)} contradicts {path}, which was begun with {_shown(was)}: leave it out to go "
+                "on, or start again in another --out"
+            )
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if name in MACHINE})
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> None:
+    """Let ``experiment`` go on from ``state``, which was loaded from ``path``.
+
+    Raises:
+        ValueError: it was trained on other data, by another number of processes or with other networks.
+    """
+    facts, count = _facts(experiment), state["processes"]
+    for name, was in state["data"].items():
+        if facts[name] != was:
+            raise ValueError(f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}")
+    if count != experiment.processes.count:
+        raise ValueError(
+            f"{path} was trained by {count} processes, not {experiment.processes.count}: go on with "
+            + (f"torchrun --nproc-per-node {count}" if count > 1 else "fastdense train, without torchrun")
+        )
+    try:
+        experiment.load_state_dict(dict(state))
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit the network that it describes: {error}") from error

@@ -1,0 +1,142 @@
+"""What a training run tells while it goes on, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = ["CheckEvent", "Comparison", "EpochEvent", "Event", "NonFiniteLoss", "StepEvent", "Summary"]
+
+
+@dataclass(frozen=True)
+class CheckEvent:
+    """One step of the check in float64: both training losses."""
+
+    step: int
+    reference: float
+    fastdense: float
+    event: ClassVar[str] = "check"
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One step of one run.
+
+    Attributes:
+        loss: mean over the batch, before the step.
+        seconds: forward, backward and optimizer, until the device has finished.
+        images_per_second: of all processes together.
+        lr: learning rate of this step.
+        grad_norm: 2-norm of all gradients together.
+        skipped: whether the gradients overflowed float16, so that the weights stayed as they were.
+    """
+
+    run: str
+    step: int
+    epoch: int
+    loss: float
+    seconds: float
+    images_per_second: float
+    lr: float
+    grad_norm: float
+    skipped: bool
+    event: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True)
+class EpochEvent:
+    """One run after an epoch, or after the last step.
+
+    Attributes:
+        train_loss: mean over the epoch's steps.
+        test_loss, test_accuracy: over all test images; accuracies are in [0, 1].
+        ema_test_loss, ema_test_accuracy: the same with averaged weights; ``None`` without ``--ema``.
+        peak_bytes: most bytes that PyTorch has had allocated on the GPU; ``None`` elsewhere.
+    """
+
+    run: str
+    epoch: int
+    step: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    ema_test_loss: float | None = None
+    ema_test_accuracy: float | None = None
+    peak_bytes: int | None = None
+    event: ClassVar[str] = "epoch"
+
+
+Event = CheckEvent | StepEvent | EpochEvent
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. ``None`` stands for what it did not live to see."""
+
+    run: str
+    label: str
+    impl: str
+    steps: int
+    train_loss: float | None  # mean over the steps of the last epoch
+    test_loss: float | None
+    test_accuracy: float | None  # in [0, 1]
+    step_seconds: float | None  # median
+    kept_bytes: int
+    event: ClassVar[str] = "summary"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """fastdense against the textbook block.
+
+    Attributes:
+        steps: steps that both runs have made.
+        difference: largest difference of their training losses. In float32 the two drift apart, as any two
+            ways of rounding do: a ReLU whose input is zero but for rounding opens in one of them only.
+        check_steps: steps made in float64 as well; 0 where there was no such check.
+        check_difference: largest difference of the training losses there.
+        same_curve: whether those losses are equal to 1e-9 of themselves; ``None`` without the check.
+        check_skipped: why there was none, otherwise ``None``.
+        kept_ratio: textbook bytes kept for backward over fastdense's.
+        time_ratio: fastdense's median step time over the textbook's.
+    """
+
+    steps: int
+    difference: float
+    check_steps: int
+    check_difference: float | None
+    same_curve: bool | None
+    check_skipped: str | None
+    kept_ratio: float
+    time_ratio: float
+    event: ClassVar[str] = "comparison"
+
+    def __str__(self) -> str:
+        over_all = f"over all {self.steps} steps in float32"
+        if self.check_difference is None:
+            curve = (
+                f"loss curves not compared in float64, because {self.check_skipped} (largest difference of "
+                f"the training loss {over_all}: {self.difference:.1e})"
+            )
+        else:
+            verdict = "same loss curve" if self.same_curve else "DIFFERENT loss curves"
+            curve = (
+                f"{verdict} (largest difference of the training loss over the first {self.check_steps} steps "
+                f"in float64: {self.check_difference:.1e}; {over_all}, where rounding errors grow: "
+                f"{self.difference:.1e})"
+            )
+        fewer = f"{self.kept_ratio:.1f} times fewer bytes kept for backward"
+        if self.kept_ratio < 1:
+            fewer = f"{1 / self.kept_ratio:.1f} times MORE bytes kept for backward"
+        return f"{curve}, {fewer}, step time {self.time_ratio:.2f} times"
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or a gradient became infinite or NaN; ``run``, ``epoch`` and ``step`` say where.
+
+    Weights, running statistics, optimizer and random generators of that run are still those of the step before.
+    """
+
+    def __init__(self, run: str, epoch: int, step: int, message: str) -> None:
+        super().__init__(message)
+        self.run, self.epoch, self.step = run, epoch, step

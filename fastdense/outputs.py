@@ -1,0 +1,219 @@
+"""The folder of a run that goes on for long: checkpoints and logs, and what happens when they cannot be written.
+
+``last.pt`` is the newest checkpoint, ``best.pt`` the one with the best test accuracy; ``step-N.pt`` are the newest few
+(``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from . import checkpoint
+from .events import Event
+from .logs import JsonLines, TensorBoard
+from .train import Experiment
+
+__all__ = ["LAST", "OutputError", "OutputOptions", "Outputs", "prepare"]
+
+LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
+EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
+
+
+class OutputError(RuntimeError):
+    """A file that training leaves behind cannot be written."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written besides what is printed.
+
+    Attributes:
+        out: the folder; ``None`` for nothing.
+        save_every: how often ``last.pt`` is written: ``"2"`` or ``"2epochs"``, or ``"500steps"``.
+        keep: how many of the newest checkpoints are there as ``step-N.pt``, too.
+        tensorboard: whether TensorBoard's files are written.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    out: Path | None = None
+    save_every: str = "1epoch"
+    keep: int = 0
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if EVERY.fullmatch(self.save_every) is None:
+            raise ValueError(
+                f"--save-every must be a number of epochs or steps, as in 2epochs or 500steps, got {self.save_every!r}"
+            )
+        if self.keep < 0:
+            raise ValueError(f"--keep must be at least 0, got {self.keep}")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Steps from one checkpoint to the next."""
+        found = EVERY.fullmatch(self.save_every)
+        assert found is not None
+        return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
+
+
+def prepare(out: Path, *, resume: bool) -> None:
+    """Make the folder ready for a run, or for going on with one.
+
+    Raises:
+        ValueError: it cannot be written, or holds a run already.
+    """
+    held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
+    if held and not resume:
+        raise ValueError(
+            f"--out {out} already holds a run ({', '.join(held)}): go on with --resume or name another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(out)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+class Outputs(AbstractContextManager["Outputs"]):
+    """Checkpoints and logs of one experiment, in this process.
+
+    Every process has one and calls the same methods; only the first one writes.
+
+    Args:
+        options: what to write.
+        experiment: of what.
+        warn: told what could not be written and was skipped.
+        resumed: the checkpoint that the experiment goes on from.
+
+    Raises:
+        OutputError: a log cannot be opened, or the first checkpoint not be written.
+    """
+
+    def __init__(
+        self,
+        options: OutputOptions,
+        experiment: Experiment,
+        warn: Callable[[str], None],
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options, self.experiment, self.warn = options, experiment, warn
+        self.out = options.out
+        self.writing = options.out is not None and experiment.processes.first
+        self.metrics: JsonLines | None = None
+        self.tensorboard: TensorBoard | None = None
+        self.saved: tuple[int, bool] | None = None
+        self.failed = False  # whether the newest checkpoint could not be written
+        self.logs_failed = False
+        if resumed is not None:
+            self.saved = (experiment.step, experiment.evaluated)
+        else:
+            self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
+        if self.writing:
+            self._attempt("the logs", partial(self._open_logs, 0 if resumed is None else resumed["metrics_bytes"]))
+
+    def _open_logs(self, length: int) -> None:
+        assert self.out is not None
+        self.metrics = JsonLines(self.out / METRICS, length)
+        if self.options.tensorboard:
+            self.tensorboard = TensorBoard(self.out, self.experiment.step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for log in (self.metrics, self.tensorboard):
+            if log is not None:
+                log.file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append ``record`` to ``metrics.jsonl``."""
+        if self.metrics is not None:
+            self._log(METRICS, partial(self.metrics.write, record))
+
+    def update(self, events: Sequence[Event]) -> None:
+        """Log what happened in a round, and write a checkpoint if one is due."""
+        for event in events:
+            self.write({"event": event.event, **asdict(event)})
+            if self.tensorboard is not None:
+                self._log("TensorBoard's file", partial(self.tensorboard.update, event))
+        experiment = self.experiment
+        if experiment.step and experiment.evaluated and (self._due() or self._best()):
+            self.save()
+
+    def _due(self) -> bool:
+        step, every = self.experiment.step, self.options.steps(self.experiment.steps_per_epoch)
+        return step % every == 0 or step == self.experiment.steps
+
+    def _best(self) -> bool:
+        """Whether the newest step has the best test accuracy so far: the average's, where there is one."""
+        run = self.experiment.runs[-1]
+        if not run.evaluations or run.evaluations[-1].step != self.experiment.step:
+            return False
+        *earlier, newest = [
+            event.test_accuracy if event.ema_test_accuracy is None else event.ema_test_accuracy
+            for event in run.evaluations
+        ]
+        return newest > max(earlier, default=-1.0)
+
+    def save(self) -> None:
+        """Write a checkpoint now, unless this very state has been written; every process must call it.
+
+        Raises:
+            OutputError: it cannot be written, and ``on_error`` is ``"stop"``.
+        """
+        state = (self.experiment.step, self.experiment.evaluated)
+        if self.out is None or self.saved == state:
+            return
+        contents = checkpoint.contents(self.experiment)
+        contents["output"] = {name: value for name, value in asdict(self.options).items() if name != "out"}
+        self.saved = state  # or tried to: everybody must agree whether there is something to do
+        if self.writing:
+            self.failed = not self._attempt(LAST, partial(self._save, contents))
+
+    def _save(self, contents: dict[str, Any]) -> None:
+        assert self.out is not None
+        last = self.out / LAST
+        # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
+        contents["metrics_bytes"] = self.metrics.file.sync() if self.metrics is not None else 0
+        if self.tensorboard is not None:
+            self.tensorboard.file.sync()
+        checkpoint.save(contents, last)
+        if self._best():
+            checkpoint.link(last, self.out / BEST)
+        if self.options.keep and self.experiment.step:
+            checkpoint.link(last, self.out / f"step-{self.experiment.step:08d}.pt")
+            for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
+                old.unlink()
+
+    def _log(self, what: str, write: Callable[[], None]) -> None:
+        quiet = self.logs_failed  # one warning is enough for a disk that stays full
+        self.logs_failed = not self._attempt(what, write, quiet=quiet)
+
+    def _attempt(self, what: str, write: Callable[[], None], *, quiet: bool = False) -> bool:
+        """Whether ``write`` succeeded; an error is a warning or the end, as ``on_error`` says."""
+        try:
+            write()
+        except OSError as error:
+            reason = f"{what} in {self.out} cannot be written: {error.strerror or error}"
+            if self.experiment.config.on_error == "stop":
+                raise OutputError(f"{reason}. What was written before is whole. {self.remedy}") from error
+            if not quiet:
+                self.warn(f"{reason}. Training goes on; the next save tries again.")
+            return False
+        return True
+
+    @property
+    def remedy(self) -> str:
+        """How to go on with this run."""
+        assert self.out is not None
+        count = self.experiment.processes.count
+        start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"
+        return f"Go on with: {start} train --out {shlex.quote(str(self.out))} --resume"

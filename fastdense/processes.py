@@ -1,0 +1,118 @@
+"""Several processes that train one network together: what ``torchrun`` starts, or this process alone.
+
+Every process has the whole network, takes its share of each batch, and gets the mean of all gradients
+(``torch.nn.parallel.DistributedDataParallel``). The first one, rank 0, is the one that prints and writes files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Processes", "processes"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """All processes, as one of them sees them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+        local: number of this process on its machine; ``None`` where it is alone.
+        store: what the processes know in common, also while one of them fails.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int | None = None
+    store: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this one prints and writes."""
+        return self.rank == 0
+
+    def share(self, numbers: Tensor) -> Tensor:
+        """The part of ``numbers`` that is for this process."""
+        return numbers[self.rank :: self.count]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, number: int) -> int:
+        """The largest ``number`` that a process has."""
+        if self.count == 1:
+            return number
+        shared = torch.tensor(number)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared.item())
+
+    def gather(self, mine: T) -> list[T]:
+        """Everybody's, by rank."""
+        if self.count == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    def wrap(self, model: nn.Module, device: torch.device, *, sync_bn: bool) -> nn.Module:
+        """``model``, to be called in training: its gradients become the mean over all processes.
+
+        ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place.
+        """
+        if self.count == 1:
+            return model
+        ids = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids)
+        if sync_bn:
+            # DDP refuses SyncBatchNorm on the CPU when it wraps, because PyTorch's own needs a GPU; fastdense's does
+            # not. The norms keep their Parameters and buffers, so DDP's hooks and broadcasts stay right.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return wrapped
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Running statistics of rank 0 for everybody."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def first_to_fail(self) -> bool:
+        """Whether no other process has called this before: the one that explains why all of them stop."""
+        if self.store is None:
+            return True
+        try:
+            return int(self.store.add("fastdense/failed", 1)) == 1
+        except RuntimeError:  # the store went down with the process that kept it, which has said why
+            return False
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started; alone where it did not.
+
+    nccl carries what lies on GPUs, gloo what lies on the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        yield Processes()
+        return
+    store, rank, count = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), store)
+    # Not after an error: the others may be waiting in a collective that this process will not join.
+    dist.destroy_process_group()
