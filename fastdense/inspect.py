@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ops
+from . import checks, ops
 from .blocks import dense_blocks, with_dense_blocks
 from .convert import check_model
 from .converted import Converted
@@ -144,7 +144,7 @@ def first_not_finite(
         if (i := run.first_value_not_finite) is not None:
             # Whoever reads a broken parameter has broken values: that parameter is the cause.
             also = f"; {broken[0]} is not finite itself" if broken else ""
-            return f"the values of {_feature(run.name, i)} are the first that are not finite{also}"
+            return f"The values of {_feature(run.name, i)} are the first that are not finite{also}"
     for run in reversed(runs):
         flow = run.flow()
         bad = [i for i, norm in enumerate(flow.total.tolist()) if not norm < float("inf")]
@@ -152,7 +152,7 @@ def first_not_finite(
             i = bad[-1]
             by = [j for j, norm in enumerate(flow.contributions[i].tolist()) if not norm < float("inf")]
             sender = "the block's output" if not by or by[-1] == len(flow.total) - 1 else f"layer {by[-1] + 1}"
-            return f"the gradient of {_feature(run.name, i)} went first, in what {sender} sends back"
+            return f"The gradient of {_feature(run.name, i)} went first, in what {sender} sends back"
     if broken:
         return f"{broken[0]} is not finite"
     return None
@@ -379,15 +379,17 @@ def _probe(model: nn.Module, dtype: torch.dtype | None, device: torch.device) ->
     converted = model if plain else with_dense_blocks(model)
     probe = copy.deepcopy(model) if converted is model else converted
     probe.zero_grad()
-    if dtype is None:
-        return probe
     modules: Iterator[Any] = probe.modules()
     for module in modules:
-        if isinstance(module, Converted):
+        converted_here = isinstance(module, Converted)
+        impl = module._fastdense.impl if converted_here else getattr(module, "impl", None)
+        if impl is None or (dtype is None and checks.impl_name(impl) != "reference"):
+            continue
+        if converted_here:
             module._fastdense = module._fastdense._replace(impl="torch")
-        elif isinstance(getattr(module, "impl", None), str):
+        else:
             module.impl = "torch"
-    return probe.to(device=device, dtype=dtype)
+    return probe if dtype is None else probe.to(device=device, dtype=dtype)
 
 
 def _edges(reads: Sequence[int], last: Any) -> list[slice]:

@@ -93,7 +93,7 @@ def subject(
             depth=depth,
             block_config=block_config,
             growth_rate=growth_rate,
-            **({} if model is None else {"image_size": LARGE_STEM_IMAGE}),
+            image_size=None if model is None else LARGE_STEM_IMAGE,
         )
         sizes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
         built = config.architecture.build(channels=sizes[0], classes=sizes[1])

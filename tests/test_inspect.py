@@ -289,13 +289,13 @@ def test_what_is_not_finite_first() -> None:
     assert broken(lambda model: None) is None
     said = broken(lambda model: model.features.denseblock1.denselayer2.conv2.weight[1, 0].fill_(float("inf")))
     assert said == (
-        "the values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
+        "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
         "features.denseblock1.denselayer2.conv2.weight is not finite itself"
     )
     said = broken(lambda model: model.features.denseblock2.denselayer1.norm1.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("the values of the output of layer 1 of features.denseblock2 (H_1)")
+    assert said is not None and said.startswith("The values of the output of layer 1 of features.denseblock2 (H_1)")
     said = broken(lambda model: model.classifier.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("the gradient of the output of layer 1 of features.denseblock2 (H_1)")
+    assert said is not None and said.startswith("The gradient of the output of layer 1 of features.denseblock2 (H_1)")
 
 
 def test_a_gradient_that_overflows_names_the_layer() -> None:
@@ -312,7 +312,7 @@ def test_a_gradient_that_overflows_names_the_layer() -> None:
     x, target = networks.images("own", dtype=torch.float32), networks.labels(2)
     assert first_not_finite(model, x, target, loss_fn(1.0)) is None
     assert first_not_finite(model, x, target, loss_fn(1e30)) == (
-        "the gradient of the output of layer 2 of features.denseblock1 (H_2) went first, in what layer 3 sends back"
+        "The gradient of the output of layer 2 of features.denseblock1 (H_2) went first, in what layer 3 sends back"
     )
 
 
