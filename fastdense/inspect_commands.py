@@ -199,7 +199,8 @@ def _flow_table(curves: Mapping[str, Sequence[BlockFlow]]) -> Table:
         for i, block in enumerate(flows):
             written = block.total[1:]  # H_0 has other channels
             ratio = (written.max() / written.min()).item()
-            numbers = f"{written[0].item():.2e}", f"{written[-1].item():.2e}", f"{ratio:,.1f}"
+            spread = f"{ratio:,.1f}" if ratio < 1e6 else f"{ratio:.1e}"
+            numbers = f"{written[0].item():.2e}", f"{written[-1].item():.2e}", spread
             table.add_row(
                 "" if i else label, block.name.removeprefix("features."), *numbers, end_section=block is flows[-1]
             )

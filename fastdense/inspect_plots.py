@@ -23,6 +23,7 @@ MAX_WIDTH = 16.0  # inches
 CAPTION_CHARACTERS_PER_INCH = 15.5
 DECADES = 4  # that the colours of gradients span; what is smaller is drawn as the smallest
 COLOURS = ("#0b6e4f", "#c1666b", "#d4a017", "#4a6fa5", "#7b5ea7")
+MARKERS = 150  # feature maps up to which each has one
 NOTHING = "#ececec"  # where a layer comes too early to read a feature map
 
 
@@ -139,14 +140,15 @@ def _colour_bar(figure: Figure, image: Any, maps: Sequence[Axes], label: str) ->
 
 def _depth_curves(axes: Axes, curves: Mapping[str, Sequence[BlockFlow]]) -> None:
     """The norms of all blocks after one another, on a logarithmic scale."""
+    crowded = sum(len(flow.total) for flow in next(iter(curves.values()))) > MARKERS
     for (label, flows), colour in zip(curves.items(), COLOURS, strict=False):
         start, named = 0, False
         for flow in flows:
             total = flow.total.numpy()
             depths = np.arange(start, start + len(total))
             axes.plot(
-                depths[1:], total[1:], color=colour, marker="o", markersize=3, label=None if named else label,
-                zorder=3,
+                depths[1:], total[1:], color=colour, marker="" if crowded else "o", markersize=3,
+                label=None if named else label, zorder=3,
             )  # fmt: skip
             axes.plot(depths[:1], total[:1], color=colour, marker="o", markersize=5, fillstyle="none", linestyle="none")
             start, named = start + len(total), True

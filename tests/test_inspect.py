@@ -371,3 +371,20 @@ def test_timm_names_are_the_models() -> None:
     _, fast = networks.network("timm")
     names = [flow.name for flow in gradient_flow(fast, networks.images("timm"))]
     assert names == ["features.denseblock1", "features.denseblock2"]
+
+
+@pytest.mark.usefixtures("kernels_checked")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter here")
+def test_the_kernels_terms_are_the_same() -> None:
+    _, fast = block_pair(3, 5, 2, 3, dtype=torch.float32, impl="triton")
+    x = random_input((2, 5, 4, 5), dtype=torch.float32)
+    cotangent = random_input((2, 14, 4, 5), seed=1).detach()
+
+    def loss_fn(output: Tensor) -> Tensor:
+        return (output * cotangent.to(output)).sum()
+
+    (want,) = gradient_flow(fast, x, loss_fn=loss_fn)
+    (got,) = gradient_flow(fast, x, loss_fn=loss_fn, dtype=None)
+    assert torch.allclose(got.total, want.total, rtol=1e-5)
+    assert torch.allclose(got.contributions, want.contributions, rtol=1e-5)
+    assert not torch.equal(got.total, want.total)
