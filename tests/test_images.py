@@ -279,6 +279,7 @@ PALETTE = COLOUR.quantize(200)
         (_saved(COLOUR.convert("CMYK"), "JPEG", quality=100), COLOUR, 8),
         (_saved(COLOUR.convert("CMYK"), "TIFF"), COLOUR, 1),
         (_saved(GREY.convert("1"), "PNG"), GREY.convert("1"), 0),
+        (_saved(COLOUR, "MPO", quality=100, subsampling=0, save_all=True, append_images=[GREY]), COLOUR, 4),
         (_saved(COLOUR, "PPM"), COLOUR, 0),
         (_saved(COLOUR, "BMP"), COLOUR, 0),
         (_saved(COLOUR, "PNG", exif=b"Exif\0\0rubbish"), COLOUR, 0),
