@@ -142,7 +142,7 @@ class _Reader(MapDataset[_Batch]):
                     unreadable.append(str(error))
             else:
                 if self.replace:
-                    images, chosen = [], []
+                    images, chosen, unreadable = [], [], unreadable[:1]  # one of perhaps a million tells why
                     break
         shape = (len(images), self.views.size, self.views.size, 3)
         stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(shape, dtype=torch.uint8)

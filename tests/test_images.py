@@ -311,6 +311,7 @@ def test_nothing_readable(tmp_path: Path, workers: int) -> None:
         path.unlink()
     with pytest.raises(UnreadableImage, match=r"none of 12 images can be read, the first: .*0\.png: No such file"):
         _all(source)
+    assert len(source.unreadable) == 1
     with pytest.raises(UnreadableImage, match="none of 4 images can be read"):
         list(source.test(torch.arange(4), 2))
     assert list(source.test(torch.arange(0), 2)) == []
