@@ -32,6 +32,15 @@ def test_classes_and_order_are_torchvisions(tmp_path: Path) -> None:
         assert [(str(files.path(i)), int(files.labels[i])) for i in range(len(files))] == peer.samples
 
 
+def test_labels_are_those_of_training_where_testing_lacks_a_class(tmp_path: Path) -> None:
+    for name in ("train/cat/0.png", "train/dog/0.png", "validation/dog/0.png", "test/cat/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    _, test, names = folders.find(tmp_path)
+    assert names == ("cat", "dog")
+    assert test.labels.tolist() == [1] and test.path(0) == tmp_path / "validation" / "dog" / "0.png"
+
+
 def test_hidden_files_and_links_in_circles(tmp_path: Path) -> None:
     root = write_folder(tmp_path, train=1, test=1)
     (root / "train" / ".ipynb_checkpoints").mkdir()
