@@ -81,14 +81,15 @@ def read(folder: Path, cifar: Cifar) -> tuple[Tensor, Tensor, Tensor, Tensor, tu
     missing = [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
-    train = [_checked(folder / name, cifar, _labelled) for name in cifar.train]
-    images = torch.from_numpy(np.concatenate([images for images, _ in train]))
-    labels = torch.from_numpy(np.concatenate([labels for _, labels in train]))
-    test_images, test_labels = _checked(folder / cifar.test, cifar, _labelled)
     names = tuple(map(str, range(cifar.classes)))
     if (folder / cifar.names[0]).is_file():
         names = _checked(folder / cifar.names[0], cifar, _names)
-    return images, labels, torch.from_numpy(test_images), torch.from_numpy(test_labels), names
+    return *_joined(folder, cifar, cifar.train), *_joined(folder, cifar, (cifar.test,)), names
+
+
+def _joined(folder: Path, cifar: Cifar, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True)
+    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
 
 
 def _checked(path: Path, cifar: Cifar, reader: Callable[[Path, Cifar], Any]) -> Any:

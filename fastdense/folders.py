@@ -121,9 +121,10 @@ def _images(root: Path, folder: str) -> Iterator[str]:
             for name in sorted(folders)
             if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
         ]
+        within = Path(place).relative_to(root).as_posix()
         for name in sorted(names):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(place, name).relative_to(root).as_posix()
+                yield f"{within}/{name}"
 
 
 def _refuse(error: OSError) -> NoReturn:

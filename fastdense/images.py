@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,10 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage", "o
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue within 0 to 1: what published networks were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow knows more, and starts programs for some
 JPEG = ("JPEG", "MPO")  # the formats that are decoded at a fraction of their size; MPO is what some cameras write
 TURNED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
+ENDS_LEFT, ENDS_ABOVE = (2, 3, 6, 7), (3, 4, 7, 8)  # those where the stored image's right or lower end comes there
 CPU = torch.device("cpu")
 GAP = 2.0  # a fast decoder leaves this many pixels for each one of the result, as Image.thumbnail does
 
@@ -46,7 +49,7 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
         UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # about odd metadata of images that are read well, or large ones
             return _view(image, number, views)
     except MemoryError:
@@ -59,16 +62,21 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
 def _view(image: Image.Image, number: int, views: Views) -> Pixels:
     if image.format not in JPEG:
         _turn_upright(image)
-    width, height = image.size
-    if image.format in JPEG and _orientation(image) in TURNED:
-        width, height = height, width
+    orientation = _orientation(image)
+    width, height = image.size[::-1] if orientation in TURNED else image.size
     (left, top, right, bottom), flip = views(number, width, height)
+    scale = 1.0
     if image.format in JPEG:
         fraction = min(1.0, views.size * GAP / min(right - left, bottom - top))
-        image.draft(None, (int(image.width * fraction), int(image.height * fraction)))  # at least so large
+        stored_width = image.width
+        drafted = image.draft(None, (int(image.width * fraction), int(image.height * fraction)))  # at least so large
+        scale = drafted[1][2] / stored_width if drafted else 1.0
         _turn_upright(image)
-    x, y = image.width / width, image.height / height  # what the decoder made of a pixel
-    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+    # A side that the fraction does not divide is rounded up. The rest of a pixel lies where the stored side ended.
+    x = image.width - width * scale if orientation in ENDS_LEFT else 0
+    y = image.height - height * scale if orientation in ENDS_ABOVE else 0
+    right, bottom = min(right * scale + x, image.width), min(bottom * scale + y, image.height)
+    box = max(left * scale + x, 0), max(top * scale + y, 0), right, bottom
     size = (views.size, views.size)
     pixels = np.asarray(_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=GAP))
     return pixels[:, ::-1] if flip else pixels
@@ -134,7 +142,7 @@ class _Reader(MapDataset[_Batch]):
                     unreadable.append(str(error))
             else:
                 if self.replace:
-                    images, chosen = [], []
+                    images, chosen, unreadable = [], [], unreadable[:1]  # one of perhaps a million tells why
                     break
         shape = (len(images), self.views.size, self.views.size, 3)
         stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(shape, dtype=torch.uint8)
@@ -240,12 +248,15 @@ class ImageFolder:
     def _named(self, loader: DataLoader[_Batch]) -> Iterator[_Batch]:
         try:
             yield from loader
-        except RuntimeError as error:
-            if not self.workers:
+        except Exception as error:
+            # PyTorch's own frame refers to the error and the error to its frame. Left to the garbage collector, the
+            # workers would not be told to stop, and each be waited for in vain, five seconds long.
+            traceback.clear_frames(error.__traceback__)
+            if not self.workers or type(error) is not RuntimeError:
                 raise
-            remedy = "fewer --workers take less memory, and --workers 0 shows what a worker cannot"
+            failed = f"reading images in --workers {self.workers} processes failed: {error}"
             raise RuntimeError(
-                f"reading images in --workers {self.workers} processes failed: {error}: {remedy}"
+                f"{failed}: try fewer, which take less memory, or --workers 0 to see its error"
             ) from error
 
     def _nothing_readable(self, count: int) -> UnreadableImage:

@@ -134,6 +134,7 @@ def test_cifar_as_torchvision_reads_it(tmp_path: Path, classes: int, monkeypatch
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.filterwarnings("error")  # of PyTorch, about arrays that may not be written to
 def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
     written = write_python(tmp_path, 10)
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
