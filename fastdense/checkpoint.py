@@ -7,6 +7,7 @@ plain ``state_dict`` of a network. The rest is what training needs to go on bit 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import os
 import shutil
@@ -43,7 +44,8 @@ def contents(experiment: Experiment) -> dict[str, Any]:
         "config": dataclasses.asdict(experiment.config),
         "data": _facts(experiment),
         "processes": experiment.processes.count,
-        "versions": versions(),
+        # PyTorch's own is no plain str, which weights_only would refuse.
+        "versions": {package: found and str(found) for package, found in versions().items()},
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **experiment.state_dict(),
@@ -57,6 +59,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names}
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that this file belongs to; ``None`` if it is installed elsewhere."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -90,6 +93,8 @@ def save(state: Mapping[str, Any], path: Path) -> None:
 
 def link(path: Path, name: Path) -> None:
     """Let ``name`` be what ``path`` is now, also after ``path`` is replaced. Raises ``OSError`` as :func:`save`."""
+    if name.exists() and name.samefile(path):
+        return  # os.replace would do nothing, and leave the other name behind
     partial = name.with_name(name.name + PARTIAL)
     partial.unlink(missing_ok=True)
     try:
@@ -144,7 +149,7 @@ def load(path: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         version = state.get("versions", {}).get("fastdense")
         raise ValueError(
-            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, which wrote it"
+            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, its writer"
         )
     return state
 

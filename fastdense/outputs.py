@@ -115,6 +115,8 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.logs_failed = False
         if resumed is not None:
             self.saved = (experiment.step, experiment.evaluated)
+            if self.writing:  # a kill between last.pt and its other names
+                self._attempt(LAST, self._link)
         else:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         if self.writing:
@@ -180,12 +182,17 @@ class Outputs(AbstractContextManager["Outputs"]):
 
     def _save(self, contents: dict[str, Any]) -> None:
         assert self.out is not None
-        last = self.out / LAST
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
         contents["metrics_bytes"] = self.metrics.file.sync() if self.metrics is not None else 0
         if self.tensorboard is not None:
             self.tensorboard.file.sync()
-        checkpoint.save(contents, last)
+        checkpoint.save(contents, self.out / LAST)
+        self._link()
+
+    def _link(self) -> None:
+        """Give ``last.pt`` its other names."""
+        assert self.out is not None
+        last = self.out / LAST
         if self._best():
             checkpoint.link(last, self.out / BEST)
         if self.options.keep and self.experiment.step:
