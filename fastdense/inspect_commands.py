@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
-from .inspect_plots import flow_picture, reuse_picture
 from .plain import without_dense_connections
 from .subject import LARGE_STEM_IMAGE, Batch, Subject, batch, subject
 
@@ -95,6 +94,8 @@ def flow(
 
     dLoss/dH_i is the sum of what every later layer sends back. Heat maps show the terms, curves the sums.
     """
+    from .inspect_plots import flow_picture  # matplotlib takes long to import, and no other command needs it
+
     console = Console(highlight=False, markup=False)
     try:
         looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)
@@ -138,6 +139,8 @@ def reuse(
     json_file: Json = None,
 ) -> None:
     """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
+    from .inspect_plots import reuse_picture
+
     console = Console(highlight=False, markup=False)
     try:
         looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)

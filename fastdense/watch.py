@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .events import FlowEvent
-from .inspect import first_not_finite, gradient_flow
+from .inspect import BlockFlow, first_not_finite, gradient_flow
 from .runs import Run
 
-__all__ = ["diagnose", "flow"]
+__all__ = ["diagnose", "flow", "flows"]
 
 IMAGES = 32  # at most, of a step's batch: float64 takes twice the memory, and a GPU many times the time
 
@@ -23,6 +23,14 @@ def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> 
     seen = gradient_flow(run.model, images[:IMAGES], labels[:IMAGES])
     blocks = {block.name: _plain(block.total) for block in seen}
     yield FlowEvent(run.name, step, epoch, blocks, {block.name: _plain(block.contributions) for block in seen})
+
+
+def flows(event: FlowEvent) -> list[BlockFlow]:
+    """What ``event`` tells, as :func:`fastdense.gradient_flow` does."""
+    return [
+        BlockFlow(name, torch.tensor(total).double(), torch.tensor(event.contributions[name]).double())
+        for name, total in event.total.items()
+    ]
 
 
 def _plain(tensor: Tensor) -> list:  # type: ignore[type-arg]

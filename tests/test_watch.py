@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
+from typer.testing import CliRunner
 
 import fastdense
+from fastdense.commands import app
 from fastdense.data import digits
 from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
 from fastdense.train import Experiment, TrainConfig
@@ -83,3 +88,36 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
     monkeypatch.setattr("fastdense.watch.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
         list(experiment(lr=1e30).events())
+
+
+def test_pictures_and_numbers_are_left_behind(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ["--depth", "16", "--growth-rate", "4", "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
+    result = CliRunner().invoke(app, ["train", *small, "--out", str(out)], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.glob("flow-*")) == [
+        "flow-fastdense-00000002.png", "flow-fastdense-00000004.png"
+    ]  # fmt: skip
+    assert imread(out / "flow-fastdense-00000004.png").std() > 0.05
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    flows = [record for record in records if record["event"] == "flow"]
+    assert [record["step"] for record in flows] == [2, 4]
+    first, last = flows[-1]["total"]["features.denseblock1"][1], flows[-1]["total"]["features.denseblock1"][-1]
+    assert f"after step 4: denseblock1 {first:.1e} .. {last:.1e}" in result.output
+    (events,) = out.glob("events.out.tfevents.*")
+    assert b"gradient_flow/fastdense/features.denseblock1_first" in events.read_bytes()
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(curves: object, path: Path, **words: str) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdense.inspect_plots.flow_picture", full)
+    small = ["--depth", "16", "--growth-rate", "4", "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
+    for on_error, code in (("skip", 0), ("stop", 1)):
+        out = tmp_path / on_error
+        result = CliRunner().invoke(app, ["train", *small, "--out", str(out), "--on-error", on_error])
+        assert result.exit_code == code, result.output
+        assert "No space left on device" in " ".join(result.output.split())
+        assert not list(out.glob("flow-*"))
