@@ -39,7 +39,7 @@ def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title
     flows = next(iter(curves.values()))
     matrices = [flow.contributions.numpy() for flow in flows]
     norm = _decades(np.concatenate([matrix[matrix > 0] for matrix in matrices]))
-    figure, maps, below = _figure([len(flow.total) for flow in flows], title, curve=True)
+    figure, (maps, (below,)) = _heat_maps([len(flow.total) for flow in flows], 1, title, curve=True)
     image = None
     for i, (axes, flow, matrix) in enumerate(zip(maps, flows, matrices, strict=True)):
         L = len(flow.total) - 1
@@ -49,7 +49,6 @@ def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title
         if i == 0:
             axes.set_ylabel("feature map that receives it")
     _colour_bar(figure, image, maps, "norm of the contribution")
-    assert below is not None
     _depth_curves(below, curves)
     words = (
         "Heat maps: the gradient of each feature map is a sum. Row i: H_i, which layer i wrote (H_0 enters the block). "
@@ -70,37 +69,48 @@ def reuse_picture(reuses: Sequence[BlockReuse], path: Path, *, title: str, capti
         caption: which weights these are.
     """
     matrices = [reuse.weights[:-1].numpy() for reuse in reuses]  # H_L is read outside the block alone
-    figure, maps, _ = _figure([matrix.shape[0] for matrix in matrices], title, curve=False)
-    image = None
-    norm = Normalize(0.0, max(float(matrix.max()) for matrix in matrices))
-    for i, (axes, reuse, matrix) in enumerate(zip(maps, reuses, matrices, strict=True)):
-        image = _heat_map(axes, np.triu(np.ones_like(matrix)), matrix, norm)
-        _label_layers(axes, reuse.name, len(matrix), output=False, first=i == 0)
-        axes.set_xlabel("layer that reads")
-        if i == 0:
-            axes.set_ylabel("feature map that is read")
-    _colour_bar(figure, image, maps, "mean |weight|")
+    figure, rows = _heat_maps([matrix.shape[0] for matrix in matrices], 2, title)
+    exist = [np.triu(np.ones_like(matrix)) for matrix in matrices]
+    # A layer's mean over what it reads: the first ones read few channels, and start with larger weights.
+    means = [matrix.sum(0) / exists.sum(0) for matrix, exists in zip(matrices, exist, strict=True)]
+    relative = [matrix / np.where(mean > 0, mean, 1.0) for matrix, mean in zip(matrices, means, strict=True)]
+    spread = max(float(np.abs(ratio - 1)[exists > 0].max()) for ratio, exists in zip(relative, exist, strict=True))
+    spread = max(spread, 1e-3)
+    kinds: list[tuple[list[Any], Normalize, str, str]] = [
+        (matrices, Normalize(0.0, max(float(matrix.max()) for matrix in matrices)), "viridis_r", "mean |weight|"),
+        (relative, Normalize(1 - spread, 1 + spread), "PuOr_r", "over the layer's mean"),
+    ]
+    for maps, (shown, norm, colours, label) in zip(rows, kinds, strict=True):
+        image = None
+        for i, (axes, reuse, matrix, exists) in enumerate(zip(maps, reuses, shown, exist, strict=True)):
+            image = _heat_map(axes, exists, matrix, norm, colours)
+            _label_layers(axes, reuse.name if maps is rows[0] else None, len(matrix), output=False, first=i == 0)
+            if maps is rows[-1]:
+                axes.set_xlabel("layer that reads")
+            if i == 0:
+                axes.set_ylabel("feature map that is read")
+        _colour_bar(figure, image, maps, label)
     words = (
         "Row i: feature map H_i, which layer i wrote (H_0 enters the block). Column j: layer j, which reads H_0 to "
-        "H_(j-1) through its first convolution. Colour: mean absolute weight of that convolution over the channels of "
-        "H_i; a light column reads little of what is there, a row that stays dark far to the right is used again and "
-        "again. The first layers of a block read few channels and start with larger weights. "
+        "H_(j-1) through its first convolution. Above: mean absolute weight of that convolution over the channels of "
+        "H_i. Below: the same divided by the mean of the column; a layer reads orange feature maps more strongly than "
+        "its others, and purple ones less. "
     )
     _finish(figure, words + caption, path)
 
 
-def _figure(sizes: Sequence[int], title: str, *, curve: bool) -> tuple[Figure, list[Axes], Axes | None]:
-    """A row of heat maps whose widths are those of the blocks, and below it a wide pair of axes."""
+def _heat_maps(sizes: Sequence[int], rows: int, title: str, *, curve: bool = False) -> tuple[Figure, list[list[Axes]]]:
+    """Rows of heat maps whose widths are those of the blocks; with ``curve`` a last row of one wide pair of axes."""
     shares = np.clip(np.asarray(sizes, dtype=float) / max(sizes), 0.45, None)
     width = float(np.clip(4.2 * shares.sum() + 1.6, 8.0, MAX_WIDTH))
     height = (width - 1.6) / shares.sum() / (1 if len(sizes) > 1 else 1.6)
-    figure = Figure(figsize=(width, height + 1.9 + (3.4 if curve else 0.0)), dpi=DPI, layout="constrained")
+    heights = [height] * rows + ([3.0] if curve else [])
+    figure = Figure(figsize=(width, sum(heights) + 1.9 + 0.4 * curve), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontweight="bold")
-    rows: Any = {"height_ratios": [height, 3.0]} if curve else {}
-    grid = figure.add_gridspec(2 if curve else 1, len(sizes), width_ratios=list(shares), **rows)
-    maps = [figure.add_subplot(grid[0, i]) for i in range(len(sizes))]
-    return figure, maps, figure.add_subplot(grid[1, :]) if curve else None
+    grid = figure.add_gridspec(len(heights), len(sizes), width_ratios=list(shares), height_ratios=heights)
+    axes = [[figure.add_subplot(grid[row, i]) for i in range(len(sizes))] for row in range(rows)]
+    return figure, [*axes, [figure.add_subplot(grid[rows, :])]] if curve else axes
 
 
 def _decades(values: Any) -> LogNorm:
@@ -112,14 +122,15 @@ def _decades(values: Any) -> LogNorm:
     return LogNorm(max(float(values.min()), largest / 10**DECADES) * (1 - 1e-9), largest * (1 + 1e-9), clip=True)
 
 
-def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize) -> Any:
+def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize, colours: str = "viridis_r") -> Any:
     axes.set_facecolor(NOTHING)
     shown = np.ma.masked_where(exists == 0, matrix)
-    return axes.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto", interpolation="nearest")
+    return axes.imshow(shown, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
 
 
-def _label_layers(axes: Axes, name: str, L: int, *, output: bool, first: bool) -> None:
-    axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layers)", fontsize=10)
+def _label_layers(axes: Axes, name: str | None, L: int, *, output: bool, first: bool) -> None:
+    if name is not None:
+        axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layers)", fontsize=10)
     inches = axes.bbox.width / DPI  # before the layout is final: about right
     step = max(1, round(0.3 * L / inches))
     layers = range(0, L, step)
