@@ -49,9 +49,10 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
         UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # about odd metadata of images that are read well, or large ones
-            return _view(image, number, views)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are large, or whose metadata are odd
+            with Image.open(path, formats=FORMATS) as image:
+                return _view(image, number, views)
     except MemoryError:
         raise  # no fault of the image
     except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and more on damaged files
