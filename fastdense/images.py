@@ -250,10 +250,12 @@ class ImageFolder:
         try:
             yield from loader
         except Exception as error:
+            if not self.workers:
+                raise
             # PyTorch's own frame refers to the error and the error to its frame. Left to the garbage collector, the
             # workers would not be told to stop, and each be waited for in vain, five seconds long.
             traceback.clear_frames(error.__traceback__)
-            if not self.workers or type(error) is not RuntimeError:
+            if type(error) is not RuntimeError:
                 raise
             failed = f"reading images in --workers {self.workers} processes failed: {error}"
             raise RuntimeError(
