@@ -49,9 +49,10 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
         UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # about odd metadata of images that are read well, or large ones
-            return _view(image, number, views)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are large, or whose metadata are odd
+            with Image.open(path, formats=FORMATS) as image:
+                return _view(image, number, views)
     except MemoryError:
         raise  # no fault of the image
     except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and more on damaged files
@@ -249,10 +250,12 @@ class ImageFolder:
         try:
             yield from loader
         except Exception as error:
+            if not self.workers:
+                raise
             # PyTorch's own frame refers to the error and the error to its frame. Left to the garbage collector, the
             # workers would not be told to stop, and each be waited for in vain, five seconds long.
             traceback.clear_frames(error.__traceback__)
-            if not self.workers or type(error) is not RuntimeError:
+            if type(error) is not RuntimeError:
                 raise
             failed = f"reading images in --workers {self.workers} processes failed: {error}"
             raise RuntimeError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -183,6 +184,13 @@ def test_every_kind_of_image_becomes_rgb(
     assert abs(found - np.asarray(expected.convert("RGB"))).max() <= tolerance
 
 
+@pytest.mark.filterwarnings("error")
+def test_large_images_are_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # Pillow warns above it, and refuses twice as many
+    COLOUR.save(tmp_path / "x.png")
+    assert np.array_equal(_whole(tmp_path / "x.png", 16), np.asarray(COLOUR))
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_images_are_upright(tmp_path: Path, format: str, orientation: int) -> None:
@@ -214,6 +222,9 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path, monkeypatch: pyte
         box, _ = views(0, 1600, 1201)
         exact = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)).astype(int)
         assert abs(found - exact).max() <= 6
+    smooth(1600, 600).save(tmp_path / "flat.jpg")
+    _whole(tmp_path / "flat.jpg", 150)
+    assert decoded[-1] == (800, 300)  # a quarter would do for the width alone
 
 
 # Unreadable images
@@ -392,6 +403,7 @@ def test_a_worker_that_fails(
     monkeypatch.setattr(images, "read_image", does)
     with pytest.raises(error, match=message):
         _all(source)
+    assert multiprocessing.active_children() == []  # nothing is left to wait for
 
 
 def test_what_a_worker_gets_can_be_sent(tmp_path: Path) -> None:
