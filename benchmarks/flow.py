@@ -1,9 +1,10 @@
 """Gradient flow and feature reuse of a DenseNet, beside the same layers without dense connections.
 
-    python -m benchmarks.flow [--depth 100] [--epochs 6] [--json FILE]
+    python -m benchmarks.flow [--depth 100] [--epochs 6] [--json FILE] [--redraw]
 
 Before and after training, which `fastdense train` does on scikit-learn's digits. Writes a record and the pictures of
-docs/gradient-flow.md beside it: ``STEM-init.png``, ``STEM-trained.png``, ``STEM-reuse.png``.
+docs/gradient-flow.md beside it: ``STEM-init.png``, ``STEM-trained.png``, ``STEM-reuse.png``. ``--redraw`` measures
+nothing and draws the record that is there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fastdense.inspect import BlockFlow, feature_reuse, gradient_flow
+from fastdense.blocks import dense_blocks
+from fastdense.inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from fastdense.inspect_plots import flow_picture, reuse_picture
 from fastdense.plain import without_dense_connections
 from fastdense.subject import Subject, batch, subject
@@ -113,49 +115,66 @@ def _numbers(found: Flows) -> dict[str, Any]:
     }
 
 
+def measure(depth: int, epochs: int) -> dict[str, Any]:
+    """The record."""
+    start = untrained(depth)
+    at_start = flows(start)
+    widths = [[layer.norm1.num_features for layer in layers] for _, _, layers in dense_blocks(start[DENSE].model)]
+    channels = [[*block, block[-1] + block[1] - block[0]] for block in widths]
+    predictions = {
+        dense.name: prediction(dense, plain, of)
+        for dense, plain, of in zip(at_start[DENSE], at_start[PLAIN], channels, strict=True)
+    }
+    after, outcome = trained(depth, epochs)
+    network = start[DENSE].description
+    settings = {"network": network, "depth": depth, "epochs": epochs, "images": IMAGES, "seed": SEED}
+    results = {
+        "prediction": predictions,
+        "outcome": outcome,
+        "initialisation": _numbers(at_start),
+        "trained": _numbers(flows(after)),
+        "reuse": {block.name: block.weights.tolist() for block in feature_reuse(after[DENSE].model)},
+    }
+    return _rounded({**environment(), "kind": "flow", "complete": True, "settings": settings, "results": results})
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The pictures of ``record``, which lies or will lie in ``path``."""
+    settings, results = record["settings"], record["results"]
+    network, epochs = settings["network"], f"after {settings['epochs']} epochs"
+    words = f"Loss: cross-entropy, mean over {settings['images']} images of scikit-learn's digits, 8x8; float64."
+    for kind, when in {"initialisation": "freshly initialised", "trained": epochs}.items():
+        curves = {
+            label: [BlockFlow(name, _tensor(of["total"]), _tensor(of["contributions"])) for name, of in blocks.items()]
+            for label, blocks in results[kind].items()
+        }
+        name = f"{path.stem}-{'init' if kind == 'initialisation' else kind}.png"
+        flow_picture(curves, path.with_name(name), title=f"Gradient flow: {network}, {when}", caption=words)
+    reuse = [BlockReuse(name, _tensor(weights)) for name, weights in results["reuse"].items()]
+    title = f"Feature reuse: {network}, {epochs} of scikit-learn's digits"
+    reuse_picture(reuse, path.with_name(f"{path.stem}-reuse.png"), title=title, caption="")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flow", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=100, help="of both networks, 6*n + 4 (default: 100)")
     parser.add_argument("--epochs", type=int, default=6, help="of training (default: 6)")
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu" / "flow.json", help="where the record goes")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw the record that is there")
     options = parser.parse_args()
-
-    start = untrained(options.depth)
-    network = start[DENSE].description
-    at_start = flows(start)
-    widths = [[layer.norm1.num_features for layer in block.values()] for block in _dense_blocks(start[DENSE])]
-    channels = [[*block, block[-1] + block[1] - block[0]] for block in widths]
-    predictions = {
-        dense.name: prediction(dense, plain, of)
-        for dense, plain, of in zip(at_start[DENSE], at_start[PLAIN], channels, strict=True)
-    }
-    after, outcome = trained(options.depth, options.epochs)
-    at_end, reuse = flows(after), feature_reuse(after[DENSE].model)
-
     path: Path = options.json
-    words = f"Loss: cross-entropy, mean over {IMAGES} training images of scikit-learn's digits, 8x8; float64."
-    epochs = f"after {options.epochs} epochs"
-    flow_picture(at_start, path.with_name(f"{path.stem}-init.png"), title=f"{network}, untrained", caption=words)
-    flow_picture(at_end, path.with_name(f"{path.stem}-trained.png"), title=f"{network}, {epochs}", caption=words)
-    reuse_picture(reuse, path.with_name(f"{path.stem}-reuse.png"), title=f"{network}, {epochs}", caption="")
-    settings = {"network": network, "depth": options.depth, "epochs": options.epochs, "images": IMAGES, "seed": SEED}
-    results = {
-        "prediction": predictions,
-        "outcome": outcome,
-        "initialisation": _numbers(at_start),
-        "trained": _numbers(at_end),
-        "reuse": {block.name: block.weights.tolist() for block in reuse},
-    }
-    record = {**environment(), "kind": "flow", "complete": True, "settings": settings, "results": results}
-    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+    if options.redraw:
+        record = json.loads(path.read_text())
+    else:
+        record = measure(options.depth, options.epochs)
+        path.write_text(json.dumps(record) + "\n")
+    draw(record, path)
     print(flow_table(record, f"cpu/{path.name}"))
 
 
-def _dense_blocks(of: Subject) -> list[Any]:
-    from fastdense.blocks import dense_blocks
-
-    return [module for _, module, _ in dense_blocks(of.model)]
+def _tensor(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _rounded(value: Any) -> Any:
