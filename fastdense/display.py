@@ -57,6 +57,21 @@ def _step_milliseconds(run: Run) -> float | None:
     return 1e3 * statistics.median(run.seconds[-STEP_TIME_WINDOW:]) if run.seconds else None
 
 
+def _speed(experiment: Experiment) -> str:
+    """Images a second in the newest steps, of all processes together; evaluation and reading left out."""
+    seconds = experiment.runs[-1].seconds[-STEP_TIME_WINDOW:]
+    return f"{experiment.config.batch_size / statistics.median(seconds):,.0f} images/s" if seconds else "- images/s"
+
+
+def duration(seconds: float) -> str:
+    """As somebody would say it, to two units."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
 def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *, width: int, bars: str) -> str:
     """A curve of one line: each character is the mean of its share of the ``steps``, on a logarithmic scale.
 
@@ -87,8 +102,12 @@ def introduction(experiment: Experiment) -> str:
         f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.\n"
         f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
         f"SGD, learning rate {config.lr:g}, seed {config.seed}.\n"
-        f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment)
+        f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment) + _resumed(experiment)
     )
+
+
+def _resumed(experiment: Experiment) -> str:
+    return f"\nGoing on after step {experiment.step:,}." if experiment.step else ""
 
 
 def _picked(experiment: Experiment) -> str:
@@ -120,8 +139,10 @@ class LiveDisplay:
         self.check = None
         if experiment.check_steps:
             self.check = self.progress.add_task("check in float64", total=experiment.check_steps)
-        self.training = self.progress.add_task("training", total=experiment.steps, start=self.check is None)
-        self.flow = ""
+        self.training = self.progress.add_task(
+            "training", total=experiment.steps, completed=experiment.step, start=self.check is None
+        )
+        self.flow = \"\"
 
     def update(self, event: Event) -> None:
         if isinstance(event, CheckEvent):
@@ -132,8 +153,8 @@ class LiveDisplay:
             self.flow = flow_line(event)
             return
         self.progress.start_task(self.training)
-        epoch = f"epoch {event.epoch}/{-(-self.experiment.steps // self.experiment.steps_per_epoch)}"
-        self.progress.update(self.training, completed=event.step, description=epoch)
+        description = f"epoch {event.epoch}/{self.experiment.epochs}, {_speed(self.experiment)}"
+        self.progress.update(self.training, completed=event.step, description=description)
 
     def __rich__(self) -> Group:
         return Group(self.progress, self._table(), *([Text(self.flow)] if self.flow else []))
@@ -167,12 +188,13 @@ class PlainDisplay:
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         self.console, self.experiment = console, experiment
-        self.epochs = -(-experiment.steps // experiment.steps_per_epoch)
-        self.every = -(-self.epochs // PLAIN_LINES)
+        self.every = -(-experiment.epochs // PLAIN_LINES)
         self.last_line = time.monotonic()
+        self.first_step, self.start = experiment.step, self.last_line
 
     def update(self, event: Event) -> None:
         if isinstance(event, CheckEvent):
+            self.start = time.monotonic()  # of the steps that are counted for what is left
             if event.step == self.experiment.check_steps:
                 largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
                 self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
@@ -188,8 +210,15 @@ class PlainDisplay:
         else:
             due = not over and time.monotonic() - self.last_line > HEARTBEAT_SECONDS
         if due:
-            where = f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.experiment.steps}"
-            self._line("; ".join([where, *(self._state(run) for run in self.experiment.runs)]))
+            where = f"epoch {event.epoch}/{self.experiment.epochs} step {event.step}/{self.experiment.steps}"
+            self._line("; ".join([where, *(self._state(run) for run in self.experiment.runs), self._pace(event.step)]))
+
+    def _pace(self, step: int) -> str:
+        pace, left = _speed(self.experiment), self.experiment.steps - step
+        if left == 0:
+            return pace
+        seconds = (time.monotonic() - self.start) / max(step - self.first_step, 1) * left
+        return f"{pace}, {duration(seconds)} left"
 
     def _state(self, run: Run) -> str:
         accuracy = f"{number(_accuracy(run), '.1%')} right"
@@ -212,7 +241,7 @@ def display(console: Console, experiment: Experiment) -> Iterator[Display]:
 
 
 def result_table(summaries: Sequence[Summary]) -> Table:
-    """One row a run."""
+    """One row a run, and one for its average where there is one."""
     table = Table()
     table.add_column("run")
     for heading in (
@@ -233,6 +262,9 @@ def result_table(summaries: Sequence[Summary]) -> Table:
             milliseconds,
             f"{run.kept_bytes / 1e6:.1f} MB",
         )
+        if run.ema_test_loss is not None:
+            averaged = (number(run.ema_test_loss, ".4f"), number(run.ema_test_accuracy, ".2%"))
+            table.add_row(f"{run.label}, averaged weights", "-", *averaged, "-", "-")
     return table
 
 

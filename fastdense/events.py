@@ -99,6 +99,8 @@ class Summary:
     test_accuracy: float | None  # in [0, 1]
     step_seconds: float | None  # median
     kept_bytes: int
+    ema_test_loss: float | None = None  # of the averaged weights
+    ema_test_accuracy: float | None = None
     event: ClassVar[str] = "summary"
 
 

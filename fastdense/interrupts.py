@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 __all__ = ["Interrupted", "Stop", "noted"]
+
+SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on that its processes have had already, and SIGTERM after it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,12 +27,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
 
     def note(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the first signal; the second one does not wait for the step to end."""
-        if self.signal is not None:
+        """Remember the first signal; another Ctrl-C does not wait for the step to end."""
+        if self.signal is None:
+            self.signal, self.since = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.since > SAME_PRESS:
             raise KeyboardInterrupt
-        self.signal = signum
 
 
 @contextmanager

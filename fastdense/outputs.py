@@ -7,6 +7,7 @@ gradient flow (``--watch-flow``).
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -67,12 +68,15 @@ class OutputOptions:
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
 
 
-def prepare(out: Path, *, resume: bool) -> None:
+def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
     """Make the folder ready for a run, or for going on with one.
 
     Raises:
         ValueError: it cannot be written, or holds a run already.
+        ModuleNotFoundError: tensorboardX is not installed.
     """
+    if tensorboard:
+        importlib.import_module("tensorboardX")  # before anything is written
     held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
     if held and not resume:
         raise ValueError(
@@ -115,6 +119,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.saved: tuple[int, bool] | None = None
         self.failed = False  # whether the newest checkpoint could not be written
         self.logs_failed = False
+        self.stopped = False  # whether a log failed, or a checkpoint, that must not
         if resumed is not None:
             self.saved = (experiment.step, experiment.evaluated)
             if self.writing:  # a kill between last.pt and its other names
@@ -222,6 +227,8 @@ class Outputs(AbstractContextManager["Outputs"]):
                 old.unlink()
 
     def _log(self, what: str, write: Callable[[], None]) -> None:
+        if self.stopped:
+            return
         quiet = self.logs_failed  # one warning is enough for a disk that stays full
         self.logs_failed = not self._attempt(what, write, quiet=quiet)
 
@@ -232,6 +239,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         except OSError as error:
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}"
             if self.experiment.config.on_error == "stop":
+                self.stopped = True
                 raise OutputError(f"{reason}. What was written before is whole. {self.remedy}") from error
             if not quiet:
                 self.warn(f"{reason}. Training goes on; the next save tries again.")

@@ -113,6 +113,9 @@ def processes() -> Iterator[Processes]:
     store, rank, count = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), store)
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    yield Processes(rank, count, local, store)
     # Not after an error: the others may be waiting in a collective that this process will not join.
     dist.destroy_process_group()

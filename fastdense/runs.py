@@ -244,6 +244,8 @@ class Run:
             test_accuracy=last.test_accuracy if last else None,
             step_seconds=statistics.median(self.seconds) if self.seconds else None,
             kept_bytes=self.kept_bytes,
+            ema_test_loss=last.ema_test_loss if last else None,
+            ema_test_accuracy=last.ema_test_accuracy if last else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,4 +283,4 @@ class Run:
 
 def _finish(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)

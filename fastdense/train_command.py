@@ -177,7 +177,7 @@ def _prepare(
             config = TrainConfig(**options)
         output = OutputOptions(**writing)
         if out is not None and everybody.first:
-            prepare(out, resume=resume)
+            prepare(out, resume=resume, tensorboard=output.tensorboard)
         experiment = _experiment(config, everybody)
         if state is not None:
             checkpoint.restore(experiment, out / LAST, state)

@@ -28,23 +28,10 @@ from states import same
 from fastdense.commands import app
 
 ARGUMENTS = [
-    "train",
-    *[
-        "--depth",
-        "7",
-        "--bn-size",
-        "none",
-        "--growth-rate",
-        "4",
-        "--device",
-        "cpu",
-        "--impl",
-        "torch",
-        "--drop-rate",
-        "0.2",
-    ],
+    *("train", "--depth", "7", "--bn-size", "none", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),
+    *("--drop-rate", "0.2", "--epochs", "4", "--batch-size", "480", "--ema", "0.9", "--save-every", "3steps"),
+    *("--keep", "1"),
 ]
-ARGUMENTS += ["--epochs", "4", "--batch-size", "480", "--ema", "0.9", "--save-every", "3steps", "--keep", "1"]
 
 
 def child(out: Path, prepare: Callable[[], None]) -> int:
@@ -67,11 +54,11 @@ def ended(pid: int) -> int:
 
 
 def killed_from_outside(out: Path, longest: float) -> int:
-    """SIGKILL after random times, which after eight kills grow until a child comes to the end."""
+    """SIGKILL after random times, which after six kills grow until a child comes to the end."""
     kills, random_times = 0, random.Random(0)
     while True:
         pid = child(out, lambda: None)
-        time.sleep(random_times.uniform(0.2, 1) * longest * 1.5 ** max(0, kills - 8))
+        time.sleep(random_times.uniform(0.2, 1) * longest * 1.5 ** max(0, kills - 6))
         os.kill(pid, signal.SIGKILL)
         code = ended(pid)
         if code == 0:

@@ -256,6 +256,23 @@ def test_log_gives_a_sign_of_life_in_long_epochs(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_log_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "HEARTBEAT_SECONDS", -1.0)
+    result = fastdense_command(*TINY, "--steps", "3")
+    lines = [line for line in result.output.splitlines() if line.startswith("epoch")]
+    assert re.search(r"; [\d,]+ images/s, \d+ s left$", lines[0]), lines
+    assert re.search(r"; [\d,]+ images/s$", lines[-1]), lines
+    assert [display.duration(s) for s in (0.4, 59, 60, 3599, 3600, 90_000)] == [
+        *("0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "25 h 00 min")
+    ]
+
+
+def test_averaged_weights_have_a_row() -> None:
+    result = fastdense_command(*TINY, "--steps", "2", "--ema", "0.9")
+    (row,) = [cells for label, cells in rows(result.output).items() if label.startswith("fastdense, averaged")]
+    assert float(row[1]) > 0 and row[2].endswith("%") and row[0] == row[3] == "-"
+
+
 def test_log_of_many_epochs_stays_short() -> None:
     result = fastdense_command(*TINY, "--epochs", "50", "--batch-size", "1400", "--growth-rate", "1")
     lines = [line for line in result.output.splitlines() if line.startswith("epoch")]
@@ -332,23 +349,25 @@ def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA H100" in output and "capability 9.0, 80 GB" in output
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "sklearn"])
-def test_missing_extra_is_one_line_with_the_remedy(missing: str) -> None:
+@pytest.mark.parametrize("missing", ["typer", "rich", "sklearn", "tensorboardX"])
+def test_missing_extra_is_one_line_with_the_remedy(missing: str, tmp_path: Path) -> None:
     # None in sys.modules makes an import fail as if the package were not there.
     code = f"import sys; sys.modules[{missing!r}] = None; from fastdense.cli import main; main()"
-    command = [sys.executable, "-c", code, *TINY, "--steps", "1"]
+    command = [sys.executable, "-c", code, *TINY, "--steps", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line == f"fastdense: this command needs {missing}, which is not installed: pip install 'fastdense[train]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_module_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "fastdense.cli", "env", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["versions"]["fastdense"] == fastdense.__version__
+    for module in ("fastdense", "fastdense.cli"):
+        command = [sys.executable, "-m", module, "env", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["versions"]["fastdense"] == fastdense.__version__
 
 
 @pytest.mark.filterwarnings("ignore:fastdense. recompute")

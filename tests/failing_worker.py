@@ -1,0 +1,26 @@
+"""Run by ``torchrun`` with two processes: ``fastdense train``, in which process 1 cannot read an image in step 3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fastdense.cli import main
+from fastdense.data import Dataset, UnreadableImage
+
+read = Dataset.train
+
+
+def unreadable(self: Dataset, batches: Any, *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for n, batch in enumerate(read(self, batches, epoch=epoch)):
+        if n == 3 and os.environ["RANK"] == "1":
+            raise UnreadableImage("cat.png cannot be read")
+        yield batch
+
+
+if __name__ == "__main__":
+    Dataset.train = unreadable  # type: ignore[method-assign]
+    main()

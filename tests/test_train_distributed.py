@@ -1,0 +1,48 @@
+"""``fastdense train`` in two processes with gloo, started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+import train_worker
+from torchrun import two_processes
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+NAMES = [case.__name__ for case in train_worker.CASES]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return two_processes("train_worker.py", [*NAMES, "failed"], tmp_path_factory.mktemp("torchrun") / "said")
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_two_processes(case: str, said: dict[str, list[str]]) -> None:
+    assert said[case] == ["ok", "ok"], "\n".join(said["failed"])
+
+
+def test_what_one_cannot_read_stops_both_with_one_message(tmp_path: Path) -> None:
+    """No hang, a status that is not zero, and a checkpoint to go on from."""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, str(tests / "failing_worker.py"), *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent))), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("Stopped: cat.png cannot be read.") == 1, done.stderr[-4000:]
+    assert "commands.py" not in done.stderr, "a traceback of ours"
+    assert done.stdout.count("images to train on") == 1
+    assert (tmp_path / "run" / "last.pt").exists()

@@ -1,0 +1,165 @@
+"""Run by ``torchrun`` with two processes: ``train_worker.py FILE CASE ...`` writes what each case said."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from states import same
+
+from fastdense import train_command
+from fastdense.commands import app
+from fastdense.data import digits
+from fastdense.processes import Processes, processes
+from fastdense.train import EpochEvent, Experiment, StepEvent, TrainConfig
+
+DATA = digits()
+UNEVEN = dataclasses.replace(DATA, test_images=DATA.test_images[:37], test_labels=DATA.test_labels[:37])
+TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=64, steps=6, device="cpu", impl="torch")
+FILE = ""  # where the cases may write, beside what they say
+
+
+def two_are_one_with_sync_bn(everybody: Processes) -> None:
+    """The same losses, gradients and scores up to rounding."""
+    config = dataclasses.replace(TINY, sync_bn=True)
+    pair, alone = Experiment(config, UNEVEN, everybody), Experiment(config, UNEVEN)
+    for ours, theirs in zip(pair.events(), alone.events(), strict=True):
+        if isinstance(ours, StepEvent):
+            assert isinstance(theirs, StepEvent)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), (ours, theirs)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3), (ours, theirs)
+    assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-3), (ours, theirs)
+    for name, value in pair.runs[0].model.state_dict().items():
+        torch.testing.assert_close(value, alone.runs[0].model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def evaluation_is_shared_exactly(everybody: Processes) -> None:
+    """37 images: 19 here and 18 there; and rank 0's running statistics for both."""
+    pair, alone = Experiment(TINY, UNEVEN, everybody), Experiment(TINY, UNEVEN)
+    list(pair.events())
+    model = pair.runs[0].model
+    if everybody.rank:
+        next(model.buffers()).add_(1)
+    (event,) = pair._evaluate()
+    alone.runs[0].model.load_state_dict(model.state_dict())
+    alone.step, alone.runs[0].losses = pair.step, pair.runs[0].losses
+    (wanted,) = alone._evaluate()
+    assert isinstance(event, EpochEvent) and isinstance(wanted, EpochEvent)
+    assert event.test_accuracy == wanted.test_accuracy and 0 < wanted.test_accuracy < 1
+    assert event.test_loss == pytest.approx(wanted.test_loss, rel=1e-6)
+    models = everybody.gather(model.state_dict())
+    assert same(models[0], models[1]) == ""
+
+
+def resumed_bit_for_bit(everybody: Processes) -> None:
+    """Dropout, an average, BatchNorm of each process alone; from the middle of an epoch and from its end."""
+    config = dataclasses.replace(TINY, drop_rate=0.2, ema=0.9, epochs=3, steps=None, batch_size=480)
+    whole = Experiment(config, UNEVEN, everybody)
+    states = {}
+    for _ in whole.rounds():
+        # Rank 0's file is all that there is.
+        stored = io.BytesIO()
+        torch.save(whole.state_dict(), stored)
+        (stored, _) = everybody.gather(stored.getvalue())
+        states[whole.step, whole.evaluated] = stored
+    last = torch.load(io.BytesIO(states[6, True]), weights_only=True)
+    assert same(last["runs"]["fastdense"]["rng"][0], last["runs"]["fastdense"]["rng"][1]), "the same dropout masks"
+    for at in ((1, True), (2, False), (2, True)):
+        resumed = Experiment(config, UNEVEN, everybody)
+        resumed.load_state_dict(torch.load(io.BytesIO(states[at]), weights_only=True))
+        list(resumed.events())
+        found = everybody.gather(resumed.state_dict())[0]
+        assert same(found, last) == "", (at, same(found, last))
+
+
+def each_takes_its_share(everybody: Processes) -> None:
+    config = dataclasses.replace(TINY, steps=1)
+    pair = Experiment(config, UNEVEN, everybody)
+    list(pair.events())
+    weights = everybody.gather({name: p.detach() for name, p in pair.runs[0].model.named_parameters()})
+    assert same(weights[0], weights[1]) == ""
+    # The mean of what two strangers find on their halves of the first batch.
+    alone = Experiment(config, UNEVEN)
+    model = alone.runs[0].model
+    (_, numbers), *_ = alone._epochs(0, 1)
+    (batch,) = numbers
+    losses = []
+    for half in (batch[0::2], batch[1::2]):
+        model.train()
+        loss = torch.nn.functional.cross_entropy(model(UNEVEN.train_images[half]), UNEVEN.train_labels[half])
+        (loss / 2).backward()
+        losses.append(loss.item())
+    assert pair.runs[0].losses == pytest.approx([sum(losses) / 2])
+    alone.runs[0].optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[0][name])
+
+
+def batches_that_cannot_be_shared(everybody: Processes) -> None:
+    with pytest.raises(ValueError, match=r"--batch-size must be divisible by the 2 processes, as 64 is; got 65"):
+        Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, everybody)
+    with pytest.raises(
+        ValueError, match="--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU"
+    ):
+        Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, everybody)
+
+
+def non_finite_on_one_stops_all(everybody: Processes) -> None:
+    pair = Experiment(TINY, UNEVEN, everybody)
+    if everybody.rank == 1:
+        pair.data.train_images[:] = torch.nan
+    with pytest.raises(RuntimeError, match="training loss of run fastdense is not finite at epoch 1, step 1"):
+        list(pair.events())
+
+
+def command_line(everybody: Processes) -> None:
+    """Rank 0 alone writes and prints."""
+    folder = Path(f"{FILE}.out")
+    # A process joins the others once in its life.
+    train_command.processes = lambda: contextlib.nullcontext(everybody)
+    tiny = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--steps", "6", "--sync-bn", "--out"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        app([*tiny, str(folder)], standalone_mode=False)
+    assert bool(printed.getvalue()) == (os.environ["RANK"] == "0"), printed.getvalue()
+    if os.environ["RANK"] == "0":
+        state = torch.load(folder / "last.pt", weights_only=True)
+        assert (state["processes"], state["step"]) == (2, 6)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if record["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+CASES = (
+    two_are_one_with_sync_bn, evaluation_is_shared_exactly, resumed_bit_for_bit, each_takes_its_share,
+    batches_that_cannot_be_shared, command_line, non_finite_on_one_stops_all,
+)  # fmt: skip
+
+
+def main(file: str, names: list[str]) -> None:
+    global FILE
+    FILE = file
+    torch.set_num_threads(1)
+    said = {}
+    try:
+        with processes() as everybody:
+            for case in CASES:
+                if case.__name__ in names:
+                    case(everybody)
+                    said[case.__name__] = "ok"
+            dist.barrier()
+    except BaseException:
+        said["failed"] = traceback.format_exc()  # and the processes may be out of step
+    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
