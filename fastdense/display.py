@@ -142,7 +142,7 @@ class LiveDisplay:
         self.training = self.progress.add_task(
             "training", total=experiment.steps, completed=experiment.step, start=self.check is None
         )
-        self.flow = \"\"
+        self.flow = ""
 
     def update(self, event: Event) -> None:
         if isinstance(event, CheckEvent):
