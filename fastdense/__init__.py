@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import functional, memory, reference
 from .convert import convert, revert
 from .functional import dense_block
+from .inspect import feature_reuse, gradient_flow
 from .nn import (
     DenseBlock,
     DenseLayer,
@@ -35,7 +36,9 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "feature_reuse",
     "functional",
+    "gradient_flow",
     "memory",
     "plan",
     "reference",

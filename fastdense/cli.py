@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["main"]
 
-EXTRAS = ("typer", "rich", "sklearn", "PIL", "tensorboardX")
+EXTRAS = ("typer", "rich", "sklearn", "PIL", "tensorboardX", "matplotlib")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from . import train_options as opt
 from .bench_commands import bench
 from .display import environment_tables
 from .environment import environment
+from .inspect_commands import inspect
 from .outputs import OutputOptions
 from .train_config import TrainConfig
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.add_typer(inspect, name="inspect")
 
 
 @app.command()

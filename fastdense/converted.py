@@ -34,6 +34,7 @@ __all__ = [
     "Stage",
     "StemSpec",
     "TransitionSpec",
+    "block_layers",
     "children_as_module",
     "converted_class",
     "part_of",
@@ -232,6 +233,13 @@ def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]
             training = found[owner].training
         layers.append(Layer(stages, rate, layer.per_channel, training))
     return layers, None
+
+
+def block_layers(module: Any) -> tuple[list[Layer], str | None]:
+    """The layers of a converted block as it is now, or the reason why it cannot run fused any more."""
+    spec = module._fastdense
+    found, reason = resolve(module, spec.nodes)
+    return ([], reason) if reason is not None else _layers(found, spec)
 
 
 class Converted:

@@ -1,33 +1,98 @@
-"""Real images that need no download: scikit-learn's handwritten digits."""
+"""Images to train on: scikit-learn's handwritten digits, which need no download, CIFAR, or a folder of images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cifar
+from .augment import AUGMENTATIONS, Views, crop_flip, crop_flip_table, resized_crop, standardise
+from .images import UnreadableImage, open_folder
+
 __all__ = ["Dataset", "Source", "UnreadableImage", "batches", "digits", "open_data"]
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed, so that accuracies of different --seed values are about the same test images
+ON_ERROR = ("stop", "skip")
 
 
-class UnreadableImage(RuntimeError):
-    """An image cannot be read."""
+class Source(Protocol):
+    """Labelled images to train and to test on. Images have numbers, counted from 0 on each side."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+
+    @property
+    def classes(self) -> int:
+        """How many: labels are in ``[0, classes)``."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each label."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in a batch."""
+
+    @property
+    def train_count(self) -> int:
+        """How many images there are to train on."""
+
+    @property
+    def test_count(self) -> int:
+        """How many images there are to test on."""
+
+    @property
+    def unreadable(self) -> list[str]:
+        """One line for each image that could not be read and was skipped, in the order found: ``"PATH: reason"``."""
+
+    def to(self, device: torch.device) -> Source:
+        """The same images, with batches on ``device``."""
+
+    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels for each batch of numbers, standardised and augmented.
+
+        The augmentation is a pure function of (seed, epoch, image number): batches, processes and resumption have no
+        part in it.
+
+        Args:
+            batches: each a vector of int64 in ``[0, train_count)``.
+            epoch: any number.
+
+        Yields:
+            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
+        """
+
+    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images, all of them in memory.
+    """A :class:`Source` that holds all of its images in memory.
 
     Attributes:
         name: what to call it in a report.
-        train_images, test_images: ``[n, channels, height, width]``, standardised.
+        train_images, test_images: ``[n, channels, height, width]``, standardised float32, or uint8 as stored.
         train_labels, test_labels: int64 ``[n]``, each in ``[0, classes)``.
         classes: how many.
+        class_names: one for each label; its number if left out.
+        mean, std: ``[channels, 1, 1]``, from 0 to 255: what uint8 images are standardised with.
+        augment: ``"none"``, ``"crop-flip"`` or ``"resized-crop"``.
+        seed: of the augmentation.
+        size: batches are resized to it bilinearly; ``None`` leaves the images their own.
+        unreadable: always empty.
     """
 
     name: str
@@ -36,43 +101,33 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: int
+    class_names: tuple[str, ...] = ()
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    augment: str = "none"
+    seed: int = 0
+    size: int | None = None
+    unreadable: list[str] = field(default_factory=list)
 
-    unreadable = ()
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(map(str, range(self.classes))))
 
     @property
     def channels(self) -> int:
         return self.train_images.shape[1]
 
     @property
-    def class_names(self) -> list[str]:
-        """What each class is called."""
-        return [str(number) for number in range(self.classes)]
-
-    @property
     def image_size(self) -> int:
-        """Height and width, pixels."""
-        return self.train_images.shape[-1]
+        return self.train_images.shape[-1] if self.size is None else self.size
 
     @property
     def train_count(self) -> int:
-        """Images to train on."""
         return len(self.train_labels)
 
     @property
     def test_count(self) -> int:
-        """Images to test on."""
         return len(self.test_labels)
-
-    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of each batch of image numbers."""
-        for batch in batches:
-            numbers = batch.to(self.train_labels.device)
-            yield self.train_images[numbers], self.train_labels[numbers]
-
-    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the test images ``numbers``, in order, ``batch_size`` at a time."""
-        for part in numbers.to(self.test_labels.device).split(batch_size):
-            yield self.test_images[part], self.test_labels[part]
 
     def to(self, device: torch.device) -> Dataset:
         """The same images on ``device``."""
@@ -82,7 +137,130 @@ class Dataset:
             train_labels=self.train_labels.to(device),
             test_images=self.test_images.to(device),
             test_labels=self.test_labels.to(device),
+            mean=None if self.mean is None else self.mean.to(device),
+            std=None if self.std is None else self.std.to(device),
         )
+
+    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to train on, as in :class:`Source`: without augmentation, ``train_images[numbers]`` standardised."""
+        device = self.train_images.device
+        views = Views(self.augment, self.image_size, self.seed, epoch)
+        table: tuple[Tensor, ...] = ()
+        if self.augment == "crop-flip":
+            table = tuple(column.to(device) for column in crop_flip_table(self.train_count, self.seed, epoch))
+        for numbers in batches:
+            on_device = numbers.to(device)
+            images = self._standardised(self.train_images[on_device])
+            if self.augment == "crop-flip":
+                top, left, flip = (column[on_device] for column in table)
+                images = crop_flip(images, top, left, flip)
+            elif self.augment == "resized-crop":
+                images = resized_crop(images, numbers, views)
+            yield self._resized(images), self.train_labels[on_device]
+
+    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to test on, as in :class:`Source`: ``test_images[numbers]`` standardised."""
+        for part in numbers.to(self.test_images.device).split(batch_size):
+            yield self._resized(self._standardised(self.test_images[part])), self.test_labels[part]
+
+    def _standardised(self, images: Tensor) -> Tensor:
+        if self.mean is None or self.std is None:
+            return images
+        return standardise(images, self.mean, self.std)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if images.shape[2:] == size:
+            return images
+        smaller = self.image_size < images.shape[-1]  # where every pixel shall count
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=smaller)
+
+
+def open_data(
+    data: str,
+    *,
+    image_size: int | None = None,
+    augment: str = "auto",
+    seed: int = 0,
+    workers: int = 0,
+    on_error: str = "stop",
+) -> Source:
+    """The images that ``--data`` names.
+
+    Args:
+        data: ``"digits"`` (a folder of that name is ``"./digits"``); a folder that is or holds CIFAR-10 or CIFAR-100 as
+            published, in the Python or the binary version; or a folder of images laid out as
+            :func:`fastdense.folders.find` says.
+        image_size: height and width of the images in a batch; ``None`` is 8 for digits, 32 for CIFAR and 224 for a
+            folder.
+        augment: how images to train on are varied. ``"crop-flip"``: shifted by up to 4 pixels (in a folder: a random
+            part of the scaled image) and half of them mirrored; ``"resized-crop"``: a random part of 8 to 100 % of the
+            area, and half of them mirrored; ``"none"``. ``"auto"`` is ``"none"`` for digits, ``"crop-flip"`` for
+            CIFAR, as in the DenseNet paper (arXiv 1608.06993, section 4.1), and ``"resized-crop"`` for a folder.
+        seed: of the augmentation.
+        workers: processes that read a folder's images; 0 reads them in this one.
+        on_error: what to do about an image that cannot be read: ``"stop"`` raises :class:`UnreadableImage`,
+            ``"skip"`` trains on the next one in its place, leaves it out of tests, and notes it in ``unreadable``.
+
+    Raises:
+        ValueError: an argument is out of its range, or there are no images where ``data`` points.
+        ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image-size must be at least 1, got {image_size}")
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
+    if workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {workers}")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
+    if data == "digits":
+        if image_size is not None and image_size < 8:
+            raise ValueError(f"--image-size must be at least 8, the size of the digits, got {image_size}")
+        return replace(digits(image_size or 8), augment="none" if augment == "auto" else augment, seed=seed)
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
+        raise ValueError(f"--data {data} {what}: {remedy}")
+    if found := cifar.find(root):
+        return _cifar(*found, image_size=image_size, augment="crop-flip" if augment == "auto" else augment, seed=seed)
+    return open_folder(root, image_size=image_size, augment=augment, seed=seed, workers=workers, on_error=on_error)
+
+
+def _cifar(folder: Path, kind: cifar.Cifar, *, image_size: int | None, augment: str, seed: int) -> Dataset:
+    train_images, train_labels, test_images, test_labels, names = cifar.read(folder, kind)
+    mean, std = _mean_and_std(train_images)
+    return Dataset(
+        kind.name,
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        classes=kind.classes,
+        class_names=names,
+        mean=mean,
+        std=std,
+        augment=augment,
+        seed=seed,
+        size=image_size,
+    )
+
+
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel of uint8 images, float32 ``[channels, 1, 1]``, exact but for the last rounding.
+
+    The DenseNet paper standardises CIFAR with them (section 4.1). Sums of a histogram are whole numbers.
+    """
+    levels = torch.arange(256)
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        histogram = channel.flatten().bincount(minlength=256)
+        count, total = channel.numel(), int((histogram * levels).sum())
+        squares = int((histogram * levels**2).sum())
+        means.append(total / count)
+        deviations.append(((count * squares - total**2) / count**2) ** 0.5 or 1.0)  # 1 where all pixels are equal
+    return torch.tensor(means).view(-1, 1, 1), torch.tensor(deviations).view(-1, 1, 1)
 
 
 def digits(image_size: int = 8) -> Dataset:
@@ -121,21 +299,3 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
     """
     order = torch.randperm(count, generator=generator)
     return iter(order[: count // batch_size * batch_size].split(batch_size))
-
-
-Source = Dataset
-
-
-def open_data(
-    data: str,
-    *,
-    image_size: int | None,
-    augment: str = "auto",
-    seed: int = 0,
-    workers: int = 0,
-    on_error: str = "stop",
-) -> Source:
-    """What ``--data`` names."""
-    if data != "digits":
-        raise ValueError(f"--data must be digits, got {data!r}")
-    return digits(image_size or 8)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .automatic import in_words
+from .events import FlowEvent
 from .train import CheckEvent, EpochEvent, Event, Experiment, Run, Summary
 
 __all__ = [
@@ -127,6 +128,12 @@ def _picked(experiment: Experiment) -> str:
     return f"\nrecompute='auto' picked {in_words(modes)}." if modes else ""
 
 
+def flow_line(event: FlowEvent) -> str:
+    """The gradient at both ends of each block."""
+    ends = ", ".join(f"{name.removeprefix('features.')} {t[1]:.1e} .. {t[-1]:.1e}" for name, t in event.total.items())
+    return f"gradient norm of first .. last layer's output after step {event.step}: {ends}"
+
+
 class LiveDisplay:
     """A progress bar and, for each run, its loss, accuracy, step time and loss curve, redrawn in place."""
 
@@ -148,18 +155,22 @@ class LiveDisplay:
         self.training = self.progress.add_task(
             "training", total=experiment.steps, completed=experiment.step, start=self.check is None
         )
+        self.flow = ""
 
     def update(self, event: Event) -> None:
         if isinstance(event, CheckEvent):
             assert self.check is not None
             self.progress.update(self.check, completed=event.step)
             return
+        if isinstance(event, FlowEvent):
+            self.flow = flow_line(event)
+            return
         self.progress.start_task(self.training)
         description = f"epoch {event.epoch}/{self.experiment.epochs}, {_speed(self.experiment)}"
         self.progress.update(self.training, completed=event.step, description=description)
 
     def __rich__(self) -> Group:
-        return Group(self.progress, self._table())
+        return Group(self.progress, self._table(), *([Text(self.flow)] if self.flow else []))
 
     def _table(self) -> Table:
         runs = self.experiment.runs
@@ -202,6 +213,9 @@ class PlainDisplay:
                 self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
             return
         if event.run != self.experiment.runs[-1].name:
+            return
+        if isinstance(event, FlowEvent):
+            self._line(flow_line(event))
             return
         over = event.step == self.experiment.steps
         if isinstance(event, EpochEvent):

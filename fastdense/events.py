@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-__all__ = ["CheckEvent", "Comparison", "EpochEvent", "Event", "NonFiniteLoss", "StepEvent", "Summary"]
+__all__ = ["CheckEvent", "Comparison", "EpochEvent", "Event", "FlowEvent", "NonFiniteLoss", "StepEvent", "Summary"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,24 @@ class EpochEvent:
     event: ClassVar[str] = "epoch"
 
 
-Event = CheckEvent | StepEvent | EpochEvent
+@dataclass(frozen=True)
+class FlowEvent:
+    """The gradient flow of one run after a step, see :func:`fastdense.gradient_flow`; norms of six digits.
+
+    Attributes:
+        total: by block, ``||dLoss/dH_i||`` for ``i = 0 .. L``.
+        contributions: by block, row ``i``, column ``j``: what layer ``j`` sends back to ``H_i``.
+    """
+
+    run: str
+    step: int
+    epoch: int
+    total: dict[str, list[float]]
+    contributions: dict[str, list[list[float]]]
+    event: ClassVar[str] = "flow"
+
+
+Event = CheckEvent | StepEvent | EpochEvent | FlowEvent
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .events import EpochEvent, Event, StepEvent
+from .events import EpochEvent, Event, FlowEvent, StepEvent
 
 __all__ = ["JsonLines", "TensorBoard", "WholeWrites"]
 
@@ -130,6 +130,17 @@ class TensorBoard:
             found = {tag: getattr(event, name) for name, tag in names.items()}
             scalars = {f"{tag}/{event.run}": value for tag, value in found.items() if value is not None}
             self._write(summary=self._scalars(scalars), step=event.step)
+        elif isinstance(event, FlowEvent):
+            # A layer's gradient at both ends of each block: the picture beside the file has all of them.
+            ends = {
+                f"{tag}_{end}": total[i]
+                for tag, total in event.total.items()
+                for end, i in (("first", 1), ("last", -1))
+            }
+            self._write(
+                summary=self._scalars({f"gradient_flow/{event.run}/{tag}": value for tag, value in ends.items()}),
+                step=event.step,
+            )
 
     def _scalars(self, scalars: Mapping[str, float]) -> Any:
         value = self._summary.Summary.Value

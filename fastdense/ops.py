@@ -12,8 +12,9 @@ which is the lazy gradient of ``schedule.py``. The operators mutate nothing and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ NOT_TWICE = (
     "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
     "model with impl='reference' (or set FASTDENSE_IMPL=reference)"
 )
+
+Watcher = Callable[[Backend, LazyGradient, Features, Sequence[Layer]], Backend]
+# Who wants to see a block's gradients come about, as inspect.py does, puts a backend of its own between.
+watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 def build_layers(
@@ -223,6 +228,8 @@ def dense_block_backward(
         be = backend_of(impl, X, group, z_var)
         Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
         G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
+        if (watch := watcher.get()) is not None:
+            be = watch(be, G, features, layers)
         gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=recompute)
         grad_x, grad_x_mean, grad_x_var = X.new_empty(0), mean.new_empty(0), var.new_empty(0)
         if needs_x and lazy:

@@ -1,7 +1,8 @@
 """The folder of a run that goes on for long: checkpoints and logs, and what happens when they cannot be written.
 
 ``last.pt`` is the newest checkpoint, ``best.pt`` the one with the best test accuracy; ``step-N.pt`` are the newest few
-(``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured.
+(``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured, ``flow-RUN-N.png`` are pictures of the
+gradient flow (``--watch-flow``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from . import checkpoint
-from .events import Event
+from .events import Event, FlowEvent
 from .logs import JsonLines, TensorBoard
 from .train import Experiment
+from .watch import flows
 
 __all__ = ["LAST", "OutputError", "OutputOptions", "Outputs", "prepare"]
 
@@ -130,6 +132,8 @@ class Outputs(AbstractContextManager["Outputs"]):
     def _open_logs(self, length: int) -> None:
         assert self.out is not None
         self.metrics = JsonLines(self.out / METRICS, length)
+        if self.experiment.config.watch_flow is not None:
+            from . import inspect_plots  # noqa: F401  (matplotlib may be missing: now is better than at the first picture)
         if self.options.tensorboard:
             self.tensorboard = TensorBoard(self.out, self.experiment.step)
 
@@ -149,11 +153,28 @@ class Outputs(AbstractContextManager["Outputs"]):
         """Log what happened in a round, and write a checkpoint if one is due."""
         for event in events:
             self.write({"event": event.event, **asdict(event)})
+            if isinstance(event, FlowEvent) and self.writing:
+                self._log("a picture of the gradient flow", partial(self._draw, event))
             if self.tensorboard is not None:
                 self._log("TensorBoard's file", partial(self.tensorboard.update, event))
         experiment = self.experiment
         if experiment.step and experiment.evaluated and (self._due() or self._best()):
             self.save()
+
+    def _draw(self, event: FlowEvent) -> None:
+        from .inspect_plots import flow_picture  # matplotlib takes long to import
+
+        assert self.out is not None
+        path = self.out / f"flow-{event.run}-{event.step:08d}.png"
+        title = f"Gradient flow: {self.experiment.config.architecture.description}, after {event.step:,} steps"
+        caption = f"Loss: cross-entropy, on images of the newest batch of {self.experiment.data.name}; float64."
+        unfinished = path.with_suffix(".partial.png")
+        try:
+            flow_picture({event.run: flows(event)}, unfinished, title=title, caption=caption)
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     def _due(self) -> bool:
         step, every = self.experiment.step, self.options.steps(self.experiment.steps_per_epoch)

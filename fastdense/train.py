@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .processes import Processes
 from .recipe import schedule, sgd
 from .runs import Run, average, kept_for_backward, rng_states
 from .train_config import AMP, TrainConfig
+from .watch import diagnose, flow
 
 __all__ = [
     "CheckEvent",
@@ -34,24 +35,12 @@ __all__ = [
     "StepEvent",
     "Summary",
     "TrainConfig",
-    "diagnose",
-    "flow",
     "kept_for_backward",
     "schedule",
 ]
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
-
-
-def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
-    """Why the loss or a gradient of ``run`` is not finite on this batch, if that can be told; never changes the run."""
-    return None
-
-
-def flow(run: Run, images: Tensor, labels: Tensor) -> Iterable[Event]:
-    """What flowed through ``run`` in its newest step, whose gradients are still there: for ``config.watch_flow``."""
-    return ()
 
 
 def _joined(where: str, remedy: str, because: str | None) -> str:
@@ -240,7 +229,7 @@ class Experiment:
             events.append(StepEvent(run.name, step, epoch, loss, run.seconds[-1], speed, lr, norm, skipped))
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
             for run in self.runs:
-                events.extend(flow(run, images, labels))
+                events.extend(flow(run, images, labels, step=step, epoch=epoch))
         return events
 
     def _require_finite_steps(self, images: Tensor, labels: Tensor) -> None:

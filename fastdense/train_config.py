@@ -236,6 +236,8 @@ class TrainConfig:
                 "--compare trains the textbook block (reference) beside another one: --impl and "
                 "FASTDENSE_IMPL must be auto, triton or torch, not reference"
             )
+        if self.compare and self.plain:
+            raise ValueError("--plain leaves no dense block for --compare to compare: leave one of them out")
         if self._pixels is not None:
             self.check_batch(self.batch_size)
 
@@ -255,8 +257,9 @@ class TrainConfig:
                 raise ValueError(f"{option} must be at least 0, got {count}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and less than 2**63, got {self.seed}")
-        if self.image_size is not None and self.image_size < DIGITS_SIZE:
-            raise ValueError(f"--image-size must be at least 8, the size of the digits, got {self.image_size}")
+        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
+        if self.image_size is not None and self.image_size < least:
+            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
 
     def _check_rates(self) -> None:
         if not 0 <= self.drop_rate < 1:

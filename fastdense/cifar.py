@@ -1,0 +1,158 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them (Krizhevsky, 2009): the Python or the binary version.
+
+The files' format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Cifar", "find", "read"]
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """One version of one of the data sets, and the names of its files.
+
+    Attributes:
+        labels: the key of a pickle's labels; in a binary record, how many label bytes precede the pixels, of which
+            the last one counts (CIFAR-100 has a coarse label before the fine one).
+        names: the file with the names of the classes, and its key in a pickle.
+    """
+
+    name: str
+    classes: int
+    folder: str
+    train: tuple[str, ...]
+    test: str
+    labels: bytes | int
+    names: tuple[str, bytes]
+
+
+_FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFARS = (
+    Cifar("CIFAR-10", 10, "cifar-10-batches-py", _FIVE, "test_batch", b"labels", ("batches.meta", b"label_names")),
+    Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels", ("meta", b"fine_label_names")),
+    Cifar(
+        "CIFAR-10", 10, "cifar-10-batches-bin",
+        tuple(f"{name}.bin" for name in _FIVE), "test_batch.bin", 1, ("batches.meta.txt", b""),
+    ),
+    Cifar("CIFAR-100", 100, "cifar-100-binary", ("train.bin",), "test.bin", 2, ("fine_label_names.txt", b"")),
+)  # fmt: skip
+
+
+def find(root: Path) -> tuple[Path, Cifar] | None:
+    """The folder of CIFAR files that ``root`` is or contains, ``None`` if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [(root / cifar.folder, cifar) for cifar in CIFARS if (root / cifar.folder).is_dir()]
+    if not found:
+        found = [
+            (root, cifar) for cifar in CIFARS if any((root / name).is_file() for name in (*cifar.train, cifar.test))
+        ]
+    if len(found) > 1:
+        both = " and ".join(cifar.folder if folder != root else cifar.name for folder, cifar in found)
+        raise ValueError(f"--data {root} holds {both}: name the folder of one of them")
+    return found[0] if found else None
+
+
+def read(folder: Path, cifar: Cifar) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """All images of a folder.
+
+    Returns:
+        Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing; the names of
+        the classes, which are numbers where their file is missing.
+
+    Raises:
+        ValueError: a file is missing, damaged, or not what its name says.
+    """
+    missing = [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
+    names = tuple(map(str, range(cifar.classes)))
+    if (folder / cifar.names[0]).is_file():
+        names = _checked(folder / cifar.names[0], cifar, _names)
+    return *_joined(folder, cifar, cifar.train), *_joined(folder, cifar, (cifar.test,)), names
+
+
+def _joined(folder: Path, cifar: Cifar, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True)
+    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+
+
+def _checked(path: Path, cifar: Cifar, reader: Callable[[Path, Cifar], Any]) -> Any:
+    try:
+        return reader(path, cifar)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to call for
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        remedy = f"unpack the archive of {cifar.name} again, or download it again"
+        raise ValueError(f"{path} is damaged or not a file of {cifar.name} ({reason}): {remedy}") from error
+
+
+def _labelled(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    if isinstance(cifar.labels, bytes):
+        contents = _unpickle(path)
+        pixels, labels = contents[b"data"], np.array(contents[cifar.labels], dtype=np.int64)
+    else:
+        record = cifar.labels + PIXELS
+        data = np.fromfile(path, dtype=np.uint8)
+        if len(data) % record:
+            raise ValueError(f"{len(data)} bytes are no multiple of {record}, the bytes of an image")
+        data = data.reshape(-1, record)
+        pixels, labels = data[:, cifar.labels :], data[:, cifar.labels - 1].astype(np.int64)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS) or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)} for {labels.shape} labels")
+    if labels.min() < 0 or labels.max() >= cifar.classes:
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}, not within 0 to {cifar.classes - 1}")
+    return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
+    if isinstance(cifar.labels, bytes):
+        stored = _unpickle(path)[cifar.names[1]]
+        names = tuple(name.decode() if isinstance(name, bytes) else name for name in stored)
+    else:
+        names = tuple(path.read_text().split())
+    if len(names) != cifar.classes:
+        raise ValueError(f"{len(names)} names for {cifar.classes} classes")
+    return names
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds arrays, texts, numbers, lists and dictionaries, and calls nothing else: a pickle may call any function."""
+
+    # NumPy moved these functions from numpy.core to numpy._core. The second serves protocol 5.
+    _MAKE, _MAKE_5 = np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _MAKE,
+        ("numpy._core.multiarray", "_reconstruct"): _MAKE,
+        ("numpy.core.numeric", "_frombuffer"): _MAKE_5,
+        ("numpy._core.numeric", "_frombuffer"): _MAKE_5,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
+        return self._ALLOWED[module, name]
+
+
+def _unpickle(path: Path) -> dict[bytes, Any]:
+    with path.open("rb") as file:
+        contents = _Unpickler(file, encoding="bytes").load()
+    if not isinstance(contents, dict):
+        raise ValueError(f"it holds a {type(contents).__name__}, not a dict")
+    return {key.encode() if isinstance(key, str) else key: value for key, value in contents.items()}

@@ -1,0 +1,288 @@
+"""Images in a folder, read from the disk when they are needed."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+
+from . import folders
+from .augment import Views, standardise
+from .folders import Files
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage", "open_folder"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue within 0 to 1: what published networks were trained with
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow knows more, and starts programs for some
+JPEG = ("JPEG", "MPO")  # the formats that are decoded at a fraction of their size; MPO is what some cameras write
+TURNED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
+ENDS_LEFT, ENDS_ABOVE = (2, 3, 6, 7), (3, 4, 7, 8)  # those where the stored image's right or lower end comes there
+CPU = torch.device("cpu")
+GAP = 2.0  # a fast decoder leaves this many pixels for each one of the result, as Image.thumbnail does
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class UnreadableImage(RuntimeError):
+    """An image that cannot be read; the message names its file and the reason."""
+
+
+def read_image(path: Path, number: int, views: Views) -> Pixels:
+    """What ``views`` shows of an image: uint8 ``[size, size, 3]``, upright and in RGB.
+
+    The box is resized as Pillow does, bilinearly over all pixels that fall on one. JPEG files are decoded at a half,
+    a quarter or an eighth of their size where that leaves twice as many pixels as are needed.
+
+    Raises:
+        UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are large, or whose metadata are odd
+            with Image.open(path, formats=FORMATS) as image:
+                return _view(image, number, views)
+    except MemoryError:
+        raise  # no fault of the image
+    except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and more on damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImage(f"{path}: {' '.join(reason.split()) or type(error).__name__}") from error
+
+
+def _view(image: Image.Image, number: int, views: Views) -> Pixels:
+    if image.format not in JPEG:
+        _turn_upright(image)
+    orientation = _orientation(image)
+    width, height = image.size[::-1] if orientation in TURNED else image.size
+    (left, top, right, bottom), flip = views(number, width, height)
+    scale = 1.0
+    if image.format in JPEG:
+        fraction = min(1.0, views.size * GAP / min(right - left, bottom - top))
+        stored_width = image.width
+        drafted = image.draft(None, (int(image.width * fraction), int(image.height * fraction)))  # at least so large
+        scale = drafted[1][2] / stored_width if drafted else 1.0
+        _turn_upright(image)
+    # A side that the fraction does not divide is rounded up. The rest of a pixel lies where the stored side ended.
+    x = image.width - width * scale if orientation in ENDS_LEFT else 0
+    y = image.height - height * scale if orientation in ENDS_ABOVE else 0
+    right, bottom = min(right * scale + x, image.width), min(bottom * scale + y, image.height)
+    box = max(left * scale + x, 0), max(top * scale + y, 0), right, bottom
+    size = (views.size, views.size)
+    pixels = np.asarray(_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=GAP))
+    return pixels[:, ::-1] if flip else pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata of an image that may be whole
+        return 1
+
+
+def _turn_upright(image: Image.Image) -> None:
+    image.load()
+    if _orientation(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image as a page shows it: on white where it is transparent, 16 bits a pixel rounded down to 8."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown: store it with 8 bits")
+    if image.mode.startswith("I"):  # which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class _Batch(NamedTuple):
+    images: Tensor  # uint8 [n, size, size, 3]
+    labels: Tensor  # int64 [n]
+    unreadable: list[str]  # "PATH: reason"
+
+
+@dataclass(frozen=True)
+class _Reader(MapDataset[_Batch]):
+    """What a worker process does: batches of images, with the unreadable ones reported and not raised.
+
+    Attributes:
+        replace: whether the next readable image takes the place of an unreadable one. If there is none at all, the
+            batch is empty.
+    """
+
+    files: Files
+    views: Views
+    replace: bool
+
+    def __getitems__(self, numbers: list[int]) -> _Batch:
+        images: list[Pixels] = []
+        chosen: list[int] = []
+        unreadable: list[str] = []
+        for number in numbers:
+            for candidate in range(number, number + (len(self.files) if self.replace else 1)):
+                candidate %= len(self.files)
+                try:
+                    # Seen as `number` would be: the replacement's own view may be in this epoch already.
+                    images.append(read_image(self.files.path(candidate), number, self.views))
+                    chosen.append(candidate)
+                    break
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+            else:
+                if self.replace:
+                    images, chosen, unreadable = [], [], unreadable[:1]  # one of perhaps a million tells why
+                    break
+        shape = (len(images), self.views.size, self.views.size, 3)
+        stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(shape, dtype=torch.uint8)
+        return _Batch(stacked, self.files.labels[chosen], unreadable)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in a folder: a :class:`fastdense.data.Source`. They are standardised with ImageNet's mean and deviation.
+
+    Attributes:
+        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``.
+        device: where batches shall be.
+        workers: processes that read images while the device works; 0 reads them in this process.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_size: int
+    train_files: Files
+    test_files: Files
+    augment: str
+    seed: int
+    workers: int
+    on_error: str
+    device: torch.device = CPU
+    unreadable: list[str] = field(default_factory=list)
+    channels: int = 3
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_files)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_files)
+
+    def to(self, device: torch.device | str) -> ImageFolder:
+        """The same images, with batches on ``device``. What is unreadable is noted in both."""
+        return replace(self, device=torch.device(device))
+
+    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to train on, as in :class:`fastdense.data.Source`.
+
+        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all.
+        With workers, ``batches`` is read ahead.
+
+        Raises:
+            UnreadableImage: an image cannot be read and ``on_error`` is ``"stop"``, or none can.
+            RuntimeError: a worker process died.
+        """
+        views = Views(self.augment, self.image_size, self.seed, epoch)
+        reader = _Reader(self.train_files, views, replace=self.on_error == "skip")
+        for images, labels in self._load(reader, batches):
+            if not len(labels):
+                raise self._nothing_readable(self.train_count)
+            yield images, labels
+
+    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches to test on, as in :class:`fastdense.data.Source`; with ``"skip"``, unreadable images are left out.
+
+        Raises:
+            UnreadableImage, RuntimeError: as :meth:`train`.
+        """
+        reader = _Reader(self.test_files, Views("none", self.image_size), replace=False)
+        count = 0
+        for images, labels in self._load(reader, numbers.split(batch_size)):
+            count += len(labels)
+            if len(labels):
+                yield images, labels
+        if len(numbers) and not count:
+            raise self._nothing_readable(len(numbers))
+
+    def _load(self, reader: _Reader, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            reader,
+            batch_sampler=(batch.tolist() for batch in batches),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise it draws a number from the global one
+        )
+        mean, std = (
+            255 * torch.tensor(values, device=self.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        for images, labels, unreadable in self._named(loader):
+            for line in unreadable:
+                if self.on_error == "stop":
+                    raise UnreadableImage(f"{line}. Repair or remove it, or pass --on-error skip")
+                if line not in self.unreadable:
+                    self.unreadable.append(line)
+            images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            yield standardise(images, mean, std), labels.to(self.device, non_blocking=True)
+
+    def _named(self, loader: DataLoader[_Batch]) -> Iterator[_Batch]:
+        try:
+            yield from loader
+        except Exception as error:
+            if not self.workers:
+                raise
+            # PyTorch's own frame refers to the error and the error to its frame. Left to the garbage collector, the
+            # workers would not be told to stop, and each be waited for in vain, five seconds long.
+            traceback.clear_frames(error.__traceback__)
+            if type(error) is not RuntimeError:
+                raise
+            failed = f"reading images in --workers {self.workers} processes failed: {error}"
+            raise RuntimeError(
+                f"{failed}: try fewer, which take less memory, or --workers 0 to see its error"
+            ) from error
+
+    def _nothing_readable(self, count: int) -> UnreadableImage:
+        return UnreadableImage(f"none of {count} images can be read, the first: {self.unreadable[0]}. Check --data")
+
+
+def open_folder(
+    root: Path, *, image_size: int | None, augment: str, seed: int, workers: int, on_error: str
+) -> ImageFolder:
+    """The images in a folder, as :func:`fastdense.data.open_data` has them.
+
+    Raises:
+        ValueError: the folder is not laid out as :func:`fastdense.folders.find` says.
+    """
+    train, test, names = folders.find(root)
+    return ImageFolder(
+        name=f"{root.resolve().name} ({len(names)} classes)",
+        class_names=names,
+        image_size=IMAGE_SIZE if image_size is None else image_size,
+        train_files=train,
+        test_files=test,
+        augment="resized-crop" if augment == "auto" else augment,
+        seed=seed,
+        workers=workers,
+        on_error=on_error,
+    )

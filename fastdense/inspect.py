@@ -1,0 +1,409 @@
+"""See the method work: where a block's gradients come from, and which features its layers read.
+
+A DenseNet's layer ``l`` reads all of ``[H_0, ..., H_l]``, so that
+
+    dLoss/dH_i = E_i + sum over the layers j >= i of what layer j sends back
+
+with ``E_i`` from the block's output. The schedule adds these terms one by one, to ``(D, a, b)`` of the lazy gradient;
+:func:`gradient_flow` keeps them apart for once. docs/gradient-flow.md derives the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import checks, ops
+from .blocks import dense_blocks, with_dense_blocks
+from .convert import check_model
+from .converted import Converted
+from .features import Features, LazyGradient, as_rows, row_stride
+from .plain import PlainBlock
+from .primitives import Backend, Conv, Dropout, Gradients, Layer
+
+__all__ = ["BlockFlow", "BlockReuse", "feature_reuse", "first_not_finite", "gradient_flow"]
+
+LossFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class BlockFlow:
+    """The gradient of one block's feature maps, and where it comes from. Norms are Frobenius norms over the batch.
+
+    Attributes:
+        name: the block's name in the model.
+        total: ``[L + 1]``: ``||dLoss/dH_i||``, as autograd gives it. ``H_0`` enters the block.
+        contributions: ``[L + 1, L + 1]``: row ``i`` is ``H_i``, column ``j < L`` what layer ``j`` sends back to it,
+            column ``L`` what comes from the block's output; zero where ``j < i``. The contributions of a row add up to
+            its gradient as tensors: their norms do not add up, unless they all point the same way.
+    """
+
+    name: str
+    total: Tensor
+    contributions: Tensor
+
+
+@dataclass(frozen=True)
+class BlockReuse:
+    """How strongly each layer of a block reads each feature map.
+
+    Attributes:
+        name: the block's name in the model.
+        weights: ``[L + 1, L]``: row ``i`` is ``H_i``, column ``j`` layer ``j``: the mean absolute weight with which its
+            first convolution reads ``H_i``; zero where ``j < i``.
+    """
+
+    name: str
+    weights: Tensor
+
+
+def gradient_flow(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None = None,
+    loss_fn: LossFn | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float64,
+) -> list[BlockFlow]:
+    """The gradient of every feature map of every dense block, term by term, for one batch.
+
+    It works on a copy of ``model``, in the modes (training, evaluation) that its modules are in; neither the model nor
+    a random generator changes. A model of torchvision, timm or MONAI that was not converted is converted in the copy.
+
+    Args:
+        model: a network with dense blocks.
+        x: its input, usually ``[N, C, *spatial]``.
+        target: what ``loss_fn`` takes beside the output; for the default loss classes ``[N]``, int64. Left out, it is
+            the model's own arg-max over the output's second axis.
+        loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` where it takes no more, a scalar. Default:
+            ``torch.nn.functional.cross_entropy``.
+        dtype: what the copy computes in; ``None`` for the model's own, under the caller's autocast.
+
+    Returns:
+        One :class:`BlockFlow` for each run of a block, in the order of their execution; float64, on the CPU.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``x`` no tensor.
+        ValueError: the model has no dense block, ``x`` is not floating-point, or the loss is no scalar.
+        RuntimeError: a block took no part in the loss or could not run fused; the message names it.
+
+    Equivalent, for the totals, to ``retain_grad()`` on every element of the list that the textbook block concatenates.
+    """
+    return [run.flow() for run in _run(model, x, target, loss_fn, dtype)]
+
+
+def feature_reuse(model: nn.Module) -> list[BlockReuse]:
+    """The mean absolute weight with which each layer reads each earlier feature map.
+
+    Args:
+        model: a network with dense blocks: own, converted, or one that ``convert`` understands (it is not changed).
+
+    Returns:
+        One :class:`BlockReuse` for each dense block, in the order of ``model.named_modules()``; float64, on the CPU.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model has no dense block.
+        RuntimeError: a converted block is not what it was when it was converted.
+
+    Equivalent to ``layer.conv1.weight[:, channels_of_H_i].abs().mean()``. Source: arXiv 1608.06993, figure 5.
+    """
+    check_model(model)
+    found = []
+    for name, _, layers in dense_blocks(with_dense_blocks(_unwrapped(model))):
+        edges = _edges([layer.conv1.in_channels for layer in layers], layers[-1])
+        weights = torch.zeros(len(layers) + 1, len(layers), dtype=torch.float64)
+        for j, layer in enumerate(layers):
+            channels = layer.conv1.weight.detach().double().abs().transpose(0, 1).flatten(1).mean(1)  # [C_j]
+            weights[: j + 1, j] = torch.stack([channels[of].mean() for of in edges[: j + 1]]).cpu()
+        found.append(BlockReuse(name, weights))
+    return found
+
+
+def first_not_finite(
+    model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: LossFn | None = None
+) -> str | None:
+    """Which feature map, in the order of a training step, is the first to hold infinity or NaN, in words.
+
+    The forward pass comes first, from the input to the loss; then the gradients, from the loss to the input. ``None``
+    if all are finite. It computes in the model's own dtype, under the caller's autocast; see :func:`gradient_flow`.
+    """
+    broken = [name for name, value in model.state_dict().items() if not _finite(value)]
+    runs = _run(model, x, target, loss_fn, None)
+    for run in runs:
+        if (i := run.first_value_not_finite) is not None:
+            # Whoever reads a broken parameter has broken values: that parameter is the cause.
+            also = f"; {broken[0]} is not finite itself" if broken else ""
+            return f"The values of {_feature(run.name, i)} are the first that are not finite{also}"
+    for run in reversed(runs):
+        flow = run.flow()
+        bad = [i for i, norm in enumerate(flow.total.tolist()) if not norm < float("inf")]
+        if bad:
+            i = bad[-1]
+            by = [j for j, norm in enumerate(flow.contributions[i].tolist()) if not norm < float("inf")]
+            sender = "the block's output" if not by or by[-1] == len(flow.total) - 1 else f"layer {by[-1] + 1}"
+            return f"The gradient of {_feature(run.name, i)} went first, in what {sender} sends back"
+    if broken:
+        return f"{broken[0]} is not finite"
+    return None
+
+
+def _feature(block: str, i: int) -> str:
+    return f"what enters {block} (H_0)" if i == 0 else f"the output of layer {i} of {block} (H_{i})"
+
+
+def _finite(value: Any) -> bool:
+    return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all())
+
+
+class _Run:
+    """One run of one block, backward: the norms of what its layers send back.
+
+    A backend round another one. Whatever adds to the gradient of the block's buffer gets an empty ``(D, a, b)`` of its
+    own; it is looked at, and then added where it belongs.
+    """
+
+    def __init__(self, name: str, keep: bool, inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]):
+        self.name, self.inner, self.G, self.X = name, inner, G, X
+        self.edges = _edges([layer.reads for layer in layers], layers[-1].writes)
+        self.readers = {layer.reads: j for j, layer in enumerate(layers)}  # no two layers read equally many channels
+        self.vectors: dict[int, Tensor] | None = {} if keep else None  # by reader, [m, C_j - start]
+        self.norms = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
+        self.totals = torch.zeros(len(layers) + 1, dtype=torch.float64)
+        finite = torch.isfinite(X.rows).all(0)
+        self.first_value_not_finite = next((i for i, of in enumerate(self.edges) if not finite[of].all()), None)
+        self._book(len(layers), G)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def bn_relu_conv_backward(
+        self,
+        grad: LazyGradient,
+        output: Features,
+        conv: Conv,
+        source: Features,
+        into: LazyGradient | None,
+        dropout: Dropout | None = None,
+        *,
+        accumulate: bool,
+    ) -> Gradients:
+        if into is None or not accumulate:  # a bottleneck's gradient: it has one reader
+            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, dropout, accumulate=accumulate)
+        own = _zeros_like(into)
+        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, own, dropout, accumulate=True)
+        self._book(self.readers[source.rows.shape[1]], own)
+        into.D.add_(own.D)
+        for whole, part in ((into.a, own.a), (into.b, own.b)):
+            if whole is not None and part is not None:
+                whole.add_(part)
+        return gradients
+
+    def finish(self) -> None:
+        self.inner.finish()
+        self.totals = self._norms(self._rows(self.G))
+
+    def _book(self, reader: int, gradient: LazyGradient) -> None:
+        rows = self._rows(gradient)
+        norms = self._norms(rows)
+        self.norms[: len(norms), reader] = norms
+        if self.vectors is not None:
+            self.vectors[reader] = rows
+
+    @torch.no_grad()
+    def _rows(self, gradient: LazyGradient) -> Tensor:
+        """``D + a + b*(v - mu)``, rows ``[m, C]`` from channel ``G.start`` on."""
+        start = gradient.start
+        return as_rows(self.inner.resolve(gradient, self.X[start : start + gradient.D.shape[1]])).clone()
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        """The norm of each feature map that there is a gradient of."""
+        squares = rows.double().square().sum(0).cpu()  # [C]
+        stop = self.G.start + len(squares)
+        padded = F.pad(squares, (self.G.start, 0))
+        return torch.stack([padded[of].sum().sqrt() for of in self.edges if of.stop <= stop])
+
+    def flow(self) -> BlockFlow:
+        return BlockFlow(self.name, self.totals, self.norms)
+
+
+class _PlainRun:
+    """The same of a block without dense connections: each feature map has one reader."""
+
+    first_value_not_finite: int | None = None
+    vectors = None
+
+    def __init__(self, name: str, features: Sequence[Tensor]) -> None:
+        self.name = name
+        self.totals = torch.zeros(len(features), dtype=torch.float64)
+        self.first_value_not_finite = next((i for i, of in enumerate(features) if not _finite(of)), None)
+        for i, feature in enumerate(features):
+            feature.register_hook(lambda gradient, i=i: self._set(i, gradient))
+
+    def _set(self, i: int, gradient: Tensor) -> None:
+        self.totals[i] = gradient.double().norm().cpu()
+
+    def flow(self) -> BlockFlow:
+        return BlockFlow(self.name, self.totals, torch.diag(self.totals))
+
+
+class _Watch(TorchDispatchMode):
+    """Puts a :class:`_Run` between schedule and backend in each backward pass of a block.
+
+    A mode, because autograd takes it along to the threads in which it works for a GPU.
+    """
+
+    def __init__(self, names: dict[int, str], keep: bool) -> None:
+        super().__init__()
+        self.names, self.keep = names, keep
+        self.runs: list[_Run] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.fastdense.dense_block_backward.default:
+            return func(*args, **(kwargs or {}))
+        name = self.names.get(args[_PARAMS][2].data_ptr())
+        if name is None:  # a block outside the model
+            return func(*args, **(kwargs or {}))
+
+        def watch(inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]) -> Backend:
+            self.runs.append(_Run(name, self.keep, inner, G, X, layers))
+            return self.runs[-1]
+
+        token = ops.watcher.set(watch)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            ops.watcher.reset(token)
+
+
+_PARAMS = [argument.name for argument in torch.ops.fastdense.dense_block_backward.default._schema.arguments].index(
+    "params"
+)
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None,
+    loss_fn: LossFn | None,
+    dtype: torch.dtype | None,
+    *,
+    keep: bool = False,
+) -> list[_Run | _PlainRun]:
+    """One forward and backward pass of a copy; with ``keep`` the runs hold each reader's gradient as rows."""
+    check_model(model)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}: standardise the images first")
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        device = torch.device("cpu") if x.device.type == "mps" else x.device
+        probe = _probe(model, dtype, device)
+        x = x.detach().to(device=device, dtype=dtype, copy=True).requires_grad_()
+        blocks = list(dense_blocks(probe))
+        names = {layers[0].conv1.weight.data_ptr(): name for name, _, layers in blocks}
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        plain = stack.enter_context(_plain_runs(probe))
+        loss = _loss(probe(x), target if target is None else target.to(device), loss_fn)
+        with _Watch(names, keep) as watch:
+            loss.backward()
+    runs: list[_Run | _PlainRun] = [*plain, *reversed(watch.runs)]
+    missing = [name for name, _, _ in blocks if name not in {run.name for run in runs}]
+    if missing:
+        raise RuntimeError(
+            f"the dense block {missing[0] or 'that the model is'} took no part in the gradient of the loss, or could "
+            "not run fused (a warning says why): remove what stands in its way, or leave it out of the model"
+        )
+    order = {name: i for i, name in enumerate(dict(probe.named_modules()))}
+    return sorted(runs, key=lambda run: order[run.name]) if plain else runs
+
+
+def _loss(output: Any, target: Tensor | None, loss_fn: LossFn | None) -> Tensor:
+    if loss_fn is None or (target is None and not _takes_one(loss_fn)):
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"without loss_fn the model must return class scores [N, classes], got {got}: give loss_fn"
+            )
+        target = output.argmax(1) if target is None else target
+    loss: Any = (loss_fn or F.cross_entropy)(*([output] if target is None else [output, target]))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the loss must be one number, got {got}: let loss_fn take a mean or a sum")
+    return loss
+
+
+def _takes_one(loss_fn: LossFn) -> bool:
+    try:
+        inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+@contextmanager
+def _plain_runs(model: nn.Module) -> Iterator[list[_PlainRun]]:
+    """The runs of blocks without dense connections, as they come."""
+    runs: list[_PlainRun] = []
+    for name, block in model.named_modules():
+        if isinstance(block, PlainBlock):
+            block.watch = lambda features, name=name: runs.append(_PlainRun(name, features))
+    yield runs
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner: Any = model
+    while isinstance(inner, wrappers) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
+    return inner
+
+
+def _probe(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """A copy of ``model`` whose gradients are nobody else's, on the backend that knows ``dtype``."""
+    model = _unwrapped(model)
+    plain = any(isinstance(module, PlainBlock) for module in model.modules())
+    converted = model if plain else with_dense_blocks(model)
+    probe = copy.deepcopy(model) if converted is model else converted
+    probe.zero_grad()
+    modules: Iterator[Any] = probe.modules()
+    for module in modules:
+        converted_here = isinstance(module, Converted)
+        impl = module._fastdense.impl if converted_here else getattr(module, "impl", None)
+        if impl is None or (dtype is None and checks.impl_name(impl) != "reference"):
+            continue
+        if converted_here:
+            module._fastdense = module._fastdense._replace(impl="torch")
+        else:
+            module.impl = "torch"
+    return probe if dtype is None else probe.to(device=device, dtype=dtype)
+
+
+def _edges(reads: Sequence[int], last: Any) -> list[slice]:
+    """The channels of ``H_0 .. H_L`` in the block's buffer."""
+    writes = (
+        last if isinstance(last, int) else getattr(last, "conv2" if "conv2" in last._modules else "conv1").out_channels
+    )
+    edges = [0, *reads, reads[-1] + writes]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _zeros_like(gradient: LazyGradient) -> LazyGradient:
+    m, channels = gradient.D.shape
+    D = gradient.D.new_empty_strided((m, channels), (row_stride(channels, gradient.D.dtype), 1)).zero_()
+    if gradient.a is None or gradient.b is None:
+        return LazyGradient(D, None, None, gradient.start)
+    return LazyGradient(D, torch.zeros_like(gradient.a), torch.zeros_like(gradient.b), gradient.start)

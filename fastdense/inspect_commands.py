@@ -1,0 +1,226 @@
+"""``fastdense inspect``: gradient flow and feature reuse of a model, as pictures and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
+from .plain import without_dense_connections
+from .subject import LARGE_STEM_IMAGE, Batch, Subject, batch, subject
+
+__all__ = ["inspect"]
+
+inspect = typer.Typer(
+    help="See a DenseNet's gradients flow and its features being used again.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="densenet121, 161, 169, 201 or 264, named in full; or package.module:function of any model that "
+        "fastdense.convert understands, as torchvision.models:densenet121.",
+        show_default="what --weights says, or the network that `fastdense train` trains",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="A checkpoint of `fastdense train`, or a file with a state_dict.", show_default="none: untrained"
+    ),
+]
+Depth = Annotated[int | None, typer.Option(help="Three equal blocks, as in `fastdense train`.", show_default="100")]
+Blocks = Annotated[str | None, typer.Option(help="Layers of each block, as 6,12,24.")]
+GrowthRate = Annotated[int | None, typer.Option(help="Channels that each layer adds.", show_default="12")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, a folder of images or of CIFAR's files, or random: noise.",
+        show_default="what --weights was trained on, or digits",
+    ),
+]
+Images = Annotated[int, typer.Option(help="How many of the training images make the batch.", min=2)]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Height and width in pixels.",
+        show_default=f"the data's own; {LARGE_STEM_IMAGE} for digits in front of an ImageNet stem",
+    ),
+]
+Plain = Annotated[
+    bool, typer.Option(help="Draw the same layers without dense connections beside it, freshly initialised.")
+]
+PlainWeights = Annotated[
+    Path | None, typer.Option(help="Draw a network of `fastdense train --plain` instead: its checkpoint.")
+]
+Evaluation = Annotated[
+    bool, typer.Option("--eval", help="BatchNorm with its running statistics, not with the batch's as in training.")
+]
+Seed = Annotated[int, typer.Option(help="Of initial weights and noise.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the matrices to this file too.")]
+PLAIN = "the same layers without dense connections"
+
+
+@inspect.command()
+def flow(
+    model: Model = None,
+    weights: Weights = None,
+    depth: Depth = None,
+    block_config: Blocks = None,
+    growth_rate: GrowthRate = None,
+    data: Data = None,
+    images: Images = 64,
+    image_size: ImageSize = None,
+    plain: Plain = True,
+    plain_weights: PlainWeights = None,
+    evaluation: Evaluation = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("flow.png"),
+    json_file: Json = None,
+) -> None:
+    """Where the gradient of each feature map comes from, and how large it is at every depth, for one batch.
+
+    dLoss/dH_i is the sum of what every later layer sends back. Heat maps show the terms, curves the sums.
+    """
+    from .inspect_plots import flow_picture  # matplotlib takes long to import, and no other command needs it
+
+    console = Console(highlight=False, markup=False)
+    try:
+        looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)
+        seen = batch(looked_at, data, count=images, image_size=image_size, seed=seed)
+        others: dict[str, Subject] = {}
+        if plain_weights is not None:
+            twin = subject(None, plain_weights, seed=seed)
+            others[f"{twin.description}, {twin.state}"] = twin
+        elif plain:
+            torch.manual_seed(seed)
+            twin = replace(looked_at, model=without_dense_connections(looked_at.model))
+            others[f"{PLAIN}, freshly initialised"] = twin
+        curves = {
+            label: _flows(console, network, seen, device, evaluation)
+            for label, network in {f"DenseNet, {looked_at.state}": looked_at, **others}.items()
+        }
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    loss = "cross-entropy" + ("" if seen.labels is not None else " against the model's own arg-max")
+    caption = (
+        f"Loss: {loss}, mean over {len(seen.images)} images of {seen.description}. BatchNorm takes "
+        f"{'its running' if evaluation else 'the batch'} statistics. Computed in float64."
+    )
+    title = f"Gradient flow: {looked_at.description}, {looked_at.state}"
+    _write(out, lambda: flow_picture(curves, out, title=title, caption=caption))
+    numbers = {label: [_numbers(flow) for flow in flows] for label, flows in curves.items()}
+    _write_json(json_file, {"title": title, "caption": caption, "flows": numbers})
+    console.print(_flow_table(curves))
+    console.print(f"Picture: {out}", soft_wrap=True)
+
+
+@inspect.command()
+def reuse(
+    model: Model = None,
+    weights: Weights = None,
+    depth: Depth = None,
+    block_config: Blocks = None,
+    growth_rate: GrowthRate = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("reuse.png"),
+    json_file: Json = None,
+) -> None:
+    """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
+    from .inspect_plots import reuse_picture
+
+    console = Console(highlight=False, markup=False)
+    try:
+        looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)
+        found = feature_reuse(looked_at.model)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    title = f"Feature reuse: {looked_at.description}, {looked_at.state}"
+    _write(out, lambda: reuse_picture(found, out, title=title, caption="After arXiv 1608.06993, figure 5."))
+    _write_json(json_file, {"title": title, "blocks": [_numbers(block) for block in found]})
+    console.print(_reuse_table(found))
+    console.print(f"Picture: {out}", soft_wrap=True)
+
+
+def _subject(
+    model: str | None,
+    weights: Path | None,
+    seed: int,
+    depth: int | None,
+    block_config: str | None,
+    growth_rate: int | None,
+) -> Subject:
+    try:
+        blocks = None if block_config is None else tuple(int(layers) for layers in block_config.split(","))
+    except ValueError as error:
+        raise ValueError(f"--block-config must be whole numbers, as in 6,12,24, got {block_config!r}") from error
+    return subject(model, weights, seed=seed, depth=depth, block_config=blocks, growth_rate=growth_rate)
+
+
+def _flows(console: Console, of: Subject, seen: Batch, device: str, evaluation: bool) -> list[BlockFlow]:
+    with console.status("one step forward and backward, in float64"):
+        model = of.model.train(not evaluation).to(device)
+        return gradient_flow(model, seen.images.to(device), seen.labels)
+
+
+def _write(path: Path, draw: Callable[[], Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw()
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
+    if path is not None:
+        _write(path, lambda: path.write_text(json.dumps(numbers, indent=1) + "\n"))
+
+
+def _numbers(block: BlockFlow | BlockReuse) -> dict[str, Any]:
+    return {name: value if isinstance(value, str) else value.tolist() for name, value in vars(block).items()}
+
+
+def _flow_table(curves: Mapping[str, Sequence[BlockFlow]]) -> Table:
+    table = Table()
+    table.add_column("network")
+    table.add_column("block")
+    for heading in ("first layer's\noutput", "last layer's\noutput", "largest /\nsmallest"):
+        table.add_column(heading, justify="right")
+    for label, flows in curves.items():
+        for i, block in enumerate(flows):
+            written = block.total[1:]  # H_0 has other channels
+            ratio = (written.max() / written.min()).item()
+            spread = f"{ratio:,.1f}" if ratio < 1e6 else f"{ratio:.1e}"
+            numbers = f"{written[0].item():.2e}", f"{written[-1].item():.2e}", spread
+            table.add_row(
+                "" if i else label, block.name.removeprefix("features."), *numbers, end_section=block is flows[-1]
+            )
+    table.caption = "norm of the gradient of what a layer writes"
+    return table
+
+
+def _reuse_table(found: Sequence[BlockReuse]) -> Table:
+    table = Table()
+    table.add_column("block")
+    for heading in ("layers", "of what enters\nthe block", "of the layer\njust before", "of all it reads"):
+        table.add_column(heading, justify="right")
+    for block in found:
+        L = block.weights.shape[1]
+        reads = [block.weights[: j + 1, j].mean().item() for j in range(L)]
+        before = block.weights.diagonal().mean().item()
+        means = (block.weights[0].mean().item(), before, sum(reads) / L)
+        table.add_row(block.name.removeprefix("features."), str(L), *(f"{mean:.4f}" for mean in means))
+    table.caption = "mean absolute weight, averaged over the layers that read"
+    return table

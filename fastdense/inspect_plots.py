@@ -1,0 +1,189 @@
+"""Pictures of gradient flow and feature reuse, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .inspect import BlockFlow, BlockReuse
+
+__all__ = ["flow_picture", "reuse_picture"]
+
+DPI = 150
+MAX_WIDTH = 16.0  # inches
+CAPTION_CHARACTERS_PER_INCH = 15.5
+DECADES = 4  # that the colours of gradients span; what is smaller is drawn as the smallest
+COLOURS = ("#0b6e4f", "#c1666b", "#d4a017", "#4a6fa5", "#7b5ea7")
+MARKERS = 150  # feature maps up to which each has one
+NOTHING = "#ececec"  # where a layer comes too early to read a feature map
+
+
+def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title: str, caption: str) -> None:
+    """Heat maps of the first network's contributions, and every network's gradient norms against depth.
+
+    Args:
+        curves: by the name to show in the legend; the first is drawn as heat maps too.
+        path: of the PNG.
+        title: what was looked at.
+        caption: loss, images, dtype: what a reader needs to believe the picture.
+    """
+    flows = next(iter(curves.values()))
+    matrices = [flow.contributions.numpy() for flow in flows]
+    norm = _decades(np.concatenate([matrix[matrix > 0] for matrix in matrices]))
+    figure, (maps, (below,)) = _heat_maps([len(flow.total) for flow in flows], 1, title, curve=True)
+    image = None
+    for i, (axes, flow, matrix) in enumerate(zip(maps, flows, matrices, strict=True)):
+        L = len(flow.total) - 1
+        image = _heat_map(axes, np.triu(np.ones_like(matrix)), matrix, norm)
+        _label_layers(axes, flow.name, L, output=True, first=i == 0)
+        axes.set_xlabel("sent back by layer")
+        if i == 0:
+            axes.set_ylabel("feature map that receives it")
+    _colour_bar(figure, image, maps, "norm of the contribution")
+    _depth_curves(below, curves)
+    words = (
+        "Heat maps: the gradient of each feature map is a sum. Row i: H_i, which layer i wrote (H_0 enters the block). "
+        "Column j: what layer j, which reads H_0 to H_(j-1), sends back to it; last column: what arrives through the "
+        "block's output. The terms of a row add up as tensors, not as norms. "
+        "Curves: norm of the sum, by depth; a hollow marker is a block's H_0, which has more channels. "
+    )
+    _finish(figure, words + caption, path)
+
+
+def reuse_picture(reuses: Sequence[BlockReuse], path: Path, *, title: str, caption: str) -> None:
+    """Heat maps of the mean absolute weight with which each layer reads each feature map.
+
+    Args:
+        reuses: one for each block.
+        path: of the PNG.
+        title: what was looked at.
+        caption: which weights these are.
+    """
+    matrices = [reuse.weights[:-1].numpy() for reuse in reuses]  # H_L is read outside the block alone
+    figure, rows = _heat_maps([matrix.shape[0] for matrix in matrices], 2, title)
+    exist = [np.triu(np.ones_like(matrix)) for matrix in matrices]
+    # A layer's mean over what it reads: the first ones read few channels, and start with larger weights.
+    means = [matrix.sum(0) / exists.sum(0) for matrix, exists in zip(matrices, exist, strict=True)]
+    relative = [matrix / np.where(mean > 0, mean, 1.0) for matrix, mean in zip(matrices, means, strict=True)]
+    spread = max(float(np.abs(ratio - 1)[exists > 0].max()) for ratio, exists in zip(relative, exist, strict=True))
+    spread = max(spread, 1e-3)
+    kinds: list[tuple[list[Any], Normalize, str, str]] = [
+        (matrices, Normalize(0.0, max(float(matrix.max()) for matrix in matrices)), "viridis_r", "mean |weight|"),
+        (relative, Normalize(1 - spread, 1 + spread), "PuOr_r", "over the layer's mean"),
+    ]
+    for maps, (shown, norm, colours, label) in zip(rows, kinds, strict=True):
+        image = None
+        for i, (axes, reuse, matrix, exists) in enumerate(zip(maps, reuses, shown, exist, strict=True)):
+            image = _heat_map(axes, exists, matrix, norm, colours)
+            _label_layers(axes, reuse.name if maps is rows[0] else None, len(matrix), output=False, first=i == 0)
+            if maps is rows[-1]:
+                axes.set_xlabel("layer that reads")
+            if i == 0:
+                axes.set_ylabel("feature map that is read")
+        _colour_bar(figure, image, maps, label)
+    words = (
+        "Row i: feature map H_i, which layer i wrote (H_0 enters the block). Column j: layer j, which reads H_0 to "
+        "H_(j-1) through its first convolution. Above: mean absolute weight of that convolution over the channels of "
+        "H_i. Below: the same divided by the mean of the column; a layer reads orange feature maps more strongly than "
+        "its others, and purple ones less. "
+    )
+    _finish(figure, words + caption, path)
+
+
+def _heat_maps(sizes: Sequence[int], rows: int, title: str, *, curve: bool = False) -> tuple[Figure, list[list[Axes]]]:
+    """Rows of heat maps whose widths are those of the blocks; with ``curve`` a last row of one wide pair of axes."""
+    shares = np.clip(np.asarray(sizes, dtype=float) / max(sizes), 0.45, None)
+    width = float(np.clip(4.2 * shares.sum() + 1.6, 8.0, MAX_WIDTH))
+    height = (width - 1.6) / shares.sum() / (1 if len(sizes) > 1 else 1.6)
+    heights = [height] * rows + ([3.0] if curve else [])
+    figure = Figure(figsize=(width, sum(heights) + 1.9 + 0.4 * curve), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontweight="bold")
+    grid = figure.add_gridspec(len(heights), len(sizes), width_ratios=list(shares), height_ratios=heights)
+    axes = [[figure.add_subplot(grid[row, i]) for i in range(len(sizes))] for row in range(rows)]
+    return figure, [*axes, [figure.add_subplot(grid[rows, :])]] if curve else axes
+
+
+def _decades(values: Any) -> LogNorm:
+    """A logarithmic scale over all of ``values``, or over the largest decades of them."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return LogNorm(0.1, 1.0, clip=True)
+    largest = float(values.max())
+    return LogNorm(max(float(values.min()), largest / 10**DECADES) * (1 - 1e-9), largest * (1 + 1e-9), clip=True)
+
+
+def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize, colours: str = "viridis_r") -> Any:
+    axes.set_facecolor(NOTHING)
+    shown = np.ma.masked_where(exists == 0, matrix)
+    return axes.imshow(shown, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
+
+
+def _label_layers(axes: Axes, name: str | None, L: int, *, output: bool, first: bool) -> None:
+    if name is not None:
+        axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layers)", fontsize=10)
+    inches = axes.bbox.width / DPI  # before the layout is final: about right
+    step = max(1, round(0.3 * L / inches))
+    layers = range(0, L, step)
+    axes.set_xticks([*layers, *([L] if output else [])], [*(str(j + 1) for j in layers), *(["out"] if output else [])])
+    maps = range(0, L + output, step)
+    axes.set_yticks(maps, [f"H$_{{{i}}}$" if first or i == 0 else str(i) for i in maps])
+    if output and L % step and L - layers[-1] <= max(1, step // 2):
+        axes.set_xticks([*layers[:-1], L], [*(str(j + 1) for j in layers[:-1]), "out"])
+    axes.tick_params(labelsize=7)
+    if output:
+        axes.axvline(L - 0.5, color="white", linewidth=1.5)
+
+
+def _colour_bar(figure: Figure, image: Any, maps: Sequence[Axes], label: str) -> None:
+    bar = figure.colorbar(image, ax=list(maps), pad=0.01, fraction=0.05, aspect=30)
+    bar.set_label(label)
+
+
+def _depth_curves(axes: Axes, curves: Mapping[str, Sequence[BlockFlow]]) -> None:
+    """The norms of all blocks after one another, on a logarithmic scale."""
+    crowded = sum(len(flow.total) for flow in next(iter(curves.values()))) > MARKERS
+    for (label, flows), colour in zip(curves.items(), COLOURS, strict=False):
+        start, named = 0, False
+        for flow in flows:
+            total = flow.total.numpy()
+            depths = np.arange(start, start + len(total))
+            axes.plot(
+                depths[1:], total[1:], color=colour, marker="" if crowded else "o", markersize=3,
+                label=None if named else label, zorder=3,
+            )  # fmt: skip
+            axes.plot(depths[:1], total[:1], color=colour, marker="o", markersize=5, fillstyle="none", linestyle="none")
+            start, named = start + len(total), True
+    start = 0
+    for i, flow in enumerate(next(iter(curves.values()))):
+        stop = start + len(flow.total)
+        if i % 2 == 0:
+            axes.axvspan(start - 0.5, stop - 0.5, color="#f4f4f4", zorder=0)
+        middle = (start + stop - 1) / 2
+        axes.text(middle, 1.01, flow.name.removeprefix("features."), transform=axes.get_xaxis_transform(),
+                  ha="center", va="bottom", fontsize=8, color="#555555")  # fmt: skip
+        start = stop
+    if any((flow.total.isfinite() & (flow.total > 0)).any() for flows in curves.values() for flow in flows):
+        axes.set_yscale("log")
+    axes.set_xlim(-0.5, start - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("feature map, counted from the input: the loss is on the right")
+    axes.set_ylabel("norm of dLoss/dH")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(fontsize=8, framealpha=0.9)
+
+
+def _finish(figure: Figure, caption: str, path: Path) -> None:
+    characters = round(CAPTION_CHARACTERS_PER_INCH * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(caption, characters), fontsize=8, color="#444444", x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})

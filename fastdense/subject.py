@@ -1,0 +1,207 @@
+"""What ``fastdense inspect`` looks at: a network, its weights, and a batch of images."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import with_dense_blocks
+from .data import open_data
+from .plain import without_dense_connections
+from .train_config import TrainConfig
+
+__all__ = ["Batch", "Subject", "batch", "subject"]
+
+LARGE_STEM_IMAGE = 64  # pixels for a model from elsewhere, whose stem divides them by 4
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to look at.
+
+    Attributes:
+        model: in training mode.
+        description: for a picture's title.
+        state: where the weights come from.
+        data, image_size: what a checkpoint was trained on, or ``None``.
+    """
+
+    model: nn.Module
+    description: str
+    state: str
+    data: str | None = None
+    image_size: int | None = None
+
+    @property
+    def stem(self) -> Any:
+        """The first convolution."""
+        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return next(module for module in self.model.modules() if isinstance(module, convolutions))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ``[n, C, *spatial]`` float32, their classes ``[n]`` if the network knows these, and what they are."""
+
+    images: Tensor
+    labels: Tensor | None
+    description: str
+
+
+def subject(
+    model: str | None,
+    weights: Path | None,
+    *,
+    seed: int,
+    depth: int | None = None,
+    block_config: tuple[int, ...] | None = None,
+    growth_rate: int | None = None,
+) -> Subject:
+    """The network that the options of ``fastdense inspect`` describe, with its weights.
+
+    Args:
+        model: a name in ``NAMED``, ``"package.module:function"``, or ``None``.
+        weights: a checkpoint of ``fastdense train``, which describes its network, or a file with a ``state_dict``.
+        seed: of the initial weights.
+        depth, block_config, growth_rate: as in :class:`TrainConfig`, where ``model`` is none from elsewhere.
+
+    Raises:
+        ValueError: an option contradicts another, or the file does not fit; the message names it.
+    """
+    stored = None if weights is None else _read(weights)
+    network = {"--model": model, "--depth": depth, "--block-config": block_config, "--growth-rate": growth_rate}
+    named = [option for option, value in network.items() if value is not None]
+    torch.manual_seed(seed)
+    if stored is not None and "config" in stored and "runs" in stored:
+        if named:
+            raise ValueError(f"{named[0]} is not needed: the checkpoint {weights} says which network it is of")
+        return _from_checkpoint(stored, weights)
+    if model is not None and ":" in model:
+        if named[1:]:
+            raise ValueError(f"{named[1]} is for fastdense's own networks, not for --model {model}")
+        found = Subject(with_dense_blocks(_imported(model)), model, "freshly initialised")
+    else:
+        config = TrainConfig(
+            model=model,
+            depth=depth,
+            block_config=block_config,
+            growth_rate=growth_rate,
+            image_size=None if model is None else LARGE_STEM_IMAGE,
+        )
+        sizes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
+        built = config.architecture.build(channels=sizes[0], classes=sizes[1])
+        found = Subject(built, config.architecture.description, "freshly initialised")
+    if stored is None:
+        return found
+    _load(found.model, stored, weights)
+    return Subject(found.model, found.description, f"weights of {weights and weights.name}")
+
+
+def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, seed: int) -> Batch:
+    """``count`` images that ``of.model`` can read: the first of the training images, or noise.
+
+    Raises:
+        ValueError: there is no such data, it has too few images, or the network reads other channels.
+    """
+    data = data or of.data or "digits"
+    stem = of.stem
+    channels, spatial_dims = stem.in_channels, stem.weight.dim() - 2
+    small = max(stem.stride) == 1
+    if data == RANDOM:
+        shape = [image_size or of.image_size or LARGE_STEM_IMAGE] * spatial_dims
+        images = torch.randn(count, channels, *shape, generator=torch.Generator().manual_seed(seed))
+        return Batch(images, None, f"noise, {'x'.join(map(str, shape))}")
+    if spatial_dims != 2:
+        raise ValueError(
+            f"--data {data} has flat images and the network reads {spatial_dims}D ones: use --data {RANDOM}"
+        )
+    size: int | None = image_size or (of.image_size if data == of.data else None)
+    if size is None and data == "digits" and not small:
+        size = LARGE_STEM_IMAGE
+    source = open_data(data, image_size=size, augment="none")
+    if count > source.train_count:
+        raise ValueError(f"--images must be at most {source.train_count}, the training images, got {count}")
+    images, labels = next(iter(source.train([torch.arange(count)], epoch=1)))
+    if images.shape[1] == 1 < channels:
+        images = images.expand(-1, channels, -1, -1)
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"the network reads images of {channels} channels, those of --data {data} have {images.shape[1]}"
+        )
+    return Batch(images, labels if _knows(of.model, source.classes) else None, source.name)
+
+
+def _knows(model: nn.Module, classes: int) -> bool:
+    """Whether the last linear layer has a score for each of ``classes``, if there is one."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return bool(linear) and linear[-1].out_features >= classes
+
+
+def _imported(spec: str) -> nn.Module:
+    module, _, function = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own files, as `python -m` finds them
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--model {spec} cannot be built: {error}; it must be package.module:function") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever a file that is none makes of the reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--weights {path} is no checkpoint of weights alone: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--weights {path} holds a {type(found).__name__}, not a state_dict")
+    return found
+
+
+def _from_checkpoint(stored: dict[str, Any], path: Path | None) -> Subject:
+    """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the textbook's."""
+    config = TrainConfig(**stored["config"])
+    weights = (
+        list(stored["runs"].values())[-1]["model"] if isinstance(stored["runs"], dict) else stored["runs"][-1]["model"]
+    )
+    sizes = _sizes(weights)
+    if sizes is None:
+        raise ValueError(f"--weights {path} holds no network of fastdense train")
+    model = config.architecture.build(channels=sizes[0], classes=sizes[1], drop_rate=config.drop_rate)
+    description = config.architecture.description
+    if config.plain:
+        model, description = without_dense_connections(model), f"{description}, without dense connections"
+    _load(model, weights, path)
+    after = f"after {stored['step']:,} steps on {config.data}"
+    return Subject(model, description, after, config.data, config.image_size)
+
+
+def _sizes(weights: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Input channels and classes of a stored network with torchvision's names."""
+    keys = ("features.conv0.weight", "classifier.weight")
+    if weights is None or not all(isinstance(weights.get(key), Tensor) for key in keys):
+        return None
+    return weights[keys[0]].shape[1], weights[keys[1]].shape[0]
+
+
+def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
+    for key in ("state_dict", "model"):  # as many files wrap it
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--weights {path} does not fit the network: {reason}") from error

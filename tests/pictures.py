@@ -1,0 +1,24 @@
+"""Small image folders that tests write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def smooth(width: int, height: int, seed: int = 0, detail: int = 6) -> Image.Image:
+    """A colourful image without sharp edges, different in each of its corners."""
+    colours = np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_folder(root: Path, train: int = 6, test: int = 2, extension: str = "png") -> Path:
+    """``root/train/{cat,dog}`` and ``root/val/{cat,dog}``, with so many images a class."""
+    for side, count in (("train", train), ("val", test)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / side / name).mkdir(parents=True)
+            for i in range(count):
+                smooth(40 + i, 36, seed=10 * i + label).save(root / side / name / f"{i}.{extension}")
+    return root
