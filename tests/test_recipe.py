@@ -199,7 +199,7 @@ def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def flow(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[()]:
+    def flow(run: Run, images: torch.Tensor, labels: torch.Tensor, **_: int) -> tuple[()]:
         seen.append((len(run.losses), all(p.grad is not None for p in run.model.parameters()), images.shape[0]))
         return ()
 
