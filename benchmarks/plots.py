@@ -103,7 +103,7 @@ def loss_curves(record: Record, path: Path) -> None:
     below.fill_between(steps, apart["p10"], apart["p90"], alpha=0.5, label="10 % to 90 % of them", **grey)
     below.plot(steps, apart["median"], color="#555555", linewidth=1.5, label="their median")
     for (label, row), colour, dashes in zip(
-        results["runs"].items(), OURS[0:1] + ("#f4a259", "#1f5fbf"), ("-", (0, (3, 3)), "-"), strict=False
+        results["runs"].items(), ("#0b6e4f", "#f4a259", "#1f5fbf"), ("-", (0, (3, 3)), "-"), strict=False
     ):
         line: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "label": label}
         for axes, values in ((above, row["losses"]), (below, row["running_maximum"])):
@@ -130,8 +130,8 @@ def loss_curves(record: Record, path: Path) -> None:
         frameon=False, fontsize=8, loc="lower right", title="textbook, pixels moved; and fastdense", title_fontsize=8
     )
     caption = (
-        f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; the same "
-        f"initial weights and batches in all runs. Rounding errors grow where a ReLU switches in one run only. "
+        f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
+        f"the same initial weights and batches in all runs. Rounding errors grow where a ReLU switches in one run only. "
         f"{settings['optimizer']}. {_where(record)}"
     )
     _caption(figure, caption)
@@ -164,8 +164,8 @@ def memory_by_depth(record: Record, path: Path) -> None:
     axes.grid(visible=False, axis="x")
     caption = (
         f"DenseNet-BC, k = {settings['growth_rate']}, three equal blocks, {settings['batch']} images of "
-        f"{settings['size']} x {settings['size']}, {settings['dtype']}, {settings['optimizer']}; each bar a fresh process, "
-        f"after {settings['steps']} steps. {_where(record)}"
+        f"{settings['size']} x {settings['size']}, {settings['dtype']}, {settings['optimizer']}; "
+        f"each bar a fresh process, after {settings['steps']} steps. {_where(record)}"
     )
     _finish(figure, axes, "Memory of training a very deep network: lower is better", caption, path)
 
