@@ -102,6 +102,8 @@ def loss_curves(record: Record, path: Path) -> None:
     below.fill_between(steps, apart["lowest"], apart["highest"], alpha=0.3, label="lowest to highest", **grey)
     below.fill_between(steps, apart["p10"], apart["p90"], alpha=0.5, label="10 % to 90 % of them", **grey)
     below.plot(steps, apart["median"], color="#555555", linewidth=1.5, label="their median")
+    rounding = [loss * 2.0**-24 for loss in results["textbook"]]
+    below.plot(steps, rounding, ":", color="#b2182b", linewidth=1.2, label="a rounding of the loss in float32")
     for (label, row), colour, dashes in zip(
         results["runs"].items(), ("#0b6e4f", "#f4a259", "#1f5fbf"), ("-", (0, (3, 3)), "-"), strict=False
     ):
@@ -131,7 +133,7 @@ def loss_curves(record: Record, path: Path) -> None:
     )
     caption = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
-        f"the same initial weights and batches in all runs. Rounding errors grow where a ReLU switches in one run only. "
+        f"the same initial weights and batches in all runs. Errors grow where a ReLU switches in one run only. "
         f"{settings['optimizer']}. {_where(record)}"
     )
     _caption(figure, caption)
