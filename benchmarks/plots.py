@@ -90,12 +90,12 @@ def memory_against_depth(record: Record, path: Path) -> None:
 def loss_curves(record: Record, path: Path) -> None:
     """A record of curves: the loss curves on top of each other, and how far each is from the textbook's."""
     results, settings = record["results"], record["settings"]
-    moved, steps = results["pixels moved"], range(1, settings["steps"] + 1)
+    moved, steps = results["ensembles"]["channels last"], range(1, settings["steps"] + 1)
     figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs, each pixel moved by 1 ulp"
+    how_many = f"{settings['members']} textbook runs, pixels moved by 1 ulp"
     above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
     above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
     apart = moved["running_maximum"]
