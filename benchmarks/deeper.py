@@ -148,8 +148,13 @@ def run(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
             rows[network] = {**row, "relative_difference": difference, "checked": difference <= SAME}
             say(f"depth {depth}, {network}: {row['resident'] / 1e9:.2f} GB")
     settings = {"batch": options.batch, "size": SIZE, "growth_rate": GROWTH_RATE, "dtype": "float32"}
-    settings |= {"steps": options.steps, "optimizer": "SGD with momentum"}
+    settings |= {"steps": options.steps, "optimizer": "SGD with momentum", "load": _load()}
     return {**environment(), "kind": "deeper", "complete": True, "threads": 1, "settings": settings, "results": results}
+
+
+def _load() -> float:
+    """Processes that the machine was busy with, over fifteen minutes; this one is one of them."""
+    return round(os.getloadavg()[2], 1)
 
 
 def trained(depth: int, batch: int, options: Sequence[str], say: Say = lambda line: None) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def trained(depth: int, batch: int, options: Sequence[str], say: Say = lambda li
 def train_all(batch: int, say: Say = lambda line: None) -> dict[str, Any]:
     """The record of ``--train``."""
     results = {str(depth): trained(depth, batch, options, say) for depth, options in TRAINED.items()}
-    settings = {"batch": batch, "size": SIZE, "growth_rate": GROWTH_RATE, "dtype": "float32"}
+    settings = {"batch": batch, "size": SIZE, "growth_rate": GROWTH_RATE, "dtype": "float32", "load": _load()}
     return {**environment(), "kind": "deeper-train", "complete": True, "settings": settings, "results": results}
 
 

@@ -127,6 +127,34 @@ def test_the_first_gradient_is_as_good_as_pytorchs_and_another_eps_is_noticed(mo
     assert len(outside("tiny", 50)) == SEEDS
 
 
+def to_float64(asked: Options) -> dict[str, float]:
+    found = curves.first_step(asked, DIGITS, few=1)
+    return {label: row["to_float64"] for label, row in found.items()}
+
+
+def test_what_the_torch_backend_loses_it_loses_in_pytorchs_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels last, PyTorch's own lose several times as many digits; exact ones leave no difference."""
+    asked = replace(options("small", 50), impl=("torch",))
+    usual = to_float64(asked)
+    assert usual["textbook, channels last"] > 2 * usual["textbook"]
+
+    def exact(self: TorchBackend, rows: Tensor) -> tuple[int, Tensor, Tensor]:
+        values = rows.double()
+        return len(rows), values.mean(0).float(), values.var(0, correction=0).float()
+
+    monkeypatch.setattr(TorchBackend, "_partial_moments", exact)
+    assert to_float64(asked)["fastdense torch, bottlenecks"] < 1.5 * usual["textbook"]
+
+
+def test_kernels_with_the_tiles_of_a_gpu_are_as_close_as_the_contiguous_textbook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = curves.large_tiles
+    monkeypatch.setattr(curves, "large_tiles", lambda: usual(64, 16))
+    found = to_float64(replace(options("tiny", 50), impl=("triton",)))
+    assert found["fastdense triton"] < 1.5 * found["textbook"] < found["textbook, channels last"]
+
+
 def test_pixels_move_by_one_rounding_up_and_down() -> None:
     images = DIGITS.train_images
     once, other = moved(images, 1), moved(images, 2)
