@@ -95,7 +95,7 @@ def loss_curves(record: Record, path: Path) -> None:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs, pixels moved by 1 ulp"
+    how_many = f"{settings['members']} textbook runs, channels last, pixels moved by 1 ulp"
     above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
     above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
     apart = moved["running_maximum"]
@@ -104,9 +104,10 @@ def loss_curves(record: Record, path: Path) -> None:
     below.plot(steps, apart["median"], color="#555555", linewidth=1.5, label="their median")
     rounding = [loss * 2.0**-24 for loss in results["textbook"]]
     below.plot(steps, rounding, ":", color="#b2182b", linewidth=1.2, label="a rounding of the loss in float32")
-    for (label, row), colour, dashes in zip(
-        results["runs"].items(), ("#0b6e4f", "#f4a259", "#1f5fbf"), ("-", (0, (3, 3)), "-"), strict=False
-    ):
+    other = results["ensembles"]["contiguous"]["running_maximum"]["highest"]
+    below.plot(steps, other, "--", color="#777777", linewidth=1, label="the same in the contiguous layout: highest")
+    styles = zip(("#c1666b", "#0b6e4f", "#f4a259", "#1f5fbf"), ("-", "-", (0, (3, 3)), "-"), strict=True)
+    for (label, row), (colour, dashes) in zip(results["runs"].items(), styles, strict=False):
         line: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "label": label}
         for axes, values in ((above, row["losses"]), (below, row["running_maximum"])):
             axes.plot(range(1, len(values) + 1), values, **line)
@@ -120,7 +121,7 @@ def loss_curves(record: Record, path: Path) -> None:
     below.set_xlim(1, settings["steps"])
     above.set_title("The same training, rounded differently", loc="left", fontweight="bold")
     below.set_title(
-        "How far apart: fastdense beside textbook runs that differ by one rounding of the input",
+        "How far from the textbook run: fastdense, and textbook runs that differ by one rounding of the input",
         loc="left",
         fontsize=10,
     )
@@ -129,7 +130,7 @@ def loss_curves(record: Record, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     above.legend(frameon=False, fontsize=8, loc="lower left")
     below.legend(
-        frameon=False, fontsize=8, loc="lower right", title="textbook, pixels moved; and fastdense", title_fontsize=8
+        frameon=False, fontsize=8, loc="lower right", title="grey: textbook, pixels moved by 1 ulp", title_fontsize=8
     )
     caption = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
