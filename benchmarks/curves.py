@@ -5,8 +5,9 @@
 Two correct implementations round differently, and training amplifies it: a ReLU whose input is zero but for rounding
 opens in one of them only, and from there the weights differ. How far the curves may drift apart is therefore measured,
 on the textbook network alone: an ensemble of its runs, in each of which every pixel has been moved by one ulp, up or
-down at random. Everything else is the same in all runs: initial weights, batches, recipe (that of ``fastdense train``).
-``verdict`` says whether fastdense's run is the odd one out, and how often a correct one would be called that.
+down at random, and the images of each batch stand in another order, so that sums over them round anew. Everything else
+is the same in all runs: initial weights, batches, recipe (that of ``fastdense train``). ``verdict`` says whether
+fastdense's run is the odd one out, and how often a correct one would be called that.
 
 There are two ensembles, contiguous and channels last. fastdense works in the latter, where PyTorch's own BatchNorm adds
 up its statistics one value after another on the CPU and loses several times as many digits (``first_step``): the
@@ -122,6 +123,7 @@ def train(
     *,
     channels_last: bool = False,
     steps: int | None = None,
+    order: int | None = None,
     tick: Tick = lambda run: None,
 ) -> Tensor:
     """The training losses ``[steps]``, float64, of a run as ``fastdense train`` makes it.
@@ -135,6 +137,7 @@ def train(
         impl, recompute: see :class:`fastdense.DenseNet`.
         channels_last: the layout of the textbook network's features.
         steps: stop after so many.
+        order: seed of another order of the images within each batch, which changes nothing but roundings.
         tick: is called after every step.
     """
     model = _network(config, data, impl, recompute, channels_last=channels_last)
@@ -143,7 +146,10 @@ def train(
     assert config.steps is not None
     scheduler = schedule(optimizer, config.steps)
     losses: list[float] = []
+    generator = torch.Generator().manual_seed(order or 0)
     for batch in _batches(config, data, steps or config.steps):
+        if order is not None:
+            batch = batch[torch.randperm(len(batch), generator=generator)]
         labels = data.train_labels[batch]
         optimizer.zero_grad(set_to_none=True)
         scores = model(data.train_images[batch])
@@ -171,7 +177,7 @@ def members(options: Options, data: Dataset, *, channels_last: bool, tick: Tick 
     for seed in range(1, options.members + 1):
         images = moved(data.train_images, seed)
         mine = replace(data, train_images=images)
-        runs.append(train(options.config, mine, channels_last=channels_last, tick=tick))
+        runs.append(train(options.config, mine, channels_last=channels_last, order=seed, tick=tick))
     return torch.stack(runs)
 
 

@@ -95,7 +95,7 @@ def loss_curves(record: Record, path: Path) -> None:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs, channels last, pixels moved by 1 ulp"
+    how_many = f"{settings['members']} textbook runs (channels last, input moved by 1 ulp)"
     above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
     above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
     apart = moved["running_maximum"]
@@ -130,7 +130,7 @@ def loss_curves(record: Record, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     above.legend(frameon=False, fontsize=8, loc="lower left")
     below.legend(
-        frameon=False, fontsize=8, loc="lower right", title="grey: textbook, pixels moved by 1 ulp", title_fontsize=8
+        frameon=False, fontsize=8, loc="lower right", title="grey: textbook, input moved by 1 ulp", title_fontsize=8
     )
     caption = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
