@@ -53,7 +53,7 @@ def curves_table(record: Record, file: str) -> str:
     conditions = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}, "
         f"{settings['optimizer']}. {interpreted}E-foldings of the ensembles: 10 % to 90 %. "
-        f"{_source(record, file, 'python -m benchmarks.curves --impl torch triton')}"
+        f"{_source(record, file, record['command'])}"
     )
     return _markdown(header, rows, conditions)
 
