@@ -330,7 +330,7 @@ def run(options: Options, tick: Tick = lambda run: None) -> dict[str, Any]:
 
 def _summary(ensemble: Tensor, reference: Tensor) -> dict[str, Any]:
     """Step by step what its members come to."""
-    levels = {"lowest": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "highest": 1.0}
+    levels = {"lowest": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "highest": 1.0}
     at = torch.tensor(list(levels.values()), dtype=torch.float64)
     curves = running_maximum(ensemble, reference)
     folds = torch.tensor([e_folding(curve) for curve in curves], dtype=torch.float64)

@@ -101,7 +101,7 @@ def loss_curves(record: Record, path: Path) -> None:
     apart = moved["running_maximum"]
     below.fill_between(steps, apart["lowest"], apart["highest"], alpha=0.3, label="lowest to highest", **grey)
     below.fill_between(steps, apart["p10"], apart["p90"], alpha=0.5, label="10 % to 90 % of them", **grey)
-    below.plot(steps, apart["median"], color="#555555", linewidth=1.5, label="their median")
+    below.plot(steps, apart["p50"], color="#555555", linewidth=1.5, label="their median")
     rounding = [loss * 2.0**-24 for loss in results["textbook"]]
     below.plot(steps, rounding, ":", color="#b2182b", linewidth=1.2, label="a rounding of the loss in float32")
     other = results["ensembles"]["contiguous"]["running_maximum"]["highest"]
