@@ -3,9 +3,10 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``compiled`` and ``host``. Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands
-that picture of ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a
-table is not what its record says.
+``depth``, ``deeper``, ``deeper-train``, ``curves``, ``first-step``, ``compiled`` and ``host``.
+Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that picture of
+``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a table is not
+what its record says.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .curves_report import curves_table, deeper_table, deeper_train_table, first_step_table
 from .depth_report import depth_table
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "depth", "compatibility")))
+PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "depth", "deeper", "curves", "compatibility")))
+_KINDS = "figures|memory|depth|deeper|deeper-train|curves|first-step|compiled|host"
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>figures|memory|depth|compiled|host): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
+    rf"(<!-- (?P<kind>{_KINDS}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)",
+    re.DOTALL,
 )
 _PICTURE = re.compile(r"(<!-- picture: (?P<file>\S+) \| (?P<words>.+?) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
@@ -128,6 +132,10 @@ _TABLES: dict[str, Callable[[Any, str], str]] = {
     "figures": speed_table,
     "memory": memory_table,
     "depth": depth_table,
+    "deeper": deeper_table,
+    "deeper-train": deeper_train_table,
+    "curves": curves_table,
+    "first-step": first_step_table,
     "compiled": compiled_table,
     "host": host_table,
 }

@@ -1,0 +1,126 @@
+"""Records of ``benchmarks.curves`` and ``benchmarks.deeper`` as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def _markdown(header: str, rows: Iterable[Iterable[str]], conditions: str, words: int = 1) -> str:
+    """A table whose first ``words`` columns are words, and what holds for all of it."""
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", "|---" * words + "|--:" * (columns - words) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(["", *lines, "", conditions, ""])
+
+
+def _source(record: Record, file: str, command: str) -> str:
+    return (
+        f"{record['processor']}, one thread, PyTorch {record['torch']}, {record['date'][:10]}. "
+        f"Reproduce: `{command}`. Record: [{file}](../benchmarks/results/{file})."
+    )
+
+
+def curves_table(record: Record, file: str) -> str:
+    """Each run's distance from the textbook run, and its rank in both ensembles."""
+    settings, results = record["settings"], record["results"]
+    rows = []
+    for name, ensemble in results["ensembles"].items():
+        apart, folds = ensemble["running_maximum"], ensemble["e_folding"]
+        spread = f"{apart['lowest'][-1]:.2g} to {apart['highest'][-1]:.2g}"
+        growth = f"{folds['p10']:.1f} to {folds['p90']:.1f}"
+        rows.append(
+            [
+                f"{settings['members']} textbook runs, {name}, pixels moved",
+                str(settings["steps"]),
+                spread,
+                growth,
+                "",
+                "",
+            ]
+        )
+    for label, row in results["runs"].items():
+        ranks = [f"{verdict['rank']} of {verdict['of']}" for verdict in row["verdicts"].values()]
+        rows.append(
+            [label, str(len(row["losses"])), f"{row['running_maximum'][-1]:.2g}", f"{row['e_folding']:.1f}", *ranks]
+        )
+    header = "run | steps | largest deviation | e-folding, steps | " + " | ".join(
+        f"rank, {name}" for name in results["ensembles"]
+    )
+    interpreted = "Triton in its interpreter, with tiles too large for a GPU. " if settings["interpreted"] else ""
+    conditions = (
+        f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}, "
+        f"{settings['optimizer']}. {interpreted}E-foldings of the ensembles: 10 % to 90 %. "
+        f"{_source(record, file, record['command'])}"
+    )
+    return _markdown(header, rows, conditions)
+
+
+def first_step_table(record: Record, file: str) -> str:
+    """How many roundings the first gradient is away from float64's, and from the textbook network's."""
+    found = record["results"]["first_step"]
+    rows = [[label, f"{row['to_float64']:.0f}", f"{row['to_textbook']:.0f}"] for label, row in found.items()]
+    conditions = (
+        "All gradients of the first step as one vector, relative 2-norm, in units of 2**-24; "
+        f"of moved pixels the median. Record: [{file}](../benchmarks/results/{file})."
+    )
+    return _markdown("network | to float64 | to the textbook network", rows, conditions)
+
+
+def _load(settings: Record) -> str:
+    load = settings.get("load")
+    return "on a busy machine" if load is None else f"with {load:.1f} processes at work on the machine"
+
+
+def deeper_table(record: Record, file: str) -> str:
+    """Peak resident memory, bytes kept and step time by depth."""
+    settings, rows = record["settings"], []
+    for depth, networks in record["results"].items():
+        for label, row in networks.items():
+            gigabytes = [f"{row[key] / 1e9:.2f} GB" for key in ("resident_start", "resident_first_step", "resident")]
+            rows.append(
+                [
+                    f"{int(depth):,}",
+                    label,
+                    *gigabytes,
+                    f"{row['bytes_kept'] / 1e6:,.0f} MB",
+                    f"{row['step']['median']:.1f} s",
+                ]
+            )
+    parameters = ", ".join(
+        f"{next(iter(networks.values()))['parameters'] / 1e6:.1f} million parameters at depth {int(depth):,}"
+        for depth, networks in record["results"].items()
+    )
+    conditions = (
+        f"DenseNet-BC, k = {settings['growth_rate']}, three equal blocks, {settings['batch']} images of "
+        f"{settings['size']} x {settings['size']}, {settings['dtype']}, {settings['optimizer']}; {parameters}. "
+        f"Peak resident memory of a fresh process before the first step, after it and after "
+        f"step {settings['steps']}. Step times: medians of {settings['steps'] - 1}, {_load(settings)}. "
+        f"{_source(record, file, 'python -m benchmarks.deeper')}"
+    )
+    header = "depth | | before | after a step | peak | kept for backward | a step"
+    return _markdown(header, rows, conditions, words=2)
+
+
+def deeper_train_table(record: Record, file: str) -> str:
+    """How ``fastdense train`` ended."""
+    rows = [
+        [
+            f"`{row['command']}`",
+            str(row["steps"]),
+            f"{row['first_loss']:.2f}",
+            f"{row['train_loss']:.2f}",
+            f"{row['test_accuracy']:.1%}",
+            f"{row['step']['median']:.1f} s",
+            f"{row['resident'] / 1e9:.2f} GB",
+        ]
+        for row in record["results"].values()
+    ]
+    header = "command | steps | first loss | mean loss, last epoch | test accuracy | a step | peak resident memory"
+    conditions = (
+        f"Step times: medians, {_load(record['settings'])}. The peak holds scikit-learn and the evaluation as well. "
+        f"{_source(record, file, 'python -m benchmarks.deeper --train')}"
+    )
+    return _markdown(header, rows, conditions)
