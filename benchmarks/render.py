@@ -3,7 +3,7 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``deeper``, ``deeper-train``, ``curves``, ``first-step``, ``compiled`` and ``host``.
+``depth``, ``deeper``, ``deeper-train``, ``curves``, ``first-step``, ``flow``, ``compiled`` and ``host``.
 Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that picture of
 ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a table is not
 what its record says.
@@ -21,12 +21,14 @@ from typing import Any
 
 from .curves_report import curves_table, deeper_table, deeper_train_table, first_step_table
 from .depth_report import depth_table
+from .flow import flow_table
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-PAGES = (README, *(DOCS / f"{name}.md" for name in ("kernels", "memory", "depth", "deeper", "curves", "compatibility")))
-_KINDS = "figures|memory|depth|deeper|deeper-train|curves|first-step|compiled|host"
+_RENDERED = ("kernels", "memory", "depth", "deeper", "curves", "gradient-flow", "compatibility")
+PAGES = (README, *(DOCS / f"{name}.md" for name in _RENDERED))
+_KINDS = "figures|memory|depth|deeper|deeper-train|curves|first-step|flow|compiled|host"
 _TABLE = re.compile(
     rf"(<!-- (?P<kind>{_KINDS}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)",
     re.DOTALL,
@@ -136,20 +138,24 @@ _TABLES: dict[str, Callable[[Any, str], str]] = {
     "deeper-train": deeper_train_table,
     "curves": curves_table,
     "first-step": first_step_table,
+    "flow": flow_table,
     "compiled": compiled_table,
     "host": host_table,
 }
 
 
-def picture(match: re.Match[str]) -> str:
-    """The marked picture of the README, if it exists."""
-    exists = (RESULTS / match["file"]).is_file()
-    line = f"![{match['words']}](benchmarks/results/{match['file']})\n" if exists else ""
-    return f"{match[1]}{line}{match[4]}"
+def render(text: str, root: str = "") -> str:
+    """``text`` with every marked table made again from its record, and every picture that exists.
 
+    Args:
+        text: of a page.
+        root: the way from the page to the repository's root, as ``"../"``.
+    """
 
-def render(text: str) -> str:
-    """``text`` with every marked table made again from its record, and every picture that exists."""
+    def picture(match: re.Match[str]) -> str:
+        exists = (RESULTS / match["file"]).is_file()
+        line = f"![{match['words']}]({root}benchmarks/results/{match['file']})\n" if exists else ""
+        return f"{match[1]}{line}{match[4]}"
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((RESULTS / match["file"]).read_text())
@@ -165,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     for page in PAGES:
         text = page.read_text()
-        rendered = render(text)
+        rendered = render(text, "" if page == README else "../")
         if options.check and rendered != text:
             sys.exit(f"{page.name} is out of date: run python -m benchmarks.render")
         page.write_text(rendered)
