@@ -155,6 +155,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished: Path, tmp_path: 
     assert result.exit_code == 2
     assert "already holds a run" in words(result.output) and "--resume" in result.output
     assert (finished / "last.pt").read_bytes() == before
+    (tmp_path / "metrics.jsonl").write_text("somebody else's")
+    assert "(metrics.jsonl): name another folder" in words(command(*COMMAND, "--out", str(tmp_path)).output)
     result = command("train", "--out", str(tmp_path / "nothing"), "--resume")
     assert result.exit_code == 2 and "holds no last.pt to go on from" in words(result.output)
 
