@@ -79,9 +79,8 @@ def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
         importlib.import_module("tensorboardX")  # before anything is written
     held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
     if held and not resume:
-        raise ValueError(
-            f"--out {out} already holds a run ({', '.join(held)}): go on with --resume or name another folder"
-        )
+        remedy = "go on with --resume, or name another folder" if LAST in held else "name another folder"
+        raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(out)

@@ -269,9 +269,8 @@ def _report(console: Console, experiment: Experiment, write: Callable[[dict[str,
         console.print(f"{comparison}.", soft_wrap=not console.is_terminal)
     unreadable = experiment.data.unreadable
     if unreadable:
-        console.print(
-            f"{len(unreadable)} images could not be read and were left out, as {unreadable[0]}.", soft_wrap=True
-        )
+        told = f"Images that could not be read and were left out: {len(unreadable)}, the first {unreadable[0]}."
+        console.print(told, soft_wrap=True)
     for summary in summaries:
         write({"event": summary.event, **asdict(summary)})
     if comparison is not None:

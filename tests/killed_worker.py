@@ -43,8 +43,7 @@ def child(out: Path, prepare: Callable[[], None]) -> int:
     resume = ["--resume"] if (out / "last.pt").exists() else []
     code = 1
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        app([*ARGUMENTS, "--out", str(out), *resume], standalone_mode=False)
-        code = 0
+        code = int(app([*ARGUMENTS, "--out", str(out), *resume], standalone_mode=False) or 0)
     os._exit(code)
 
 
@@ -54,11 +53,11 @@ def ended(pid: int) -> int:
 
 
 def killed_from_outside(out: Path, longest: float) -> int:
-    """SIGKILL after random times, which after six kills grow until a child comes to the end."""
+    """SIGKILL after random times, which after four kills grow until a child comes to the end."""
     kills, random_times = 0, random.Random(0)
     while True:
         pid = child(out, lambda: None)
-        time.sleep(random_times.uniform(0.2, 1) * longest * 1.5 ** max(0, kills - 6))
+        time.sleep(random_times.uniform(0.2, 1) * longest * 1.5 ** max(0, kills - 4))
         os.kill(pid, signal.SIGKILL)
         code = ended(pid)
         if code == 0:

@@ -20,6 +20,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
+import pictures
 from states import same
 from typer.testing import CliRunner, Result
 
@@ -154,8 +155,28 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished: Path, tmp_path: 
     assert result.exit_code == 2
     assert "already holds a run" in words(result.output) and "--resume" in result.output
     assert (finished / "last.pt").read_bytes() == before
+    (tmp_path / "metrics.jsonl").write_text("somebody else's")
+    assert "(metrics.jsonl): name another folder" in words(command(*COMMAND, "--out", str(tmp_path)).output)
     result = command("train", "--out", str(tmp_path / "nothing"), "--resume")
     assert result.exit_code == 2 and "holds no last.pt to go on from" in words(result.output)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_augmented_images_of_a_moved_folder_go_on_from_the_middle_of_an_epoch(tmp_path: Path, workers: str) -> None:
+    data = pictures.write_folder(tmp_path / "images")
+    (data / "train" / "cat" / "3.png").write_bytes(b"no image")
+    options = [*COMMAND, "--image-size", "16", "--batch-size", "4", "--on-error", "skip", "--workers", workers]
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole = command(*options, "--data", str(data), "--out", str(first), "--save-every", "1step", "--keep", "9")
+    assert whole.exit_code == 0, whole.output
+    assert "could not be read and were left out: 1, the first" in words(whole.output)
+    second.mkdir()
+    (second / "last.pt").write_bytes((first / "step-00000002.pt").read_bytes())
+    moved = data.rename(tmp_path / "moved")
+    result = command("train", "--data", str(moved), "--out", str(second), "--resume")
+    assert result.exit_code == 0, result.output
+    assert load(second / "last.pt")["step"] == 6
+    assert same(load(second / "last.pt")["runs"], load(first / "last.pt")["runs"]) == ""
 
 
 def _cut(path: Path) -> None:

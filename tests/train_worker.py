@@ -129,7 +129,8 @@ def command_line(everybody: Processes) -> None:
     tiny = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--steps", "6", "--sync-bn", "--out"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        app([*tiny, str(folder)], standalone_mode=False)
+        code = app([*tiny, str(folder)], standalone_mode=False)
+    assert not code, code
     assert bool(printed.getvalue()) == (os.environ["RANK"] == "0"), printed.getvalue()
     if os.environ["RANK"] == "0":
         state = torch.load(folder / "last.pt", weights_only=True)
