@@ -23,6 +23,8 @@ from .pieces import Piece, of_images, of_rows
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 
 CHUNK_BYTES = 4 << 20
+GROUPS = (32, 16, 8, 4, 2, 1)  # of rows whose moments are taken apart, then together
+MOST_COLUMNS = 1 << 13  # of their vectors, which must stay in the cache
 
 Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the accumulation dtype
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, biased variance) of each chunk
@@ -121,18 +123,26 @@ class TorchBackend:
         count, channels = rows.shape
         if rows.is_contiguous() and rows.device.type in ("cpu", "cuda"):
             # What F.batch_norm computes its statistics with: one call instead of five passes.
-            shift = None
-            if rows.dtype is torch.float32 and rows.device.type == "cpu":
-                # There it adds up channels-last values one after another: relative to the first of them, or a mean
-                # of thousands of deviations loses ten times the digits that it loses in a contiguous tensor.
-                shift = rows[0].nan_to_num(0.0, 0.0, 0.0)
-                rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
-            images = rows.as_strided((1, channels, count, 1), (count * channels, 1, channels, channels))
+            shift, groups = None, 1
+            if rows.device.type == "cpu":
+                # There it adds up channels-last values one after another, and a sum of thousands loses digits that a
+                # contiguous tensor's keeps. So it gets several groups of rows, as if they were other channels.
+                groups = next(n for n in GROUPS if n == 1 or (count % n == 0 and n * channels <= MOST_COLUMNS))
+                if rows.dtype is torch.float32:
+                    # And relative to the first row, where a mean may be thousands of deviations.
+                    shift = rows[0].nan_to_num(0.0, 0.0, 0.0)
+                    rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
+            columns = groups * channels
+            images = rows.as_strided((1, columns, count // groups, 1), (count * channels, 1, columns, columns))
             running: tuple[Tensor | None, Tensor | None] = (None, None)
             if rows.dtype is not self.acc:  # their dtype is that of the result
-                zeros = torch.zeros(2, channels, dtype=self.acc, device=self.device)
+                zeros = torch.zeros(2, columns, dtype=self.acc, device=self.device)
                 running = zeros[0], zeros[1]
             mean, var = torch.batch_norm_update_stats(images, *running, 0.0)
+            if groups > 1:
+                means = mean.view(groups, channels)
+                mean = means.mean(0)
+                var = var.view(groups, channels).add_((means - mean).square_()).mean(0)
             return count, mean if shift is None else mean.add_(shift), var
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))

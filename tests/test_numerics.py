@@ -10,6 +10,9 @@ import torch
 from common import block_pair, random_input, relative_error, results
 from torch import Tensor, nn
 
+from fastdense.features import Features
+from fastdense.torch_backend import TorchBackend
+
 LOW = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # about one rounding of a result
 INPUTS = 8
 
@@ -130,3 +133,16 @@ def _ordinary_gammas(block: nn.Module) -> None:
             if isinstance(norm, nn.BatchNorm2d):
                 norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
                 norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
+
+
+@pytest.mark.parametrize("rows", [2048, 5000, 25088])
+def test_moments_keep_the_digits_of_a_contiguous_tensor(rows: int) -> None:
+    # F.batch_norm adds up channels-last values one after another on a CPU, and is ten times farther off.
+    x = 2 * torch.randn(rows, 48) + 3
+    backend = TorchBackend(x.view(1, rows, 48).transpose(1, 2))
+    mean, var = torch.empty(2, 48)
+    backend.moments(Features(x, mean, var))
+    truth = x.double()
+    deviation = truth.std(0, correction=0)
+    assert ((mean - truth.mean(0)) / deviation).abs().max() < 1e-6
+    assert (var / deviation.square() - 1).abs().max() < 1e-6
