@@ -23,7 +23,7 @@ from .pieces import Piece, of_images, of_rows
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 
 CHUNK_BYTES = 4 << 20
-GROUPS = (32, 16, 8, 4, 2, 1)  # of rows whose moments are taken apart, then together
+MOST_GROUPS = 32  # of rows whose moments are taken apart, then together
 MOST_COLUMNS = 1 << 13  # of their vectors, which must stay in the cache
 
 Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the accumulation dtype
@@ -106,7 +106,8 @@ class TorchBackend:
 
     def _rows_at_once(self, channels: int) -> int:
         """Rows whose ``channels`` fit into ``CHUNK_BYTES``, in the accumulation dtype."""
-        return max(1, CHUNK_BYTES // (channels * self.acc.itemsize))
+        rows = max(1, CHUNK_BYTES // (channels * self.acc.itemsize))
+        return rows if rows < MOST_GROUPS else rows // MOST_GROUPS * MOST_GROUPS
 
     def _chunks(self, channels: int) -> Iterator[slice]:
         step = self._rows_at_once(channels)
@@ -119,37 +120,46 @@ class TorchBackend:
             return of_rows(self.m, self.spatial, at_most)
         return of_images(self.m, self.spatial, at_most, pool=conv.pool, halo=kernel[0] // 2)
 
-    def _partial_moments(self, rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    def _partial_moments(self, rows: Tensor) -> Partial:
+        """The moments of ``rows``, in one or two parts."""
         count, channels = rows.shape
         if rows.is_contiguous() and rows.device.type in ("cpu", "cuda"):
-            # What F.batch_norm computes its statistics with: one call instead of five passes.
-            shift, groups = None, 1
-            if rows.device.type == "cpu":
-                # There it adds up channels-last values one after another, and a sum of thousands loses digits that a
-                # contiguous tensor's keeps. So it gets several groups of rows, as if they were other channels.
-                groups = next(n for n in GROUPS if n == 1 or (count % n == 0 and n * channels <= MOST_COLUMNS))
-                if rows.dtype is torch.float32:
-                    # And relative to the first row, where a mean may be thousands of deviations.
-                    shift = rows[0].nan_to_num(0.0, 0.0, 0.0)
-                    rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
-            columns = groups * channels
-            images = rows.as_strided((1, columns, count // groups, 1), (count * channels, 1, columns, columns))
-            running: tuple[Tensor | None, Tensor | None] = (None, None)
-            if rows.dtype is not self.acc:  # their dtype is that of the result
-                zeros = torch.zeros(2, columns, dtype=self.acc, device=self.device)
-                running = zeros[0], zeros[1]
-            mean, var = torch.batch_norm_update_stats(images, *running, 0.0)
-            if groups > 1:
-                means = mean.view(groups, channels)
-                mean = means.mean(0)
-                var = var.view(groups, channels).add_((means - mean).square_()).mean(0)
-            return count, mean if shift is None else mean.add_(shift), var
+            if rows.device.type == "cuda" or count < MOST_GROUPS:
+                return [self._update_stats(rows, 1)]
+            # On a CPU it adds up channels-last values one after another, and a sum of thousands loses digits that a
+            # contiguous tensor's keeps. So it gets several groups of rows, as if they were other channels.
+            groups = max(1, min(MOST_GROUPS, MOST_COLUMNS // channels))
+            groups = next((n for n in (32, 16, 8) if n <= groups and count % n == 0), groups)
+            whole = count // groups * groups
+            first = self._update_stats(_cut(rows, slice(0, whole)), groups)
+            return [first] if whole == count else [first, self._update_stats(rows[whole:], 1)]
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
         # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
         shift = centred.sum(0).div_(count)
         var = centred.square_().sum(0).div_(count).addcmul_(shift, shift, value=-1)
-        return count, mean.add_(shift), var
+        return [(count, mean.add_(shift), var)]
+
+    def _update_stats(self, rows: Tensor, groups: int) -> tuple[int, Tensor, Tensor]:
+        """By what F.batch_norm computes its statistics with: one call instead of five passes."""
+        count, channels = rows.shape
+        shift = None
+        if rows.dtype is torch.float32 and rows.device.type == "cpu":
+            # Relative to the first row: a mean may be thousands of deviations.
+            shift = rows[0].nan_to_num(0.0, 0.0, 0.0)
+            rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
+        columns = groups * channels
+        images = rows.as_strided((1, columns, count // groups, 1), (count * channels, 1, columns, columns))
+        running: tuple[Tensor | None, Tensor | None] = (None, None)
+        if rows.dtype is not self.acc:  # their dtype is that of the result
+            zeros = torch.zeros(2, columns, dtype=self.acc, device=self.device)
+            running = zeros[0], zeros[1]
+        mean, var = torch.batch_norm_update_stats(images, *running, 0.0)
+        if groups > 1:
+            means = mean.view(groups, channels)
+            mean = means.mean(0)
+            var = var.view(groups, channels).add_((means - mean).square_()).mean(0)
+        return count, mean if shift is None else mean.add_(shift), var
 
     def _merge_moments(self, partial: Partial, out: Features) -> None:
         """Chan, Golub, LeVeque (1979): ``m*var = sum_i n_i*var_i + sum_i n_i*(mean_i - mean)**2``."""
@@ -176,7 +186,9 @@ class TorchBackend:
     def moments(self, of: Features) -> None:
         """The batch moments of ``of``, from its rows."""
         channels = of.rows.shape[1]
-        self._merge_moments([self._partial_moments(_cut(of.rows, chunk)) for chunk in self._chunks(channels)], of)
+        self._merge_moments(
+            [part for chunk in self._chunks(channels) for part in self._partial_moments(_cut(of.rows, chunk))], of
+        )
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
         """``out.rows = x``, with moments if ``out`` is tracked."""
@@ -230,7 +242,7 @@ class TorchBackend:
             if dropout is not None:
                 self._drop(result, piece.written, dropout)
             if out.mean is not None:
-                partial.append(self._partial_moments(result))
+                partial += self._partial_moments(result)
             if result is not target:
                 target.copy_(result)
         if out.mean is not None:
@@ -251,7 +263,7 @@ class TorchBackend:
                 images = as_images(self._operand("operand", activation), piece.spatial)
                 target.copy_(_cut(as_rows(MaxPool(pool)(images)[0]), piece.results))
             if out.mean is not None:
-                partial.append(self._partial_moments(target))
+                partial += self._partial_moments(target)
         if out.mean is not None:
             self._merge_moments(partial, out)
 
