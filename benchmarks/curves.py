@@ -1,17 +1,15 @@
 """Whether fastdense's loss curve is one that rounding alone explains.
 
-    python -m benchmarks.curves [--steps 200] [--impl torch triton] [--members 39] [--json FILE] [--png FILE]
+    python -m benchmarks.curves [--steps 200] [--impl torch triton] [--members 19] [--json FILE] [--png FILE]
 
 Two correct implementations round differently, and training amplifies it: a ReLU whose input is zero but for rounding
 opens in one of them only, and from there the weights differ. How far the curves may drift apart is therefore measured,
 on the textbook network alone: an ensemble of its runs, in each of which every pixel has been moved by one ulp, up or
-down at random, and the images of each batch stand in another order, so that sums over them round anew. Everything else
-is the same in all runs: initial weights, batches, recipe (that of ``fastdense train``). ``verdict`` says whether
-fastdense's run is the odd one out, and how often a correct one would be called that.
+down at random. Everything else is the same in all runs: initial weights, batches, recipe (that of ``fastdense train``).
+``verdict`` says whether fastdense's run is the odd one out, and how often a correct one would be called that.
 
-There are two ensembles, contiguous and channels last. fastdense works in the latter, where PyTorch's own BatchNorm adds
-up its statistics one value after another on the CPU and loses several times as many digits (``first_step``): the
-claim is about that one, the other is reported beside it.
+The textbook network is contiguous, as PyTorch's networks are. In channels last PyTorch's own BatchNorm adds up its
+statistics one value after another on the CPU and loses several times as many digits: that run is shown beside it.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ RUNS = {
     "torch": {"fastdense torch, activations": "activations", "fastdense torch, bottlenecks": "bottlenecks"},
     "triton": {"fastdense triton": "activations"},
 }
-LAYOUTS = {"channels last": True, "contiguous": False}
 ROUNDING = 2.0**-24  # relative, of one operation in float32
 LEAST, MOST = 1e-12, 1e12  # deviations are kept in between: a curve may agree by chance, or be NaN
 LEAST_SPREAD = 0.1  # of the logarithm: curves that are all within ten per cent of each other are not told apart
@@ -60,13 +57,13 @@ class Options:
     Attributes:
         config: network, batch, steps and recipe of all runs.
         impl: keys of ``RUNS``.
-        members: textbook runs with moved pixels, of each layout.
+        members: textbook runs with moved pixels.
         triton_steps: of Triton, which is interpreted where there is no GPU; the learning rates are those of all steps.
     """
 
     config: TrainConfig
     impl: tuple[str, ...] = tuple(RUNS)
-    members: int = 39
+    members: int = 19
     triton_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -123,7 +120,6 @@ def train(
     *,
     channels_last: bool = False,
     steps: int | None = None,
-    order: int | None = None,
     tick: Tick = lambda run: None,
 ) -> Tensor:
     """The training losses ``[steps]``, float64, of a run as ``fastdense train`` makes it.
@@ -137,7 +133,6 @@ def train(
         impl, recompute: see :class:`fastdense.DenseNet`.
         channels_last: the layout of the textbook network's features.
         steps: stop after so many.
-        order: seed of another order of the images within each batch, which changes nothing but roundings.
         tick: is called after every step.
     """
     model = _network(config, data, impl, recompute, channels_last=channels_last)
@@ -146,10 +141,7 @@ def train(
     assert config.steps is not None
     scheduler = schedule(optimizer, config.steps)
     losses: list[float] = []
-    generator = torch.Generator().manual_seed(order or 0)
     for batch in _batches(config, data, steps or config.steps):
-        if order is not None:
-            batch = batch[torch.randperm(len(batch), generator=generator)]
         labels = data.train_labels[batch]
         optimizer.zero_grad(set_to_none=True)
         scores = model(data.train_images[batch])
@@ -171,13 +163,12 @@ def _batches(config: TrainConfig, data: Dataset, steps: int) -> Iterator[Tensor]
             left -= 1
 
 
-def members(options: Options, data: Dataset, *, channels_last: bool, tick: Tick = lambda run: None) -> Tensor:
+def members(options: Options, data: Dataset, tick: Tick = lambda run: None) -> Tensor:
     """Losses ``[members, steps]`` of textbook runs with moved pixels; the seeds are 1, 2, ..."""
     runs = []
     for seed in range(1, options.members + 1):
-        images = moved(data.train_images, seed)
-        mine = replace(data, train_images=images)
-        runs.append(train(options.config, mine, channels_last=channels_last, order=seed, tick=tick))
+        mine = replace(data, train_images=moved(data.train_images, seed))
+        runs.append(train(options.config, mine, tick=tick))
     return torch.stack(runs)
 
 
@@ -211,7 +202,7 @@ def verdict(losses: Tensor, reference: Tensor, ensemble: Tensor) -> dict[str, An
     Each run, the ensemble's and this one, is compared with all the others in the same way and gets a score: by how many
     standard deviations the logarithm of its ``running_maximum`` exceeds theirs, at the step where that is most. Were
     this run one of them, each of the ``members + 1`` would be equally likely to have the largest score. A run that
-    ranks first is called *outside*: with 39 members, one correct run in 40 would be. No distribution is assumed.
+    ranks first is called *outside*: with 19 members, one correct run in 20 would be. No distribution is assumed.
 
     Args:
         losses: ``[steps]`` of the run in question.
@@ -303,7 +294,7 @@ def run(options: Options, tick: Tick = lambda run: None) -> dict[str, Any]:
     torch.set_num_threads(1)  # the layers are too small to share
     data, config = digits(), options.config
     reference = train(config, data, tick=tick)
-    ensembles = {name: members(options, data, channels_last=last, tick=tick) for name, last in LAYOUTS.items()}
+    ensemble = members(options, data, tick)
     found = {"textbook, channels last": train(config, data, channels_last=True, tick=tick)}
     for impl in options.impl:
         for label, recompute in RUNS[impl].items():
@@ -312,8 +303,7 @@ def run(options: Options, tick: Tick = lambda run: None) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     for label, losses in found.items():
         apart = running_maximum(losses, reference)
-        verdicts = {name: verdict(losses, reference, ensemble) for name, ensemble in ensembles.items()}
-        runs[label] = {"verdicts": verdicts, "e_folding": e_folding(apart)}
+        runs[label] = {"verdict": verdict(losses, reference, ensemble), "e_folding": e_folding(apart)}
         runs[label] |= {"losses": _rounded(losses), "running_maximum": _rounded(apart)}
     settings = {"network": config.architecture.description, "batch": config.batch_size, "size": config.image_size}
     settings |= {"dtype": "float32", "steps": options.steps, "members": options.members, "seed": config.seed}
@@ -321,7 +311,7 @@ def run(options: Options, tick: Tick = lambda run: None) -> dict[str, Any]:
     settings |= {"lr": config.lr, "interpreted": "triton" in options.impl and not torch.cuda.is_available()}
     results = {
         "textbook": _rounded(reference),
-        "ensembles": {name: _summary(ensemble, reference) for name, ensemble in ensembles.items()},
+        "ensemble": _summary(ensemble, reference),
         "runs": runs,
         "first_step": first_step(options, data),
     }
@@ -348,13 +338,12 @@ def _rounded(values: Tensor) -> list[float]:
 
 def show(record: dict[str, Any]) -> Table:
     """The verdicts."""
-    table = Table("", "steps", "apart at most", "e-folding", *(f"rank, {name}" for name in LAYOUTS), "")
+    table = Table("", "steps", "apart at most", "e-folding", "rank", "")
     for label, row in record["results"]["runs"].items():
-        verdicts = row["verdicts"]
-        ranks = [f"{verdicts[name]['rank']} of {verdicts[name]['of']}" for name in LAYOUTS]
-        words = "inside" if verdicts["channels last"]["inside"] else "OUTSIDE"
+        found = row["verdict"]
         apart, folding = f"{row['running_maximum'][-1]:.2g}", f"{row['e_folding']:.1f} steps"
-        table.add_row(label, str(len(row["losses"])), apart, folding, *ranks, words)
+        words = "inside" if found["inside"] else "OUTSIDE"
+        table.add_row(label, str(len(row["losses"])), apart, folding, f"{found['rank']} of {found['of']}", words)
     return table
 
 
@@ -363,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--impl", nargs="+", choices=list(RUNS), default=["torch"])
-    parser.add_argument("--members", type=int, default=39, help="textbook runs in each layout")
+    parser.add_argument("--members", type=int, default=19, help="textbook runs with moved pixels")
     parser.add_argument("--triton-steps", type=int, default=50, help="of Triton, in its interpreter")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/curves-digits.json")
     parser.add_argument("--png", type=Path, help="default: beside the record")
@@ -375,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     runs = sum(options.steps_of(impl) * len(RUNS[impl]) for impl in options.impl)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("steps", total=options.steps * 2 * (1 + options.members) + runs)
+        task = progress.add_task("steps", total=options.steps * (2 + options.members) + runs)
         record = run(options, tick=lambda impl: progress.update(task, advance=1, description=f"steps, {impl}"))
     console.print(show(record))
     path = given.json or RESULTS / "cpu" / "curves-digits.json"

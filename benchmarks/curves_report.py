@@ -24,38 +24,24 @@ def _source(record: Record, file: str, command: str) -> str:
 
 
 def curves_table(record: Record, file: str) -> str:
-    """Each run's distance from the textbook run, and its rank in both ensembles."""
+    """Each run's distance from the textbook run, and its rank in the ensemble."""
     settings, results = record["settings"], record["results"]
-    rows = []
-    for name, ensemble in results["ensembles"].items():
-        apart, folds = ensemble["running_maximum"], ensemble["e_folding"]
-        spread = f"{apart['lowest'][-1]:.2g} to {apart['highest'][-1]:.2g}"
-        growth = f"{folds['p10']:.1f} to {folds['p90']:.1f}"
-        rows.append(
-            [
-                f"{settings['members']} textbook runs, {name}, pixels moved",
-                str(settings["steps"]),
-                spread,
-                growth,
-                "",
-                "",
-            ]
-        )
+    apart, folds = results["ensemble"]["running_maximum"], results["ensemble"]["e_folding"]
+    spread = f"{apart['lowest'][-1]:.2g} to {apart['highest'][-1]:.2g}"
+    growth = f"{folds['p10']:.1f} to {folds['p90']:.1f}"
+    rows = [[f"{settings['members']} textbook runs, pixels moved", str(settings["steps"]), spread, growth, ""]]
     for label, row in results["runs"].items():
-        ranks = [f"{verdict['rank']} of {verdict['of']}" for verdict in row["verdicts"].values()]
+        rank = f"{row['verdict']['rank']} of {row['verdict']['of']}"
         rows.append(
-            [label, str(len(row["losses"])), f"{row['running_maximum'][-1]:.2g}", f"{row['e_folding']:.1f}", *ranks]
+            [label, str(len(row["losses"])), f"{row['running_maximum'][-1]:.2g}", f"{row['e_folding']:.1f}", rank]
         )
-    header = "run | steps | largest deviation | e-folding, steps | " + " | ".join(
-        f"rank, {name}" for name in results["ensembles"]
-    )
     interpreted = "Triton in its interpreter, with tiles too large for a GPU. " if settings["interpreted"] else ""
     conditions = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}, "
-        f"{settings['optimizer']}. {interpreted}E-foldings of the ensembles: 10 % to 90 %. "
+        f"{settings['optimizer']}. {interpreted}E-foldings of the ensemble: 10 % to 90 %. "
         f"{_source(record, file, record['command'])}"
     )
-    return _markdown(header, rows, conditions)
+    return _markdown("run | steps | largest deviation | e-folding, steps | rank", rows, conditions)
 
 
 def first_step_table(record: Record, file: str) -> str:

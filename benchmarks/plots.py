@@ -90,12 +90,12 @@ def memory_against_depth(record: Record, path: Path) -> None:
 def loss_curves(record: Record, path: Path) -> None:
     """A record of curves: the loss curves on top of each other, and how far each is from the textbook's."""
     results, settings = record["results"], record["settings"]
-    moved, steps = results["ensembles"]["channels last"], range(1, settings["steps"] + 1)
+    moved, steps = results["ensemble"], range(1, settings["steps"] + 1)
     figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs (channels last, input moved by 1 ulp)"
+    how_many = f"{settings['members']} textbook runs whose pixels are moved by 1 ulp"
     above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
     above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
     apart = moved["running_maximum"]
@@ -104,8 +104,6 @@ def loss_curves(record: Record, path: Path) -> None:
     below.plot(steps, apart["p50"], color="#555555", linewidth=1.5, label="their median")
     rounding = [loss * 2.0**-24 for loss in results["textbook"]]
     below.plot(steps, rounding, ":", color="#b2182b", linewidth=1.2, label="a rounding of the loss in float32")
-    other = results["ensembles"]["contiguous"]["running_maximum"]["highest"]
-    below.plot(steps, other, "--", color="#777777", linewidth=1, label="the same in the contiguous layout: highest")
     styles = zip(("#c1666b", "#0b6e4f", "#f4a259", "#1f5fbf"), ("-", "-", (0, (3, 3)), "-"), strict=True)
     for (label, row), (colour, dashes) in zip(results["runs"].items(), styles, strict=False):
         line: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "label": label}
@@ -128,9 +126,14 @@ def loss_curves(record: Record, path: Path) -> None:
     for axes in (above, below):
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    above.legend(frameon=False, fontsize=8, loc="lower left")
+    above.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower left")
     below.legend(
-        frameon=False, fontsize=8, loc="lower right", title="grey: textbook, input moved by 1 ulp", title_fontsize=8
+        framealpha=0.9,
+        edgecolor="none",
+        fontsize=8,
+        loc="center right",
+        title="grey: textbook, pixels moved by 1 ulp",
+        title_fontsize=8,
     )
     caption = (
         f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
