@@ -22,7 +22,7 @@ def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]
     A layer has ``norm1, conv1``, maybe ``norm2, conv2`` in ``_modules``, and ``drop_rate``.
 
     Raises:
-        RuntimeError: a converted block is not what it was when it was converted.
+        ValueError: a converted block cannot run fused any more: a hook on an inner layer, for instance.
     """
     for name, module in model.named_modules():
         if isinstance(module, DenseBlock):
@@ -30,7 +30,7 @@ def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]
         elif _is_converted(module):
             layers, reason = block_layers(module)
             if reason is not None:
-                raise RuntimeError(f"the converted block {name or 'that the model is'} cannot be read: {reason}")
+                raise ValueError(f"the block {name or 'that the model is'} cannot run fused: {reason}")
             yield name, module, layers
 
 

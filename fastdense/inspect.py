@@ -93,8 +93,9 @@ def gradient_flow(
         One :class:`BlockFlow` for each run of a block, in the order of their execution; float64, on the CPU.
 
     Raises:
-        TypeError: ``model`` is no module, or ``x`` no tensor.
-        ValueError: the model has no dense block, ``x`` is not floating-point, or the loss is no scalar.
+        TypeError: ``model`` is no module, ``x`` or ``target`` no tensor.
+        ValueError: the model has no dense block or one that cannot run fused; ``x`` is empty, not floating-point or
+            without data; the loss is no scalar, or does not depend on the model.
         RuntimeError: a block took no part in the loss or could not run fused; the message names it.
 
     Equivalent, for the totals, to ``retain_grad()`` on every element of the list that the textbook block concatenates.
@@ -114,7 +115,6 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the model has no dense block.
-        RuntimeError: a converted block is not what it was when it was converted.
 
     Equivalent to ``layer.conv1.weight[:, channels_of_H_i].abs().mean()``. Source: arXiv 1608.06993, figure 5.
     """
@@ -306,6 +306,10 @@ def _run(
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor, got {x.dtype}: standardise the images first")
+    if x.numel() == 0 or x.is_meta:
+        raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)} on {str(x.device)!r}")
+    if not isinstance(target, Tensor | None):
+        raise TypeError(f"target must be a torch.Tensor or None, got {type(target).__name__}")
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         device = torch.device("cpu") if x.device.type == "mps" else x.device
         probe = _probe(model, dtype, device)
@@ -317,6 +321,8 @@ def _run(
             stack.enter_context(torch.autocast(device.type, enabled=False))
         plain = stack.enter_context(_plain_runs(probe))
         loss = _loss(probe(x), target if target is None else target.to(device), loss_fn)
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on the model: loss_fn must not detach its output")
         with _Watch(names, keep) as watch:
             loss.backward()
     runs: list[_Run | _PlainRun] = [*plain, *reversed(watch.runs)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from .inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from .plain import without_dense_connections
 from .subject import LARGE_STEM_IMAGE, Batch, Subject, batch, subject
+from .train_config import TrainConfig
 
 __all__ = ["inspect"]
 
@@ -39,6 +41,7 @@ Weights = Annotated[
         help="A checkpoint of `fastdense train`, or a file with a state_dict.", show_default="none: untrained"
     ),
 ]
+Ema = Annotated[bool, typer.Option("--ema", help="Of a checkpoint, the averaged weights.")]
 Depth = Annotated[int | None, typer.Option(help="Three equal blocks, as in `fastdense train`.", show_default="100")]
 Blocks = Annotated[str | None, typer.Option(help="Layers of each block, as 6,12,24.")]
 GrowthRate = Annotated[int | None, typer.Option(help="Channels that each layer adds.", show_default="12")]
@@ -76,6 +79,7 @@ PLAIN = "the same layers without dense connections"
 def flow(
     model: Model = None,
     weights: Weights = None,
+    ema: Ema = False,
     depth: Depth = None,
     block_config: Blocks = None,
     growth_rate: GrowthRate = None,
@@ -96,21 +100,31 @@ def flow(
     """
     from .inspect_plots import flow_picture  # matplotlib takes long to import, and no other command needs it
 
+    _check_name(out)
     console = Console(highlight=False, markup=False)
     try:
-        looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)
+        looked_at = _subject(model, weights, ema, seed, depth, block_config, growth_rate)
         seen = batch(looked_at, data, count=images, image_size=image_size, seed=seed)
         others: dict[str, Subject] = {}
         if plain_weights is not None:
-            twin = subject(None, plain_weights, seed=seed)
-            others[f"{twin.description}, {twin.state}"] = twin
-        elif plain:
+            twin = subject(None, plain_weights, ema=ema, seed=seed)
+            if not twin.plain:
+                raise ValueError(
+                    f"--plain-weights {plain_weights} is of a network with dense connections: use --weights"
+                )
+            if twin.stem.in_channels != looked_at.stem.in_channels:
+                raise ValueError(
+                    f"--plain-weights {plain_weights} reads images of {twin.stem.in_channels} channels, the other "
+                    f"network of {looked_at.stem.in_channels}: train both on the same data"
+                )
+            others[f"{PLAIN}, {twin.state}"] = twin
+        elif plain and not looked_at.plain:
             torch.manual_seed(seed)
             twin = replace(looked_at, model=without_dense_connections(looked_at.model))
             others[f"{PLAIN}, freshly initialised"] = twin
         curves = {
             label: _flows(console, network, seen, device, evaluation)
-            for label, network in {f"DenseNet, {looked_at.state}": looked_at, **others}.items()
+            for label, network in {f"{looked_at.kind}, {looked_at.state}": looked_at, **others}.items()
         }
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -120,7 +134,7 @@ def flow(
         f"{'its running' if evaluation else 'the batch'} statistics. Computed in float64."
     )
     title = f"Gradient flow: {looked_at.description}, {looked_at.state}"
-    _write(out, lambda: flow_picture(curves, out, title=title, caption=caption))
+    _write(out, lambda path: flow_picture(curves, path, title=title, caption=caption))
     numbers = {label: [_numbers(flow) for flow in flows] for label, flows in curves.items()}
     _write_json(json_file, {"title": title, "caption": caption, "flows": numbers})
     console.print(_flow_table(curves))
@@ -131,6 +145,7 @@ def flow(
 def reuse(
     model: Model = None,
     weights: Weights = None,
+    ema: Ema = False,
     depth: Depth = None,
     block_config: Blocks = None,
     growth_rate: GrowthRate = None,
@@ -141,14 +156,17 @@ def reuse(
     """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
     from .inspect_plots import reuse_picture
 
+    _check_name(out)
     console = Console(highlight=False, markup=False)
     try:
-        looked_at = _subject(model, weights, seed, depth, block_config, growth_rate)
+        looked_at = _subject(model, weights, ema, seed, depth, block_config, growth_rate)
+        if looked_at.plain:
+            raise ValueError(f"--weights {weights} is of a network without dense connections: it uses no feature again")
         found = feature_reuse(looked_at.model)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
     title = f"Feature reuse: {looked_at.description}, {looked_at.state}"
-    _write(out, lambda: reuse_picture(found, out, title=title, caption="After arXiv 1608.06993, figure 5."))
+    _write(out, lambda path: reuse_picture(found, path, title=title, caption="After arXiv 1608.06993, fig. 5."))
     _write_json(json_file, {"title": title, "blocks": [_numbers(block) for block in found]})
     console.print(_reuse_table(found))
     console.print(f"Picture: {out}", soft_wrap=True)
@@ -157,6 +175,7 @@ def reuse(
 def _subject(
     model: str | None,
     weights: Path | None,
+    ema: bool,
     seed: int,
     depth: int | None,
     block_config: str | None,
@@ -166,26 +185,36 @@ def _subject(
         blocks = None if block_config is None else tuple(int(layers) for layers in block_config.split(","))
     except ValueError as error:
         raise ValueError(f"--block-config must be whole numbers, as in 6,12,24, got {block_config!r}") from error
-    return subject(model, weights, seed=seed, depth=depth, block_config=blocks, growth_rate=growth_rate)
+    return subject(model, weights, ema=ema, seed=seed, depth=depth, block_config=blocks, growth_rate=growth_rate)
 
 
 def _flows(console: Console, of: Subject, seen: Batch, device: str, evaluation: bool) -> list[BlockFlow]:
     with console.status("one step forward and backward, in float64"):
-        model = of.model.train(not evaluation).to(device)
-        return gradient_flow(model, seen.images.to(device), seen.labels)
+        at = TrainConfig(device=device).resolve_device()
+        return gradient_flow(of.model.train(not evaluation).to(at), seen.images.to(at), seen.labels)
 
 
-def _write(path: Path, draw: Callable[[], Any]) -> None:
+def _check_name(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--out must name a PNG file, as flow.png, got {path}")
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make ``path``, which is there as a whole or as it was."""
+    unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw()
+        write(unfinished)
+        unfinished.replace(path)
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from error
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
     if path is not None:
-        _write(path, lambda: path.write_text(json.dumps(numbers, indent=1) + "\n"))
+        _write(path, lambda unfinished: unfinished.write_text(json.dumps(numbers, indent=1) + "\n"))
 
 
 def _numbers(block: BlockFlow | BlockReuse) -> dict[str, Any]:

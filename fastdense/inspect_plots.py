@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from .inspect import BlockFlow, BlockReuse
 
@@ -21,10 +20,11 @@ __all__ = ["flow_picture", "reuse_picture"]
 DPI = 150
 MAX_WIDTH = 16.0  # inches
 CAPTION_CHARACTERS_PER_INCH = 15.5
+LEAST_SPREAD = 0.2  # of the colours of weights: the noise of a fresh network is no preference
 DECADES = 4  # that the colours of gradients span; what is smaller is drawn as the smallest
 COLOURS = ("#0b6e4f", "#c1666b", "#d4a017", "#4a6fa5", "#7b5ea7")
 MARKERS = 150  # feature maps up to which each has one
-NOTHING = "#ececec"  # where a layer comes too early to read a feature map
+NOTHING = "#d9d9d9"  # where a layer comes too early to read a feature map
 
 
 def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title: str, caption: str) -> None:
@@ -43,18 +43,19 @@ def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title
     image = None
     for i, (axes, flow, matrix) in enumerate(zip(maps, flows, matrices, strict=True)):
         L = len(flow.total) - 1
-        image = _heat_map(axes, np.triu(np.ones_like(matrix)), matrix, norm)
-        _label_layers(axes, flow.name, L, output=True, first=i == 0)
+        image = _heat_map(axes, matrix != 0, matrix, norm)
+        _label_layers(axes, flow.name, L, output=True)
         axes.set_xlabel("sent back by layer")
         if i == 0:
             axes.set_ylabel("feature map that receives it")
     _colour_bar(figure, image, maps, "norm of the contribution")
     _depth_curves(below, curves)
+    whose = f"of the first network, {next(iter(curves))}" if len(curves) > 1 else "of the network"
     words = (
-        "Heat maps: the gradient of each feature map is a sum. Row i: H_i, which layer i wrote (H_0 enters the block). "
-        "Column j: what layer j, which reads H_0 to H_(j-1), sends back to it; last column: what arrives through the "
-        "block's output. The terms of a row add up as tensors, not as norms. "
-        "Curves: norm of the sum, by depth; a hollow marker is a block's H_0, which has more channels. "
+        f"Heat maps {whose}: the gradient of each feature map is a sum. Row: H$_i$, which layer i wrote (H$_0$ "
+        "enters the block). Column j: what layer j, which reads H$_0$ .. H$_{j-1}$, sends back to it; last column: what "
+        "arrives through the block's output. The terms of a row add up as tensors, not as norms. "
+        "Curves: norm of the sum, by depth; a hollow marker is a block's H$_0$, which has another number of channels. "
     )
     _finish(figure, words + caption, path)
 
@@ -75,7 +76,7 @@ def reuse_picture(reuses: Sequence[BlockReuse], path: Path, *, title: str, capti
     means = [matrix.sum(0) / exists.sum(0) for matrix, exists in zip(matrices, exist, strict=True)]
     relative = [matrix / np.where(mean > 0, mean, 1.0) for matrix, mean in zip(matrices, means, strict=True)]
     spread = max(float(np.abs(ratio - 1)[exists > 0].max()) for ratio, exists in zip(relative, exist, strict=True))
-    spread = max(spread, 1e-3)
+    spread = max(spread, LEAST_SPREAD)
     kinds: list[tuple[list[Any], Normalize, str, str]] = [
         (matrices, Normalize(0.0, max(float(matrix.max()) for matrix in matrices)), "viridis_r", "mean |weight|"),
         (relative, Normalize(1 - spread, 1 + spread), "PuOr_r", "over the layer's mean"),
@@ -84,17 +85,17 @@ def reuse_picture(reuses: Sequence[BlockReuse], path: Path, *, title: str, capti
         image = None
         for i, (axes, reuse, matrix, exists) in enumerate(zip(maps, reuses, shown, exist, strict=True)):
             image = _heat_map(axes, exists, matrix, norm, colours)
-            _label_layers(axes, reuse.name if maps is rows[0] else None, len(matrix), output=False, first=i == 0)
+            _label_layers(axes, reuse.name if maps is rows[0] else None, len(matrix), output=False)
             if maps is rows[-1]:
                 axes.set_xlabel("layer that reads")
             if i == 0:
                 axes.set_ylabel("feature map that is read")
         _colour_bar(figure, image, maps, label)
     words = (
-        "Row i: feature map H_i, which layer i wrote (H_0 enters the block). Column j: layer j, which reads H_0 to "
-        "H_(j-1) through its first convolution. Above: mean absolute weight of that convolution over the channels of "
-        "H_i. Below: the same divided by the mean of the column; a layer reads orange feature maps more strongly than "
-        "its others, and purple ones less. "
+        "Row: feature map H$_i$, which layer i wrote (H$_0$ enters the block). Column j: layer j, which reads H$_0$ .. "
+        "H$_{j-1}$ through its first convolution. Above: mean absolute weight of that convolution over the channels of "
+        "H$_i$. Below: the same divided by the mean of the column; a layer reads orange feature maps more strongly "
+        "than its others, and purple ones less; grey: it comes too early to read them. "
     )
     _finish(figure, words + caption, path)
 
@@ -128,15 +129,15 @@ def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize, colours: st
     return axes.imshow(shown, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
 
 
-def _label_layers(axes: Axes, name: str | None, L: int, *, output: bool, first: bool) -> None:
+def _label_layers(axes: Axes, name: str | None, L: int, *, output: bool) -> None:
     if name is not None:
-        axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layers)", fontsize=10)
+        axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layer{'s' * (L > 1)})", fontsize=10)
     inches = axes.bbox.width / DPI  # before the layout is final: about right
     step = max(1, round(0.3 * L / inches))
     layers = range(0, L, step)
     axes.set_xticks([*layers, *([L] if output else [])], [*(str(j + 1) for j in layers), *(["out"] if output else [])])
     maps = range(0, L + output, step)
-    axes.set_yticks(maps, [f"H$_{{{i}}}$" if first or i == 0 else str(i) for i in maps])
+    axes.set_yticks(maps, [f"H$_{{{i}}}$" for i in maps])
     if output and L % step and L - layers[-1] <= max(1, step // 2):
         axes.set_xticks([*layers[:-1], L], [*(str(j + 1) for j in layers[:-1]), "out"])
     axes.tick_params(labelsize=7)
@@ -164,22 +165,26 @@ def _depth_curves(axes: Axes, curves: Mapping[str, Sequence[BlockFlow]]) -> None
             axes.plot(depths[:1], total[:1], color=colour, marker="o", markersize=5, fillstyle="none", linestyle="none")
             start, named = start + len(total), True
     start = 0
+    ticks: dict[int, str] = {}
+    step = max(1, round(sum(len(flow.total) for flow in next(iter(curves.values()))) / (2.5 * axes.bbox.width / DPI)))
     for i, flow in enumerate(next(iter(curves.values()))):
         stop = start + len(flow.total)
+        ticks |= {start + layer: f"{layer}" for layer in range(0, len(flow.total), step)}
         if i % 2 == 0:
             axes.axvspan(start - 0.5, stop - 0.5, color="#f4f4f4", zorder=0)
         middle = (start + stop - 1) / 2
         axes.text(middle, 1.01, flow.name.removeprefix("features."), transform=axes.get_xaxis_transform(),
                   ha="center", va="bottom", fontsize=8, color="#555555")  # fmt: skip
         start = stop
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
     if any((flow.total.isfinite() & (flow.total > 0)).any() for flows in curves.values() for flow in flows):
         axes.set_yscale("log")
     axes.set_xlim(-0.5, start - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("feature map, counted from the input: the loss is on the right")
+    axes.set_xlabel("feature map H$_i$ of each block: the input is on the left, the loss on the right")
     axes.set_ylabel("norm of dLoss/dH")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(fontsize=8, framealpha=0.9)
+    if len(curves) > 1:  # above the axes, where no curve runs
+        axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.06), ncols=2)
 
 
 def _finish(figure: Figure, caption: str, path: Path) -> None:

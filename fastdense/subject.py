@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from .blocks import with_dense_blocks
 from .data import open_data
-from .plain import without_dense_connections
 from .train_config import TrainConfig
 
 __all__ = ["Batch", "Subject", "batch", "subject"]
@@ -31,6 +31,7 @@ class Subject:
         description: for a picture's title.
         state: where the weights come from.
         data, image_size: what a checkpoint was trained on, or ``None``.
+        plain: whether its layers have no dense connections.
     """
 
     model: nn.Module
@@ -38,6 +39,12 @@ class Subject:
     state: str
     data: str | None = None
     image_size: int | None = None
+    plain: bool = False
+
+    @property
+    def kind(self) -> str:
+        """In a legend."""
+        return "without dense connections" if self.plain else "DenseNet"
 
     @property
     def stem(self) -> Any:
@@ -59,6 +66,7 @@ def subject(
     model: str | None,
     weights: Path | None,
     *,
+    ema: bool = False,
     seed: int,
     depth: int | None = None,
     block_config: tuple[int, ...] | None = None,
@@ -69,6 +77,7 @@ def subject(
     Args:
         model: a name in ``NAMED``, ``"package.module:function"``, or ``None``.
         weights: a checkpoint of ``fastdense train``, which describes its network, or a file with a ``state_dict``.
+        ema: of a checkpoint, take the averaged weights.
         seed: of the initial weights.
         depth, block_config, growth_rate: as in :class:`TrainConfig`, where ``model`` is none from elsewhere.
 
@@ -82,7 +91,9 @@ def subject(
     if stored is not None and "config" in stored and "runs" in stored:
         if named:
             raise ValueError(f"{named[0]} is not needed: the checkpoint {weights} says which network it is of")
-        return _from_checkpoint(stored, weights)
+        return _from_checkpoint(stored, weights, ema)
+    if ema:
+        raise ValueError("--ema is for --weights with a checkpoint of `fastdense train --ema`")
     if model is not None and ":" in model:
         if named[1:]:
             raise ValueError(f"{named[1]} is for fastdense's own networks, not for --model {model}")
@@ -125,7 +136,10 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
     size: int | None = image_size or (of.image_size if data == of.data else None)
     if size is None and data == "digits" and not small:
         size = LARGE_STEM_IMAGE
-    source = open_data(data, image_size=size, augment="none")
+    try:
+        source = open_data(data, image_size=size, augment="none")
+    except ValueError as error:
+        raise ValueError(f"{error} (or --data {RANDOM})") from error
     if count > source.train_count:
         raise ValueError(f"--images must be at most {source.train_count}, the training images, got {count}")
     images, labels = next(iter(source.train([torch.arange(count)], epoch=1)))
@@ -150,8 +164,9 @@ def _imported(spec: str) -> nn.Module:
         sys.path.insert(0, "")  # the user's own files, as `python -m` finds them
     try:
         model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--model {spec} cannot be built: {error}; it must be package.module:function") from error
+    except Exception as error:  # whatever somebody's module does when it is imported or called
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"--model {spec} cannot be built ({reason}): it must be package.module:function") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -159,33 +174,43 @@ def _imported(spec: str) -> nn.Module:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        with path.open("rb"):
+            pass
+        if zipfile.is_zipfile(path):  # torch.load does not compare checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"--weights {path} is damaged: the checksum of {damaged} is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
+    except ValueError:
+        raise
     except Exception as error:  # whatever a file that is none makes of the reader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--weights {path} is no checkpoint of weights alone: {reason}") from error
+        raise ValueError(
+            f"--weights {path} is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"--weights {path} holds a {type(found).__name__}, not a state_dict")
     return found
 
 
-def _from_checkpoint(stored: dict[str, Any], path: Path | None) -> Subject:
+def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
     """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the textbook's."""
     config = TrainConfig(**stored["config"])
-    weights = (
-        list(stored["runs"].values())[-1]["model"] if isinstance(stored["runs"], dict) else stored["runs"][-1]["model"]
-    )
+    run = list(stored["runs"].values())[-1]
+    if ema and run["ema"] is None:
+        raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")
+    weights = run["ema"]["model"] if ema else run["model"]
     sizes = _sizes(weights)
     if sizes is None:
         raise ValueError(f"--weights {path} holds no network of fastdense train")
-    model = config.architecture.build(channels=sizes[0], classes=sizes[1], drop_rate=config.drop_rate)
-    description = config.architecture.description
-    if config.plain:
-        model, description = without_dense_connections(model), f"{description}, without dense connections"
+    model = config.architecture.build(
+        channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate
+    )
     _load(model, weights, path)
-    after = f"after {stored['step']:,} steps on {config.data}"
-    return Subject(model, description, after, config.data, config.image_size)
+    description = config.architecture.description + (", without dense connections" if config.plain else "")
+    state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
+    return Subject(model, description, state, config.data, config.image_size, config.plain)
 
 
 def _sizes(weights: dict[str, Any] | None) -> tuple[int, int] | None:
@@ -203,5 +228,9 @@ def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--weights {path} does not fit the network: {reason}") from error
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        first = first if len(first) < 200 else f"{first[:200]} ..."
+        raise ValueError(
+            f"--weights {path} does not fit the network that --model, --depth, --block-config and --growth-rate "
+            f"describe: {first}"
+        ) from error

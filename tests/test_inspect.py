@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import networks
+import peer_packages
 import pytest
 import torch
 import torch.nn.functional as F
@@ -337,6 +338,19 @@ def test_bad_input_is_named() -> None:
         ValueError, match=r"without loss_fn the model must return class scores \[N, classes\], got dict"
     ):
         gradient_flow(_Dict(fast), x)
+    with pytest.raises(TypeError, match=r"target must be a torch.Tensor or None, got list"):
+        gradient_flow(fast, x, [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x must hold at least one image, got shape \(0, 3, 37, 44\)"):
+        gradient_flow(fast, x[:0])
+    with pytest.raises(ValueError, match=r"x must hold at least one image.*'meta'"):
+        gradient_flow(fast, x.to("meta"))
+    with pytest.raises(ValueError, match=r"the loss does not depend on the model"):
+        gradient_flow(fast, x, loss_fn=lambda output: output.detach().sum())
+    hooked = fastdense.convert(peer_packages.torchvision().DenseNet(**networks.SMALL))
+    hooked.features.denseblock2.denselayer1.norm1.register_forward_hook(print)  # type: ignore[union-attr, operator]
+    for look in (lambda: feature_reuse(hooked), lambda: gradient_flow(hooked, x)):
+        with pytest.raises(ValueError, match=r"the block features.denseblock2 cannot run fused: .*hook"):
+            look()
     with pytest.raises(RuntimeError, match=r"the dense block unused took no part"):
         gradient_flow(_Unused(fast), x)
 

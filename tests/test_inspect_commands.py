@@ -128,7 +128,7 @@ def test_models_from_elsewhere(models: str, tmp_path: Path) -> None:
         (["flow", "--model", "densenet120"], "--model must be one of densenet121"),
         (
             ["flow", "--model", "nowhere:densenet"],
-            "--model nowhere:densenet cannot be built: No module named 'nowhere'",
+            "--model nowhere:densenet cannot be built (ModuleNotFoundError: No module named 'nowhere')",
         ),
         (["flow", "--model", "math:floor"], "--model math:floor cannot be built"),
         (["flow", "--model", "builtins:dict"], "--model builtins:dict returned a dict, not a torch.nn.Module"),
@@ -137,10 +137,15 @@ def test_models_from_elsewhere(models: str, tmp_path: Path) -> None:
         (["flow", "--depth", "23"], "--depth 23 does not fit"),
         (["flow", "--block-config", "3,x"], "--block-config must be whole numbers, as in 6,12,24, got '3,x'"),
         (["flow", "--weights", "nothing.pt"], "--weights nothing.pt cannot be read: No such file"),
-        (["reuse", "--weights", __file__], "is no checkpoint of weights alone"),
+        (["reuse", "--weights", __file__], "is no file of weights alone (UnpicklingError): save a state_dict"),
         (["flow", "--depth", "22", "--images", "2000"], "--images must be at most 1437, the training images, got 2000"),
         (["flow", "--depth", "22", "--data", "nowhere"], "--data nowhere"),
+        (["flow", "--depth", "22", "--data", "nowhere"], "(or --data random)"),
         (["flow", "--depth", "22", "--images", "4", "--out", "/proc/none/x.png"], "cannot be written"),
+        (["flow", "--out", "x.txt"], "--out must name a PNG file, as flow.png, got x.txt"),
+        (["reuse", "--out", "x"], "--out must name a PNG file"),
+        (["flow", "--depth", "22", "--images", "4", "--device", "foo"], "--device foo cannot be used"),
+        (["reuse", "--ema"], "--ema is for --weights with a checkpoint"),
     ],
 )
 def test_errors_say_what_to_do(arguments: list[str], message: str) -> None:
@@ -157,6 +162,72 @@ def test_weights_of_another_network_do_not_fit(tmp_path: Path) -> None:
     torch.save([1, 2], path)
     result = run("reuse", "--weights", str(path))
     assert result.exit_code == 2 and "holds a list, not a state_dict" in " ".join(result.output.split())
+
+
+def trained(folder: Path, *options: str) -> str:
+    """The checkpoint of a few steps."""
+    small = ["--depth", "16", "--growth-rate", "4", "--steps", "2", "--batch-size", "32", "--no-tensorboard"]
+    result = CliRunner().invoke(app, ["train", *small, "--out", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    return str(folder / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {"dense": trained(folder / "dense", "--ema", "0.5"), "plain": trained(folder / "plain", "--plain")}
+
+
+def test_checkpoints_say_which_network_they_are_of(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    dense, plain = checkpoints["dense"], checkpoints["plain"]
+    _, numbers = looked("flow", "--weights", dense, "--plain-weights", plain, "--images", "8", folder=tmp_path)
+    assert list(numbers["flows"]) == [
+        "DenseNet, after 2 steps", "the same layers without dense connections, after 2 steps"
+    ]  # fmt: skip
+    stored = torch.load(dense, weights_only=True)["runs"]["fastdense"]
+    model = fastdense.DenseNet(4, (2, 2, 2), 8, in_channels=1, num_classes=10, small_inputs=True)
+    for ema, weights in (([], stored["model"]), (["--ema"], stored["ema"]["model"])):
+        _, numbers = looked("reuse", "--weights", dense, *ema, folder=tmp_path)
+        model.load_state_dict(weights)
+        for found, want in zip(numbers["blocks"], fastdense.feature_reuse(model), strict=True):
+            assert torch.allclose(torch.tensor(found["weights"]).double(), want.weights)
+        assert ("averaged" in numbers["title"]) == bool(ema)
+    _, numbers = looked("flow", "--weights", plain, "--images", "8", folder=tmp_path)
+    assert list(numbers["flows"]) == ["without dense connections, after 2 steps"]
+    assert "k = 4, without dense connections, after 2 steps" in numbers["title"]
+
+
+def test_checkpoints_that_do_not_fit_are_refused(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    dense, plain = checkpoints["dense"], checkpoints["plain"]
+    broken = bytearray(Path(dense).read_bytes())
+    broken[len(broken) // 2] ^= 1
+    (tmp_path / "broken.pt").write_bytes(bytes(broken))
+    for arguments, message in (
+        (["reuse", "--weights", plain], "is of a network without dense connections: it uses no feature again"),
+        (["reuse", "--weights", plain, "--ema"], "has no averaged weights: leave --ema out"),
+        (["reuse", "--weights", dense, "--depth", "16"], "--depth is not needed"),
+        (["flow", "--weights", dense, "--plain-weights", dense], "is of a network with dense connections"),
+        (
+            ["flow", "--model", "densenet121", "--plain-weights", plain],
+            "reads images of 1 channels, the other network of 3",
+        ),
+        (["reuse", "--weights", str(tmp_path / "broken.pt")], "is damaged: the checksum of"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
+
+
+def test_a_full_disk_leaves_the_picture_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(found: object, path: Path, **words: str) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdense.inspect_plots.reuse_picture", full)
+    picture = tmp_path / "reuse.png"
+    picture.write_bytes(b"before")
+    result = run("reuse", "--depth", "16", "--out", str(picture))
+    assert result.exit_code == 2 and "No space left on device" in " ".join(result.output.split())
+    assert picture.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["reuse.png"]
 
 
 @pytest.mark.parametrize("layers", [(1,), (2, 1, 3, 2), (60,)])
