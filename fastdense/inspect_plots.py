@@ -53,8 +53,8 @@ def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title
     whose = f"of the first network, {next(iter(curves))}" if len(curves) > 1 else "of the network"
     words = (
         f"Heat maps {whose}: the gradient of a feature map is a sum. Row: H$_i$, which layer i wrote (H$_0$ "
-        "enters the block). Column j: what layer j, which reads H$_0$ .. H$_{j-1}$, sends back to it; last column: what "
-        "arrives through the block's output. The terms of a row add up as tensors, not as norms. "
+        "enters the block). Column j: what layer j, which reads H$_0$ .. H$_{j-1}$, sends back to it; last column: "
+        "what arrives through the block's output. The terms of a row add up as tensors, not as norms. "
         "Curves: norm of the sum by depth; a hollow marker is a block's H$_0$, which has another number of channels. "
     )
     _finish(figure, words + caption, path)
