@@ -126,7 +126,7 @@ def loss_curves(record: Record, path: Path) -> None:
     for axes in (above, below):
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    above.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower left")
+    above.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="upper right")
     below.legend(
         framealpha=0.9,
         edgecolor="none",
