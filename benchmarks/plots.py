@@ -95,7 +95,7 @@ def loss_curves(record: Record, path: Path) -> None:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs whose pixels are moved by 1 ulp"
+    how_many = f"{settings['members']} textbook runs, pixels moved by 1 ulp"
     above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
     above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
     apart = moved["running_maximum"]
@@ -126,7 +126,7 @@ def loss_curves(record: Record, path: Path) -> None:
     for axes in (above, below):
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    above.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="upper right")
+    above.legend(*(part[:2] for part in above.get_legend_handles_labels()), frameon=False, fontsize=8, loc="lower left")
     below.legend(
         framealpha=0.9,
         edgecolor="none",
