@@ -2,9 +2,9 @@
 
     python -m benchmarks.flow [--depth 100] [--epochs 6] [--json FILE] [--redraw]
 
-Before and after training, which `fastdense train` does on scikit-learn's digits. Writes a record and the pictures of
-docs/gradient-flow.md beside it: ``STEM-init.png``, ``STEM-trained.png``, ``STEM-reuse.png``. ``--redraw`` measures
-nothing and draws the record that is there.
+Before and after training, which `fastdense train` does on scikit-learn's digits (``--epochs 0``: before it alone).
+Writes a record and the pictures of docs/gradient-flow.md beside it: ``STEM-init.png``, ``STEM-trained.png`` and
+``STEM-reuse.png``. ``--redraw`` measures nothing and draws the record that is there.
 """
 
 from __future__ import annotations
@@ -94,25 +94,41 @@ def flow_table(record: dict[str, Any], file: str) -> str:
     ]
     for name, row in record["results"]["prediction"].items():
         lines.append(
-            f"| {name.removeprefix('features.')} | {row['growth']:.2f} | {row['chain']:,.0f} | {row['predicted']:.1f} "
-            f"| {row['measured']:.1f} |"
+            f"| {name.removeprefix('features.')} | {row['growth']:.2f} | {_power(row['chain'])} "
+            f"| {row['predicted']:.1f} | {row['measured']:.1f} |"
         )
-    settings, outcome = record["settings"], record["results"]["outcome"]
-    accuracies = ", ".join(f"{label}: {row['test_accuracy']:.1%}" for label, row in outcome.items())
+    settings, after = record["settings"], ""
+    if outcome := record["results"].get("outcome"):
+        accuracies = ", ".join(f"{label}: {row['test_accuracy']:.1%}" for label, row in outcome.items())
+        after = f" Test accuracy after {settings['epochs']} epochs: {accuracies}."
     conditions = (
         "Norm of the gradient of what a block's first layer writes over that of its last, at initialisation: "
-        f"{settings['network']}, {settings['images']} images of scikit-learn's digits, float64. Test accuracy after "
-        f"{settings['epochs']} epochs: {accuracies}. PyTorch {record['torch']}, {record['date'][:10]}. Reproduce: "
+        f"{settings['network']}, {settings['images']} images of scikit-learn's digits, float64.{after} "
+        f"PyTorch {record['torch']}, {record['date'][:10]}. Reproduce: "
         f"`{record['command']}`. Record: [{file}](../benchmarks/results/{file})."
     )
     return "\n".join(["", *lines, "", conditions, ""])
 
 
 def _numbers(found: Flows) -> dict[str, Any]:
+    """Totals, and of the DenseNet what each row of the contributions has from its diagonal on."""
     return {
-        label: {f.name: {"total": f.total.tolist(), "contributions": f.contributions.tolist()} for f in blocks}
+        label: {
+            block.name: {"total": block.total.tolist()}
+            | ({"terms": [row[i:].tolist() for i, row in enumerate(block.contributions)]} if label == DENSE else {})
+            for block in blocks
+        }
         for label, blocks in found.items()
     }
+
+
+def _flow(name: str, numbers: dict[str, Any]) -> BlockFlow:
+    """A block of ``_numbers``."""
+    total = _tensor(numbers["total"])
+    contributions = torch.diag(total)
+    for i, row in enumerate(numbers.get("terms", [])):
+        contributions[i, i:] = _tensor(row)
+    return BlockFlow(name, total, contributions)
 
 
 def measure(depth: int, epochs: int) -> dict[str, Any]:
@@ -125,16 +141,13 @@ def measure(depth: int, epochs: int) -> dict[str, Any]:
         dense.name: prediction(dense, plain, of)
         for dense, plain, of in zip(at_start[DENSE], at_start[PLAIN], channels, strict=True)
     }
-    after, outcome = trained(depth, epochs)
     network = start[DENSE].description
     settings = {"network": network, "depth": depth, "epochs": epochs, "images": IMAGES, "seed": SEED}
-    results = {
-        "prediction": predictions,
-        "outcome": outcome,
-        "initialisation": _numbers(at_start),
-        "trained": _numbers(flows(after)),
-        "reuse": {block.name: block.weights.tolist() for block in feature_reuse(after[DENSE].model)},
-    }
+    results: dict[str, Any] = {"prediction": predictions, "initialisation": _numbers(at_start)}
+    if epochs:
+        after, results["outcome"] = trained(depth, epochs)
+        results["trained"] = _numbers(flows(after))
+        results["reuse"] = {block.name: block.weights.tolist() for block in feature_reuse(after[DENSE].model)}
     return _rounded({**environment(), "kind": "flow", "complete": True, "settings": settings, "results": results})
 
 
@@ -144,10 +157,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     network, epochs = settings["network"], f"after {settings['epochs']} epochs"
     words = f"Loss: cross-entropy, mean over {settings['images']} images of scikit-learn's digits, 8x8; float64."
     for kind, when in {"initialisation": "freshly initialised", "trained": epochs}.items():
-        curves = {
-            label: [BlockFlow(name, _tensor(of["total"]), _tensor(of["contributions"])) for name, of in blocks.items()]
-            for label, blocks in results[kind].items()
-        }
+        if kind not in results:
+            return
+        curves = {label: [_flow(name, of) for name, of in blocks.items()] for label, blocks in results[kind].items()}
         name = f"{path.stem}-{'init' if kind == 'initialisation' else kind}.png"
         flow_picture(curves, path.with_name(name), title=f"Gradient flow: {network}, {when}", caption=words)
     reuse = [BlockReuse(name, _tensor(weights)) for name, weights in results["reuse"].items()]
@@ -159,7 +171,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flow", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=100, help="of both networks, 6*n + 4 (default: 100)")
-    parser.add_argument("--epochs", type=int, default=6, help="of training (default: 6)")
+    parser.add_argument(
+        "--epochs", type=int, default=6, help="of training; 0: look at the untrained networks alone (default: 6)"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu" / "flow.json", help="where the record goes")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: draw the record that is there")
     options = parser.parse_args()
@@ -171,6 +185,10 @@ def main() -> None:
         path.write_text(json.dumps(record) + "\n")
     draw(record, path)
     print(flow_table(record, f"cpu/{path.name}"))
+
+
+def _power(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio < 1e5 else f"10^{math.log10(ratio):.0f}"
 
 
 def _tensor(values: Any) -> torch.Tensor:
