@@ -220,6 +220,34 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
     assert message in words(result.output) and "last.pt" in words(result.output)
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    checkpoint.verify(finished / "last.pt")
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    result = command("train", "--out", str(finished), "--resume")
+    assert result.exit_code == 2
+    assert "last.pt cannot be read: Permission denied" in words(result.output)
+    assert "damaged" not in result.output and "copy another" not in result.output
+    with pytest.raises(ValueError, match=r"last\.pt cannot be read: Permission denied"):
+        checkpoint.verify(finished / "last.pt")
+
+
+@pytest.mark.parametrize("spoil", [_cut, _flip, lambda path: path.write_text("hello")], ids=["cut", "flipped", "text"])
+def test_verify_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.randn(1000)}, path)
+    checkpoint.verify(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=r"weights\.pt is damaged or no checkpoint"):
+        checkpoint.verify(path)
+    with pytest.raises(ValueError, match=r"nowhere\.pt cannot be read: No such file"):
+        checkpoint.verify(tmp_path / "nowhere.pt")
+
+
 def test_leftovers_of_a_kill_are_removed(finished: Path, out: Path) -> None:
     out.mkdir()
     (out / "last.pt").write_bytes((finished / "last.pt").read_bytes())
@@ -340,7 +368,8 @@ def test_a_full_disk_can_be_skipped(out: Path, monkeypatch: pytest.MonkeyPatch, 
     result = command(*COMMAND, "--out", str(out), "--save-every", "1steps", "--on-error", "skip")
     assert result.exit_code == 0, result.output
     assert disk.failures >= 1
-    assert words(result.output).count("Training goes on; the next save tries again.") == 1
+    later = "; the next save tries again." if what == "checkpoint" else ", and so does the log once there is space."
+    assert words(result.output).count(f"Training goes on{later}") == (1 if what == "checkpoint" else 2)
     assert load(out / "last.pt")["step"] == 4
     steps = [record["step"] for record in records(out) if record["event"] == "step"]
     assert steps == ([1, 2, 3, 4] if what == "checkpoint" else [1, 2, 4])
@@ -354,11 +383,58 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_after_the_report(
     result = command(*COMMAND, "--out", str(out), "--on-error", "skip")
     assert result.exit_code == 1
     assert "the last checkpoint could not be written" in words(result.output)
+    assert "No space left on device" in words(result.output) and "next save" not in words(result.output)
     assert "kept for" in result.output and load(out / "last.pt")["step"] == 2
+
+
+@needs_proc
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_disk_that_is_full_from_the_start_leaves_a_folder_for_a_new_start(
+    out: Path, monkeypatch: pytest.MonkeyPatch, on_error: str
+) -> None:
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, "checkpoint")
+        disk.full = True
+        result = command(*COMMAND, "--epochs", "1", "--out", str(out), "--on-error", on_error)
+    assert result.exit_code == 1
+    text = words(result.output)
+    assert "start again with the same command" in text and "--resume" not in text and "is whole" not in text
+    if on_error == "skip":
+        assert text.count("last.pt in") == 1, "one warning for a file that stays unwritable"
+        measured = (out / "metrics.jsonl").read_text()
+        (out / "flow-fastdense-00000001.png").touch()
+    (out / "events.of.somebody.else").touch()
+    assert command(*COMMAND, "--epochs", "1", "--out", str(out)).exit_code == 0
+    assert [record["event"] for record in records(out)].count("header") == 1
+    assert len(list(out.glob("events.out.*"))) == 1 and not list(out.glob("flow-*"))
+    assert (out / "events.of.somebody.else").exists()
+    assert on_error == "stop" or (out / "metrics.before.jsonl").read_text() == measured
+
+
+def test_an_empty_log_is_no_run(out: Path) -> None:
+    out.mkdir()
+    (out / "metrics.jsonl").touch()
+    assert command(*COMMAND, "--steps", "1", "--out", str(out)).exit_code == 0
+
+
+def test_each_log_warns_once_until_it_can_be_written_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = WholeWrites.write
+
+    def refuse(log: WholeWrites, data: bytes) -> None:
+        if b'"step": 1,' in data or b'"step": 2,' in data or b'"step": 4,' in data:  # metrics alone
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(log, data)
+
+    monkeypatch.setattr(WholeWrites, "write", refuse)
+    result = command(*COMMAND, "--out", str(out), "--on-error", "skip")
+    assert result.exit_code == 0, result.output
+    assert words(result.output).count("metrics.jsonl in") == 2, "at step 1, and again at step 4"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    result = command(*COMMAND, "--out", str(tmp_path / "file"))
+    assert result.exit_code == 2 and "file is a file, not a folder: name another one" in words(result.output)
     result = command(*COMMAND, "--out", str(tmp_path / "file" / "run"))
     assert result.exit_code == 2 and "cannot be written: Not a directory" in words(result.output)
 
