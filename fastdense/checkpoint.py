@@ -201,12 +201,22 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
     for name, value in given.items():
         was = getattr(config, name)
         if name not in MACHINE and value != was:
-            option = f"--{name.replace('_', '-')}"
+            written, begun = _as_written(name, value), f"with {_shown(was)}"
+            if isinstance(was, bool):
+                begun = f"with {_as_written(name, was)}" if was else "without it"
             raise ValueError(
-                f"{option} {_shown(value)} contradicts {path}, which was begun with {_shown(was)}: leave it out to go "
-                "on, or start again in another --out"
+                f"{written} contradicts {path}, which was begun {begun}: leave it out to go on, or start again in "
+                "another --out"
             )
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in MACHINE})
+
+
+def _as_written(name: str, value: Any) -> str:
+    """The option as on the command line."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {_shown(value)}"
 
 
 def _shown(value: Any) -> str:
@@ -222,7 +232,10 @@ def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> Non
     facts, count = _facts(experiment), state["processes"]
     for name, was in state["data"].items():
         if facts[name] != was:
-            raise ValueError(f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}")
+            raise ValueError(
+                f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}. Name its own "
+                "data with --data, or leave --resume out and start in another --out"
+            )
     if count != experiment.processes.count:
         raise ValueError(
             f"{path} was trained by {count} processes, not {experiment.processes.count}: go on with "

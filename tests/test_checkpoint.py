@@ -141,7 +141,10 @@ def test_resumed_options_hold_and_contradictions_are_named(finished: Path, tmp_p
     assert result.exit_code == 2
     text = words(result.output)
     assert "--lr 0.3 contradicts" in text and "which was begun with 0.1" in text
-    for contradiction in (["--epochs", "3"], ["--compare"], ["--milestones", "0.2"], ["--data", str(tmp_path)]):
+    for flag, begun in (("--no-nesterov", "with --nesterov"), ("--plain", "without it"), ("--compare", "without it")):
+        text = words(command("train", "--out", str(finished), "--resume", flag).output)
+        assert f"{flag} contradicts" in text and f"which was begun {begun}: leave it out" in text, text
+    for contradiction in (["--epochs", "3"], ["--milestones", "0.2"], ["--data", str(tmp_path)]):
         assert command("train", "--out", str(finished), "--resume", *contradiction).exit_code == 2, contradiction
     same_again = command(*COMMAND, "--out", str(finished), "--resume", "--threads", "1", "--device", "cpu")
     assert same_again.exit_code == 0, same_again.output
@@ -169,7 +172,11 @@ def test_augmented_images_of_a_moved_folder_go_on_from_the_middle_of_an_epoch(tm
     first, second = tmp_path / "first", tmp_path / "second"
     whole = command(*options, "--data", str(data), "--out", str(first), "--save-every", "1step", "--keep", "9")
     assert whole.exit_code == 0, whole.output
-    assert "could not be read and were left out: 1, the first" in words(whole.output)
+    text, bad = words(whole.output), data / "train" / "cat" / "3.png"
+    assert text.count(f"Skipped an image that cannot be read: {bad}: cannot identify image file") == 1
+    assert f"Images that could not be read: 1, the first {bad}: cannot" in text and "replaced by the next" in text
+    (named,) = [record for record in records(first) if record["event"] == "unreadable"]
+    assert named["message"].startswith(f"{bad}: cannot identify")
     second.mkdir()
     (second / "last.pt").write_bytes((first / "step-00000002.pt").read_bytes())
     moved = data.rename(tmp_path / "moved")
@@ -203,7 +210,7 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (lambda path: torch.save(torch.zeros(2), path), "is not a checkpoint of fastdense train"),
         (_edit(format=2), "has format 2, not 1: go on with fastdense"),
         (_edit(processes=2), "was trained by 2 processes, not 1: go on with torchrun --nproc-per-node 2"),
-        (_edit(data={"classes": 7}), "was trained on other data: classes was 7, and in --data is 10"),
+        (_edit(data={"classes": 7}), "data: classes was 7, and in --data is 10. Name its own data with"),
         (_edit(config={"colour": 1}), "with other options"),
         (_edit(runs={"fastdense": {"model": {}}}), "does not fit the network that it describes"),
     ],
