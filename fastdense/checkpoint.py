@@ -202,8 +202,10 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
         was = getattr(config, name)
         if name not in MACHINE and value != was:
             written, begun = _as_written(name, value), f"with {_shown(was)}"
-            if isinstance(was, bool):
-                begun = f"with {_as_written(name, was)}" if was else "without it"
+            if was is None or was is False:
+                begun = "without it"
+            elif was is True:
+                begun = f"with {_as_written(name, was)}"
             raise ValueError(
                 f"{written} contradicts {path}, which was begun {begun}: leave it out to go on, or start again in "
                 "another --out"
@@ -220,6 +222,8 @@ def _as_written(name: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

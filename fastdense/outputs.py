@@ -277,7 +277,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         """How to go on with this run."""
         assert self.out is not None
         if not (self.out / LAST).exists():
-            return "There is no checkpoint yet: make room or name another --out, and start again with the same command"
+            return "There is no checkpoint to go on from: once --out can be written, start again with the same command"
         count = self.experiment.processes.count
         start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"
         return f"Go on with: {start} train --out {shlex.quote(str(self.out))} --resume"

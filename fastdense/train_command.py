@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -146,6 +146,8 @@ def _explained(error: BaseException) -> str | None:
         return f"Out of memory: {reason}. Try a smaller --batch-size or --recompute bottlenecks."
     if isinstance(error, NonFiniteLoss | MetricsError | OutputError | PrintError | LostProcess | UnreadableImage):
         return f"Stopped: {str(error).rstrip('.')}."
+    if isinstance(error, RuntimeError) and lost_process(error):
+        return "Stopped: another process has ended before training began."
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted."
     return None
@@ -278,7 +280,10 @@ def train(console: Printer, experiment: Experiment, metrics: MetricsFile, output
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now, and this process has something to say
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # torchrun sends it now, and this process has something to say
         raise _alone(experiment, outputs) from error
     finally:
         unreadable.name()
