@@ -13,7 +13,8 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .environment import versions
 from .train import Experiment
 from .train_config import MACHINE, TrainConfig
 
-__all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save"]
+__all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save", "verify"]
 
 FORMAT = 1
 KIND = "fastdense train"
@@ -125,25 +126,52 @@ def remove_leftovers(folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def verify(path: Path) -> None:
+    """Compare what ``path`` holds with its checksums, which ``torch.load`` does not do.
+
+    Raises:
+        ValueError: it cannot be read, is damaged, or is no archive as ``torch.save`` writes them.
+    """
+    with _reading(path):
+        _compare_checksums(path)
+
+
+def _compare_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} is wrong")
+
+
+@contextmanager
+def _reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """Say of whatever goes wrong that ``path`` cannot be read, or that it is damaged, with the ``remedy`` for that."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # The readers of archives and of pickles raise anything at all on bytes that are not theirs.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}){remedy}") from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint in ``path``, with its tensors on the CPU.
 
     Raises:
-        ValueError: there is none, it is damaged or comes from elsewhere, or from a newer fastdense.
+        ValueError: there is none, it cannot be read, is damaged or comes from elsewhere, or from a newer fastdense.
     """
-    if not path.exists():
-        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
     other = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # The readers of archives and of pickles raise anything at all on bytes that are not theirs.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}): {other}") from error
+    with _reading(path, f": {other}"):
+        try:
+            _compare_checksums(path)
+        except FileNotFoundError:
+            state = None
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    if state is None:
+        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
     if not isinstance(state, dict) or state.get("kind") != KIND:
         raise ValueError(f"{path} is not a checkpoint of fastdense train: {other}")
     if state["format"] != FORMAT:
@@ -173,15 +201,29 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
     for name, value in given.items():
         was = getattr(config, name)
         if name not in MACHINE and value != was:
-            option = f"--{name.replace('_', '-')}"
+            written, begun = _as_written(name, value), f"with {_shown(was)}"
+            if was is None or was is False:
+                begun = "without it"
+            elif was is True:
+                begun = f"with {_as_written(name, was)}"
             raise ValueError(
-                f"{option} {_shown(value)} contradicts {path}, which was begun with {_shown(was)}: leave it out to go "
-                "on, or start again in another --out"
+                f"{written} contradicts {path}, which was begun {begun}: leave it out to go on, or start again in "
+                "another --out"
             )
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in MACHINE})
 
 
+def _as_written(name: str, value: Any) -> str:
+    """The option as on the command line."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {_shown(value)}"
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -194,7 +236,10 @@ def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> Non
     facts, count = _facts(experiment), state["processes"]
     for name, was in state["data"].items():
         if facts[name] != was:
-            raise ValueError(f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}")
+            raise ValueError(
+                f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}. Name its own "
+                "data with --data, or leave --resume out and start in another --out"
+            )
     if count != experiment.processes.count:
         raise ValueError(
             f"{path} was trained by {count} processes, not {experiment.processes.count}: go on with "

@@ -52,7 +52,7 @@ def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
     image ever changes sides when others come or go. Hidden files and folders are passed over.
 
     Raises:
-        ValueError: there are no such folders, a class is empty, or classes differ between training and testing.
+        ValueError: there are no such folders, a class is empty or the only one, or testing has one that training lacks.
     """
     tests = [name for name in TESTS if (root / name).is_dir()]
     if (root / TRAIN).is_dir() and (tests or _subfolders(root / TRAIN)):  # a class may be called "train"
@@ -61,12 +61,22 @@ def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
         names = _classes(root / TRAIN)
         test_names = _classes(root / tests[0])
         if unknown := sorted(set(test_names) - set(names)):
-            raise ValueError(f"--data {root}: {tests[0]}/ has classes that train/ lacks: {_list(unknown)}")
+            remedy = f"add their images to train/, or take them out of {tests[0]}/"
+            raise ValueError(f"--data {root}: {tests[0]}/ has classes that train/ lacks: {_list(unknown)}: {remedy}")
         train = _files(root, [(f"{TRAIN}/{name}", label) for label, name in enumerate(names)])
         test = _files(root, [(f"{tests[0]}/{name}", names.index(name)) for name in test_names])
+        _require_two(root, names)
         return train, test, names
     names = _classes(root)
-    return *_split(_files(root, [(name, label) for label, name in enumerate(names)]), names), names
+    files = _files(root, [(name, label) for label, name in enumerate(names)])
+    _require_two(root, names)
+    return *_split(files, names), names
+
+
+def _require_two(root: Path, names: tuple[str, ...]) -> None:
+    """A single class would be learnt to 100 % by whatever is trained."""
+    if len(names) < 2:
+        raise ValueError(f"--data {root} has a single class, {names[0]}, and nothing to tell it from: {LAYOUT}")
 
 
 def _split(files: Files, names: tuple[str, ...]) -> tuple[Files, Files]:

@@ -27,6 +27,9 @@ from .watch import flows
 __all__ = ["LAST", "OutputError", "OutputOptions", "Outputs", "prepare"]
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
+BEFORE = "metrics.before.jsonl"
+FIRST_RECORD = b'{"event": "header"'  # by which a log is known to be ours
+FIRST_TENSORBOARD = "events.out.tfevents." + 10 * "[0-9]" + ".0"  # the files of runs that began in their folder
 EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
 
 
@@ -71,21 +74,31 @@ class OutputOptions:
 def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
     """Make the folder ready for a run, or for going on with one.
 
+    A run that never came to a checkpoint, as on a full disk, cannot be gone on with: a new one takes its place, and
+    what it measured stays as ``metrics.before.jsonl``.
+
     Raises:
         ValueError: it cannot be written, or holds a run already.
         ModuleNotFoundError: tensorboardX is not installed.
     """
     if tensorboard:
         importlib.import_module("tensorboardX")  # before anything is written
-    held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
-    if held and not resume:
-        remedy = "go on with --resume, or name another folder" if LAST in held else "name another folder"
-        raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
     try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file, not a folder: name another one")
+        held = [name for name in (LAST, BEST, METRICS) if (out / name).exists()]
+        if held == [METRICS] and (out / METRICS).read_bytes()[: len(FIRST_RECORD)] in (b"", FIRST_RECORD):
+            (out / METRICS).replace(out / BEFORE)
+            for log in (*out.glob(FIRST_TENSORBOARD), *out.glob("flow-*.png")):  # whose numbers it has, too
+                log.unlink()
+            held = []
+        if held and not resume:
+            remedy = "go on with --resume, or name another folder" if LAST in held else "name another folder"
+            raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(out)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
 
 class Outputs(AbstractContextManager["Outputs"]):
@@ -117,7 +130,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.tensorboard: TensorBoard | None = None
         self.saved: tuple[int, bool] | None = None
         self.failed = False  # whether the newest checkpoint could not be written
-        self.logs_failed = False
+        self.failing: set[str] = set()  # what could not be written when that was last tried
         self.stopped = False  # whether a log failed, or a checkpoint, that must not
         if resumed is not None:
             self.saved = (experiment.step, experiment.evaluated)
@@ -126,15 +139,20 @@ class Outputs(AbstractContextManager["Outputs"]):
         else:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         if self.writing:
-            self._attempt("the logs", partial(self._open_logs, 0 if resumed is None else resumed["metrics_bytes"]))
+            length = 0 if resumed is None else resumed["metrics_bytes"]
+            self._attempt(METRICS, partial(self._open_metrics, length), "Training goes on without it.")
+            if options.tensorboard:
+                self._attempt("TensorBoard's file", self._open_tensorboard, "Training goes on without it.")
+            if experiment.config.watch_flow is not None:
+                from . import inspect_plots  # noqa: F401  (matplotlib may be missing: now is better than at a picture)
 
-    def _open_logs(self, length: int) -> None:
+    def _open_metrics(self, length: int) -> None:
         assert self.out is not None
         self.metrics = JsonLines(self.out / METRICS, length)
-        if self.experiment.config.watch_flow is not None:
-            from . import inspect_plots  # noqa: F401  (matplotlib may be missing: now is better than at the first picture)
-        if self.options.tensorboard:
-            self.tensorboard = TensorBoard(self.out, self.experiment.step)
+
+    def _open_tensorboard(self) -> None:
+        assert self.out is not None
+        self.tensorboard = TensorBoard(self.out, self.experiment.step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -190,8 +208,11 @@ class Outputs(AbstractContextManager["Outputs"]):
         ]
         return newest > max(earlier, default=-1.0)
 
-    def save(self) -> None:
+    def save(self, *, last: bool = False) -> None:
         """Write a checkpoint now, unless this very state has been written; every process must call it.
+
+        Args:
+            last: whether training ends here, so that no later save makes good for this one.
 
         Raises:
             OutputError: it cannot be written, and ``on_error`` is ``"stop"``.
@@ -203,7 +224,8 @@ class Outputs(AbstractContextManager["Outputs"]):
         contents["output"] = {name: value for name, value in asdict(self.options).items() if name != "out"}
         self.saved = state  # or tried to: everybody must agree whether there is something to do
         if self.writing:
-            self.failed = not self._attempt(LAST, partial(self._save, contents))
+            later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
+            self.failed = not self._attempt(LAST, partial(self._save, contents), later)
 
     def _save(self, contents: dict[str, Any]) -> None:
         assert self.out is not None
@@ -226,23 +248,28 @@ class Outputs(AbstractContextManager["Outputs"]):
                 old.unlink()
 
     def _log(self, what: str, write: Callable[[], None]) -> None:
-        if self.stopped:
-            return
-        quiet = self.logs_failed  # one warning is enough for a disk that stays full
-        self.logs_failed = not self._attempt(what, write, quiet=quiet)
+        if not self.stopped:
+            self._attempt(what, write, "Training goes on, and so does the log once there is space.")
 
-    def _attempt(self, what: str, write: Callable[[], None], *, quiet: bool = False) -> bool:
-        """Whether ``write`` succeeded; an error is a warning or the end, as ``on_error`` says."""
+    def _attempt(self, what: str, write: Callable[[], None], later: str = "") -> bool:
+        """Whether ``write`` succeeded; an error is the end, or a warning that says what comes ``later``.
+
+        A disk that stays full is worth one warning for each file, until that can be written again.
+        """
+        assert self.out is not None
         try:
             write()
         except OSError as error:
-            reason = f"{what} in {self.out} cannot be written: {error.strerror or error}"
+            reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
                 self.stopped = True
-                raise OutputError(f"{reason}. What was written before is whole. {self.remedy}") from error
-            if not quiet:
-                self.warn(f"{reason}. Training goes on; the next save tries again.")
+                whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
+                raise OutputError(f"{reason} {whole}{self.remedy}") from error
+            if what not in self.failing:
+                self.warn(f"{reason} {later}".rstrip())
+            self.failing.add(what)
             return False
+        self.failing.discard(what)
         return True
 
     @property
@@ -250,7 +277,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         """How to go on with this run."""
         assert self.out is not None
         if not (self.out / LAST).exists():
-            return "Start again where there is space"
+            return "There is no checkpoint to go on from: once --out can be written, start again with the same command"
         count = self.experiment.processes.count
         start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"
         return f"Go on with: {start} train --out {shlex.quote(str(self.out))} --resume"

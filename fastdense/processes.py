@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "processes"]
+__all__ = ["LostProcess", "Processes", "lost_process", "processes"]
 
 T = TypeVar("T")
+
+
+class LostProcess(RuntimeError):
+    """Another process has ended, and this one cannot go on alone."""
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether ``error`` is what a collective raises when a process at its other end is gone."""
+    if not dist.is_available():
+        return False
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "peer" in str(error))
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def largest(self, number: int) -> int:
-        """The largest ``number`` that a process has."""
-        if self.count == 1:
-            return number
-        shared = torch.tensor(number)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return int(shared.item())
+    def largest(self, *numbers: int) -> list[int]:
+        """Of each of the ``numbers`` the largest that a process has."""
+        shared = torch.tensor(numbers)
+        if self.count > 1:
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return [int(number) for number in shared.tolist()]
 
     def gather(self, mine: T) -> list[T]:
         """Everybody's, by rank."""

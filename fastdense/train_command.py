@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 
 from . import checkpoint
 from .data import UnreadableImage, open_data
@@ -26,7 +27,8 @@ from .events import NonFiniteLoss
 from .interrupts import Interrupted, noted
 from .logs import JsonLines
 from .outputs import LAST, OutputError, OutputOptions, Outputs, prepare
-from .processes import Processes, processes
+from .printing import Printer, PrintError
+from .processes import LostProcess, Processes, lost_process, processes
 from .train import Experiment
 from .train_config import TrainConfig
 
@@ -52,7 +54,10 @@ class MetricsFile:
         try:
             self.file.write(record)
         except OSError as error:
-            raise MetricsError(f"the file of --metrics cannot be written: {error.strerror}") from error
+            path = self.file.file.file.name
+            raise MetricsError(
+                f"--metrics {path} cannot be written: {error.strerror}. Make room or name another file"
+            ) from error
 
 
 @contextmanager
@@ -61,9 +66,11 @@ def _metrics_file(path: Path | None) -> Iterator[MetricsFile]:
         yield MetricsFile(None)
         return
     try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
         lines = JsonLines(path, length=0)
     except OSError as error:
-        raise typer.BadParameter(f"--metrics {path} cannot be written: {error.strerror}") from error
+        raise typer.BadParameter(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
     try:
         yield MetricsFile(lines)
     finally:
@@ -109,7 +116,7 @@ def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
         typer.BadParameter: an option is wrong.
         typer.Exit: training ended early, or something could not be written.
     """
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    errors = Printer(stderr=True, soft_wrap=True, highlight=False, markup=False)
     with processes() as everybody:
         try:
             _run(dict(options), given, everybody, errors)
@@ -137,17 +144,19 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition(". ")[0]
         return f"Out of memory: {reason}. Try a smaller --batch-size or --recompute bottlenecks."
-    if isinstance(error, NonFiniteLoss | MetricsError | OutputError | UnreadableImage):
+    if isinstance(error, NonFiniteLoss | MetricsError | OutputError | PrintError | LostProcess | UnreadableImage):
         return f"Stopped: {str(error).rstrip('.')}."
+    if isinstance(error, RuntimeError) and lost_process(error):
+        return "Stopped: another process has ended before training began."
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted."
     return None
 
 
-def _run(options: dict[str, Any], given: frozenset[str], everybody: Processes, errors: Console) -> None:
+def _run(options: dict[str, Any], given: frozenset[str], everybody: Processes, errors: Printer) -> None:
     metrics = options.pop("metrics")
     experiment, output, state = _prepare(options, given, everybody)
-    console = Console(highlight=False, markup=False, quiet=not everybody.first)
+    console = Printer(highlight=False, markup=False, quiet=not everybody.first)
 
     def warn(message: str) -> None:
         errors.print(message, style="yellow")
@@ -203,9 +212,35 @@ def _experiment(config: TrainConfig, everybody: Processes) -> Experiment:
     return Experiment(config, data, everybody)
 
 
-def train(console: Console, experiment: Experiment, metrics: MetricsFile, outputs: Outputs) -> None:
+class _Unreadable:
+    """Images that are skipped, each named once: by the process that found it, and in the records of the first one."""
+
+    def __init__(self, experiment: Experiment, warn: Callable[[str], None]) -> None:
+        self.experiment, self.warn = experiment, warn
+        self.named = self.recorded = 0
+        self.everybodys: list[str] = []
+
+    def name(self) -> int:
+        """Warn of those found since the last call; how many are not recorded."""
+        found = self.experiment.data.unreadable
+        for line in found[self.named :]:
+            self.warn(f"Skipped an image that cannot be read: {line}")
+        self.named = len(found)
+        return self.named - self.recorded
+
+    def record(self, write: Callable[[dict[str, Any]], None]) -> None:
+        """Record everybody's; every process must call it."""
+        new = self.experiment.data.unreadable[self.recorded :]
+        self.recorded += len(new)
+        for line in itertools.chain(*self.experiment.processes.gather(new)):
+            if line not in self.everybodys:
+                self.everybodys.append(line)
+                write({"event": "unreadable", "message": line})
+
+
+def train(console: Printer, experiment: Experiment, metrics: MetricsFile, outputs: Outputs) -> None:
     """Train, and show what came of it even where that ended early."""
-    console.print(introduction(experiment), soft_wrap=not console.is_terminal)
+    unreadable = _Unreadable(experiment, outputs.warn)
     header = _header(experiment)
 
     def write(record: dict[str, Any]) -> None:
@@ -215,28 +250,63 @@ def train(console: Console, experiment: Experiment, metrics: MetricsFile, output
     try:
         metrics.write(header)
         outputs.write(header if experiment.step == 0 else {**header, "event": "resumed"})
+        console.print(introduction(experiment), soft_wrap=not console.is_terminal)
         with display(console, experiment) as shown, noted() as stop:
             for events in experiment.rounds():
+                # Files first: what is printed may reach nobody.
                 for event in events:
                     metrics.write({"event": event.event, **asdict(event)})
-                    shown.update(event)
                 outputs.update(events)
-                signum = experiment.processes.largest(stop.signal or 0)
-                if signum and not experiment.over:
-                    outputs.save()
-                    raise Interrupted(signum, "")
+                for event in events:
+                    shown.update(event)
+                signum, failure, new = experiment.processes.largest(
+                    stop.signal or 0, console.failure, unreadable.name()
+                )
+                if new:
+                    unreadable.record(write)
+                if (signum or failure) and not experiment.over:
+                    outputs.save(last=True)
+                    raise _unprintable(experiment, outputs, failure) if failure else Interrupted(signum, "")
     except NonFiniteLoss as error:
         where = {"run": error.run, "epoch": error.epoch, "step": error.step}
         write({"event": "error", **where, "message": str(error)})
         raise
     except KeyboardInterrupt as interrupt:
-        message = f"Interrupted after step {min(len(run.losses) for run in experiment.runs)} of {experiment.steps}."
+        message = f"Interrupted {_where(experiment)}."
         write({"event": "error", "message": message})
         if outputs.out is not None:
             message += f" {outputs.remedy}"
         raise Interrupted(getattr(interrupt, "signal", signal.SIGINT), message) from interrupt
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # torchrun sends it now, and this process has something to say
+        raise _alone(experiment, outputs) from error
     finally:
-        _report(console, experiment, write)
+        unreadable.name()
+        _report(console, experiment, write, unreadable.everybodys)
+    if console.failure:
+        raise _unprintable(experiment, outputs, console.failure)
+
+
+def _where(experiment: Experiment) -> str:
+    return f"after step {min(len(run.losses) for run in experiment.runs)} of {experiment.steps}"
+
+
+def _unprintable(experiment: Experiment, outputs: Outputs, failure: int) -> PrintError:
+    message = f"standard output cannot be written: {os.strerror(failure)}, {_where(experiment)}"
+    if outputs.out is None:
+        return PrintError(message)
+    over = f"Training is over, and {outputs.out} holds what came of it"
+    return PrintError(f"{message}. {over if experiment.over else outputs.remedy}")
+
+
+def _alone(experiment: Experiment, outputs: Outputs) -> LostProcess:
+    message = f"another process has ended, {_where(experiment)}"
+    return LostProcess(message if outputs.out is None else f"{message}. {outputs.remedy}")
 
 
 def _header(experiment: Experiment) -> dict[str, Any]:
@@ -260,18 +330,19 @@ def _header(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _report(console: Console, experiment: Experiment, write: Callable[[dict[str, Any]], None]) -> None:
+def _report(
+    console: Printer, experiment: Experiment, write: Callable[[dict[str, Any]], None], unreadable: Sequence[str]
+) -> None:
     summaries = [run.summary() for run in experiment.runs]
     comparison = experiment.comparison()
-    console.print(result_table(summaries))
-    if comparison is not None:
-        # Whole on one line in a log, where somebody may search for it; wrapped at words on a screen.
-        console.print(f"{comparison}.", soft_wrap=not console.is_terminal)
-    unreadable = experiment.data.unreadable
-    if unreadable:
-        told = f"Images that could not be read and were left out: {len(unreadable)}, the first {unreadable[0]}."
-        console.print(told, soft_wrap=True)
     for summary in summaries:
         write({"event": summary.event, **asdict(summary)})
     if comparison is not None:
         write({"event": comparison.event, **asdict(comparison)})
+    console.print(result_table(summaries))
+    if comparison is not None:
+        # Whole on one line in a log, where somebody may search for it; wrapped at words on a screen.
+        console.print(f"{comparison}.", soft_wrap=not console.is_terminal)
+    if unreadable:
+        told = f"Images that could not be read: {len(unreadable)}, the first {unreadable[0].rstrip('.')}."
+        console.print(f"{told} In training each was replaced by the next, in tests left out.", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -230,7 +231,8 @@ class TrainConfig:
         checks.choice("--amp", self.amp, tuple(AMP))
         checks.choice("--on-error", self.on_error, ("stop", "skip"))
         checks.choice("--impl", self.impl, checks.IMPL)
-        checks.choice("--recompute", self.recompute, (*checks.RECOMPUTE, None))
+        if self.recompute is not None:
+            checks.choice("--recompute", self.recompute, checks.RECOMPUTE)
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
                 "--compare trains the textbook block (reference) beside another one: --impl and "
@@ -355,4 +357,4 @@ class TrainConfig:
         try:
             return choose_impl(self.impl, device)[0]
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(re.sub(r"impl='(\w+)'", r"--impl \1", str(error))) from error

@@ -95,7 +95,9 @@ Data = Annotated[
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(help="Scale images to this many pixels.", rich_help_panel=DATA, show_default="the data's; digits: 8"),
+    typer.Option(
+        help="Scale images to this many pixels.", rich_help_panel=DATA, show_default="digits 8, CIFAR 32, a folder 224"
+    ),
 ]
 Augment = Annotated[
     str, typer.Option(help="How training images are varied; auto: as suits the data.", rich_help_panel=DATA)

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 from fastdense import checkpoint
 from fastdense.commands import app
 from fastdense.data import digits
-from fastdense.logs import EPOCH_SCALARS, STEP_SCALARS, WholeWrites
+from fastdense.logs import EPOCH_SCALARS, STEP_SCALARS
 from fastdense.outputs import OutputOptions
 from fastdense.runs import Run
 from fastdense.train import Experiment, TrainConfig
@@ -141,7 +141,14 @@ def test_resumed_options_hold_and_contradictions_are_named(finished: Path, tmp_p
     assert result.exit_code == 2
     text = words(result.output)
     assert "--lr 0.3 contradicts" in text and "which was begun with 0.1" in text
-    for contradiction in (["--epochs", "3"], ["--compare"], ["--milestones", "0.2"], ["--data", str(tmp_path)]):
+    text = words(command("train", "--out", str(finished), "--resume", "--steps", "3").output)
+    assert "--steps 3 contradicts" in text and "which was begun without it" in text, text
+    text = words(command("train", "--out", str(finished), "--resume", "--bn-size", "0").output)
+    assert "--bn-size none contradicts" in text and "which was begun with 4" in text, text
+    for flag, begun in (("--no-nesterov", "with --nesterov"), ("--plain", "without it"), ("--compare", "without it")):
+        text = words(command("train", "--out", str(finished), "--resume", flag).output)
+        assert f"{flag} contradicts" in text and f"which was begun {begun}: leave it out" in text, text
+    for contradiction in (["--epochs", "3"], ["--milestones", "0.2"], ["--data", str(tmp_path)]):
         assert command("train", "--out", str(finished), "--resume", *contradiction).exit_code == 2, contradiction
     same_again = command(*COMMAND, "--out", str(finished), "--resume", "--threads", "1", "--device", "cpu")
     assert same_again.exit_code == 0, same_again.output
@@ -169,7 +176,11 @@ def test_augmented_images_of_a_moved_folder_go_on_from_the_middle_of_an_epoch(tm
     first, second = tmp_path / "first", tmp_path / "second"
     whole = command(*options, "--data", str(data), "--out", str(first), "--save-every", "1step", "--keep", "9")
     assert whole.exit_code == 0, whole.output
-    assert "could not be read and were left out: 1, the first" in words(whole.output)
+    text, bad = words(whole.output), data / "train" / "cat" / "3.png"
+    assert text.count(f"Skipped an image that cannot be read: {bad}: cannot identify image file") == 1
+    assert f"Images that could not be read: 1, the first {bad}: cannot" in text and "replaced by the next" in text
+    (named,) = [record for record in records(first) if record["event"] == "unreadable"]
+    assert named["message"].startswith(f"{bad}: cannot identify")
     second.mkdir()
     (second / "last.pt").write_bytes((first / "step-00000002.pt").read_bytes())
     moved = data.rename(tmp_path / "moved")
@@ -203,7 +214,7 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (lambda path: torch.save(torch.zeros(2), path), "is not a checkpoint of fastdense train"),
         (_edit(format=2), "has format 2, not 1: go on with fastdense"),
         (_edit(processes=2), "was trained by 2 processes, not 1: go on with torchrun --nproc-per-node 2"),
-        (_edit(data={"classes": 7}), "was trained on other data: classes was 7, and in --data is 10"),
+        (_edit(data={"classes": 7}), "data: classes was 7, and in --data is 10. Name its own data with"),
         (_edit(config={"colour": 1}), "with other options"),
         (_edit(runs={"fastdense": {"model": {}}}), "does not fit the network that it describes"),
     ],
@@ -218,6 +229,34 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
     result = command("train", "--out", str(out), "--resume")
     assert result.exit_code == 2, result.output
     assert message in words(result.output) and "last.pt" in words(result.output)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    checkpoint.verify(finished / "last.pt")
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    result = command("train", "--out", str(finished), "--resume")
+    assert result.exit_code == 2
+    assert "last.pt cannot be read: Permission denied" in words(result.output)
+    assert "damaged" not in result.output and "copy another" not in result.output
+    with pytest.raises(ValueError, match=r"last\.pt cannot be read: Permission denied"):
+        checkpoint.verify(finished / "last.pt")
+
+
+@pytest.mark.parametrize("spoil", [_cut, _flip, lambda path: path.write_text("hello")], ids=["cut", "flipped", "text"])
+def test_verify_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.randn(1000)}, path)
+    checkpoint.verify(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=r"weights\.pt is damaged or no checkpoint"):
+        checkpoint.verify(path)
+    with pytest.raises(ValueError, match=r"nowhere\.pt cannot be read: No such file"):
+        checkpoint.verify(tmp_path / "nowhere.pt")
 
 
 def test_leftovers_of_a_kill_are_removed(finished: Path, out: Path) -> None:
@@ -258,107 +297,10 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert kinds.count("resumed") == kinds.count("summary") == 1 and "error" not in kinds, "cut back to the checkpoint"
 
 
-class FullDisk:
-    """Writes to files of ``folder`` fail while ``full``, after some bytes."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-        self.full, self.what, self.failures = False, what, 0
-        fsync, write = os.fsync, WholeWrites.write
-
-        def full_fsync(number: int) -> None:
-            if self.full and what == "checkpoint" and os.readlink(f"/proc/self/fd/{number}").endswith(".partial"):
-                self.failures += 1
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(number)
-
-        class Half:
-            """A file that takes half of what it should."""
-
-            def __init__(self, file: Any) -> None:
-                self.file, self.taken = file, 0
-
-            def write(self, data: memoryview) -> int:
-                if self.taken:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self.taken = self.file.write(data[: len(data) // 2])
-                return self.taken
-
-            def fileno(self) -> int:
-                return self.file.fileno()
-
-        def full_write(log: WholeWrites, data: bytes) -> None:
-            if not (self.full and what == "logs"):
-                return write(log, data)
-            self.failures += 1
-            file, log.file = log.file, Half(log.file)  # type: ignore[assignment]
-            try:
-                return write(log, data)
-            finally:
-                log.file = file
-
-        monkeypatch.setattr(os, "fsync", full_fsync)
-        monkeypatch.setattr(WholeWrites, "write", full_write)
-
-
-def _full_from(monkeypatch: pytest.MonkeyPatch, disk: FullDisk, first: int, last: int) -> None:
-    step = Run.step
-
-    def counted(self: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
-        disk.full = first <= len(self.losses) + 1 <= last
-        step(self, images, labels)
-
-    monkeypatch.setattr(Run, "step", counted)
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-
-
-@needs_proc
-@pytest.mark.parametrize("what", ["checkpoint", "logs"])
-def test_a_full_disk_stops_training_and_spoils_nothing(
-    finished: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    with monkeypatch.context() as patch:
-        _full_from(patch, FullDisk(patch, what), 3, 4)
-        result = command(*COMMAND, "--out", str(out), "--ema", "0.5")
-    assert result.exit_code == 1, result.output
-    text = words(result.output)
-    named = "last.pt" if what == "checkpoint" else "metrics.jsonl"
-    assert f"Stopped: {named} in {out} cannot be written: No space left on device" in text
-    assert f"fastdense train --out {out} --resume" in text
-    assert load(out / "last.pt")["step"] == 2 and not list(out.glob("*.partial"))
-    assert records(out)  # each line is whole
-    assert command("train", "--out", str(out), "--resume").exit_code == 0
-    assert same(load(out / "last.pt")["runs"], load(finished / "last.pt")["runs"]) == ""
-
-
-@needs_proc
-@pytest.mark.parametrize("what", ["checkpoint", "logs"])
-def test_a_full_disk_can_be_skipped(out: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    disk = FullDisk(monkeypatch, what)
-    _full_from(monkeypatch, disk, 3, 3)
-    result = command(*COMMAND, "--out", str(out), "--save-every", "1steps", "--on-error", "skip")
-    assert result.exit_code == 0, result.output
-    assert disk.failures >= 1
-    assert words(result.output).count("Training goes on; the next save tries again.") == 1
-    assert load(out / "last.pt")["step"] == 4
-    steps = [record["step"] for record in records(out) if record["event"] == "step"]
-    assert steps == ([1, 2, 3, 4] if what == "checkpoint" else [1, 2, 4])
-
-
-@needs_proc
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_after_the_report(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _full_from(monkeypatch, FullDisk(monkeypatch, "checkpoint"), 3, 4)
-    result = command(*COMMAND, "--out", str(out), "--on-error", "skip")
-    assert result.exit_code == 1
-    assert "the last checkpoint could not be written" in words(result.output)
-    assert "kept for" in result.output and load(out / "last.pt")["step"] == 2
-
-
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    result = command(*COMMAND, "--out", str(tmp_path / "file"))
+    assert result.exit_code == 2 and "file is a file, not a folder: name another one" in words(result.output)
     result = command(*COMMAND, "--out", str(tmp_path / "file" / "run"))
     assert result.exit_code == 2 and "cannot be written: Not a directory" in words(result.output)
 

@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import fastdense
@@ -25,6 +24,7 @@ from fastdense import display
 from fastdense.commands import app
 from fastdense.data import digits
 from fastdense.outputs import OutputOptions, Outputs
+from fastdense.printing import Printer
 from fastdense.train import Experiment, Run, TrainConfig
 from fastdense.train_command import MetricsFile, train
 
@@ -85,7 +85,7 @@ def test_help_lists_the_commands_and_every_option() -> None:
     text = words(result.output)
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text, name
-    for default in ("100", "12, or the model's own", "1 below 32 pixels"):
+    for default in ("100", "12, or the model's own", "1 below 32 pixels", "digits 8, CIFAR 32, a folder 224"):
         assert default in text
 
 
@@ -183,7 +183,9 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
         (["--resume"], "--resume needs --out, the folder of the run to go on with"),
         (["--lr", "0"], "--lr must be a positive number, got 0"),
         (["--compare", "--impl", "reference"], "must be auto, triton or torch, not reference"),
-        (["--metrics", "no/such/folder"], "--metrics no/such/folder cannot be written: No such file"),
+        (["--metrics", "/dev/null/x"], "--metrics /dev/null/x cannot be written: Not a directory. Name another file"),
+        (["--impl", "triton", "--device", "cpu"], "--impl triton cannot run on device 'cpu': the Triton kernels need"),
+        (["--impl", "triton", "--device", "cpu"], "use --impl auto or --impl torch"),
         (["--epochs", "many"], "--epochs"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -251,7 +253,13 @@ def test_metrics_that_cannot_be_written_on_stop_with_a_message() -> None:
         pytest.skip("needs /dev/full")
     result = fastdense_command(*TINY, "--steps", "1", "--metrics", str(full))
     assert result.exit_code == 1, result.output
-    assert "Stopped: the file of --metrics cannot be written: No space left" in words(result.output)
+    assert "Stopped: --metrics /dev/full cannot be written: No space left on device. Make room" in words(result.output)
+
+
+def test_metrics_makes_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folders" / "x.jsonl"
+    assert fastdense_command(*TINY, "--steps", "1", "--metrics", str(path)).exit_code == 0
+    assert records(path)[0]["event"] == "header"
 
 
 def test_log_gives_a_sign_of_life_in_long_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +298,7 @@ def test_log_of_many_epochs_stays_short() -> None:
 def test_terminal_shows_both_curves_grow() -> None:
     config = TrainConfig(depth=10, growth_rate=4, steps=12, check_steps=2, compare=True, device="cpu")
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
+    console = Printer(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
     experiment = Experiment(config, digits())
     with Outputs(OutputOptions(), experiment, print) as outputs:
         train(console, experiment, MetricsFile(None), outputs)

@@ -34,16 +34,31 @@ def test_two_processes(case: str, said: dict[str, list[str]]) -> None:
     assert said[case] == ["ok", "ok"], "\n".join(said["failed"])
 
 
-def test_what_one_cannot_read_stops_both_with_one_message(tmp_path: Path) -> None:
-    """No hang, a status that is not zero, and a checkpoint to go on from."""
+def failing(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Training in which process 1 fails in step 3."""
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
+    arguments = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--out", str(out)]
+    return subprocess.run(
         [*command, str(tests / "failing_worker.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent))), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent))), "OMP_NUM_THREADS": "1"}
+        | environment,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path) -> None:
+    done = failing(tmp_path / "run", KILLED="1")
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if "Stopped" in line]
+    start = f"torchrun --nproc-per-node 2 -m fastdense train --out {tmp_path / 'run'} --resume."
+    assert line.endswith(f"Stopped: another process has ended, after step 3 of 132. Go on with: {start}"), line
+    assert "commands.py" not in done.stderr and "gloo" not in done.stderr, "a traceback of ours"
+
+
+def test_what_one_cannot_read_stops_both_with_one_message(tmp_path: Path) -> None:
+    """No hang, a status that is not zero, and a checkpoint to go on from."""
+    done = failing(tmp_path / "run")
     assert done.returncode != 0
     assert done.stderr.count("Stopped: cat.png cannot be read.") == 1, done.stderr[-4000:]
     assert "commands.py" not in done.stderr, "a traceback of ours"

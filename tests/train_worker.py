@@ -19,6 +19,8 @@ from states import same
 from fastdense import train_command
 from fastdense.commands import app
 from fastdense.data import digits
+from fastdense.outputs import OutputOptions, Outputs
+from fastdense.printing import Printer, PrintError
 from fastdense.processes import Processes, processes
 from fastdense.train import EpochEvent, Experiment, StepEvent, TrainConfig
 
@@ -139,9 +141,43 @@ def command_line(everybody: Processes) -> None:
         assert [record["step"] for record in records if record["event"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
+def unreadable_images_are_recorded_by_rank_0(everybody: Processes) -> None:
+    """Each is named by the process that found it."""
+    folder, warned = Path(f"{FILE}.unreadable"), []
+    folder.mkdir(exist_ok=True)
+    experiment = Experiment(TINY, dataclasses.replace(UNEVEN, unreadable=[]), everybody)
+    if everybody.rank == 1:
+        experiment.data.unreadable.append("cat.png: broken")
+    printed = io.StringIO()
+    with Outputs(OutputOptions(out=folder), experiment, warned.append) as outputs:
+        train_command.train(Printer(file=printed), experiment, train_command.MetricsFile(None), outputs)
+    assert warned == everybody.rank * ["Skipped an image that cannot be read: cat.png: broken"], warned
+    assert "could not be read: 1, the first cat.png: broken." in printed.getvalue()
+    if everybody.rank == 0:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [r["message"] for r in records if r["event"] == "unreadable"] == ["cat.png: broken"]
+
+
+def lost_output_of_rank_0_ends_both(everybody: Processes) -> None:
+    """With a checkpoint, which both must write together."""
+    folder = Path(f"{FILE}.lost")
+    folder.mkdir(exist_ok=True)
+    experiment, printer = Experiment(TINY, UNEVEN, everybody), Printer(file=io.StringIO())
+    if everybody.rank == 0:
+        printer.on_broken_pipe()
+    with (
+        Outputs(OutputOptions(out=folder), experiment, print) as outputs,
+        pytest.raises(PrintError, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
+    ):
+        train_command.train(printer, experiment, train_command.MetricsFile(None), outputs)
+    if everybody.rank == 0:
+        assert torch.load(folder / "last.pt", weights_only=True)["step"] == 1
+
+
 CASES = (
     two_are_one_with_sync_bn, evaluation_is_shared_exactly, resumed_bit_for_bit, each_takes_its_share,
-    batches_that_cannot_be_shared, command_line, non_finite_on_one_stops_all,
+    batches_that_cannot_be_shared, command_line, unreadable_images_are_recorded_by_rank_0,
+    lost_output_of_rank_0_ends_both, non_finite_on_one_stops_all,
 )  # fmt: skip
 
 

@@ -1,0 +1,92 @@
+"""Training whose output reaches nobody: nothing is lost, and one line says how to go on."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+import torch
+from rich.live import Live
+
+from fastdense.data import digits
+from fastdense.outputs import OutputOptions, Outputs
+from fastdense.printing import Printer, PrintError
+from fastdense.train import Experiment, TrainConfig
+from fastdense.train_command import MetricsFile, train
+
+TINY = TrainConfig(depth=10, growth_rate=4, epochs=3, batch_size=480, device="cpu", impl="torch")
+
+
+class Lost(io.StringIO):
+    """A file that takes so many writes."""
+
+    def __init__(self, writes: int, number: int) -> None:
+        super().__init__()
+        self.left, self.number = writes, number
+
+    def write(self, text: str) -> int:
+        if not self.left:
+            raise OSError(self.number, os.strerror(self.number))
+        self.left -= 1
+        return super().write(text)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("writes", "step", "told"),
+    [
+        (0, 1, "Go on with: fastdense train --out"),
+        (1, 2, "Go on with"),
+        (3, 6, "Training is over, and"),
+        (4, 6, "over"),
+    ],
+    ids=["introduction", "epoch", "last epoch", "table"],
+)
+def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, writes: int, step: int, told: str) -> None:
+    file, experiment = Lost(writes, number), Experiment(TINY, digits())
+    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(PrintError) as caught:
+        train(Printer(file=file), experiment, MetricsFile(None), outputs)
+    text = str(caught.value)
+    assert (
+        f"standard output cannot be written: {os.strerror(number)}, after step {step} of 6. " in text and told in text
+    )
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in written if record["event"] == "step"] == list(range(1, step + 1))
+    assert written[-1]["event"] == "summary"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_printer_falls_silent_and_raises_nothing(terminal: bool) -> None:
+    printer = Printer(file=Lost(2, errno.EPIPE), force_terminal=terminal)
+    printer.print("one")
+    assert printer.failure == 0
+    with Live("shown", console=printer, auto_refresh=False) as live:
+        live.refresh()
+        printer.print("two")
+    printer.print("three")
+    assert printer.failure == errno.EPIPE
+    assert "three" not in printer.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output_is_one_line_and_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastdense", "train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "run")], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Stopped: standard output cannot be written: No space left on device, after step 1 of ")
+    assert line.endswith(f"Go on with: fastdense train --out {tmp_path / 'run'} --resume.")
