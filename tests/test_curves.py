@@ -70,7 +70,8 @@ def test_so_are_the_first_steps() -> None:
     assert not (found := outside("tiny", 50)), found
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.minutes])])
 def test_so_is_the_one_of_the_kernels(steps: int) -> None:
     with curves.large_tiles(1024, 16):
         assert not (found := outside("tiny", 50, "triton", steps)), found
