@@ -44,7 +44,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 GROWTH_RATE = 12
 SIZE = 8  # pixels of the digits
 SAME = 1e-4  # relative, of the first loss in float32, after a thousand layers of rounding
-TRAINED = {250: ("--epochs", "3"), 1000: ("--epochs", "1", "--steps", "40")}
+TRAINED = {250: ("--epochs", "3"), 1000: ("--epochs", "2", "--lr", "0.01")}
 
 Say = Callable[[str], None]
 

@@ -183,7 +183,9 @@ class Outputs(AbstractContextManager["Outputs"]):
 
         assert self.out is not None
         path = self.out / f"flow-{event.run}-{event.step:08d}.png"
-        title = f"Gradient flow: {self.experiment.config.architecture.description}, after {event.step:,} steps"
+        config = self.experiment.config
+        network = config.architecture.description + (", without dense connections" if config.plain else "")
+        title = f"Gradient flow: {network}, after {event.step:,} steps"
         caption = f"Loss: cross-entropy, on images of the newest batch of {self.experiment.data.name}; float64."
         unfinished = path.with_suffix(".partial.png")
         try:
