@@ -19,6 +19,8 @@ import torch
 from rich.live import Live
 
 from fastdense.data import digits
+from fastdense.display import PlainDisplay
+from fastdense.events import Event
 from fastdense.outputs import OutputOptions, Outputs
 from fastdense.printing import Printer, PrintError
 from fastdense.train import Experiment, TrainConfig
@@ -66,6 +68,18 @@ def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, wri
     assert written[-1]["event"] == "summary"
 
 
+def test_files_come_before_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(display: PlainDisplay, event: Event) -> None:
+        if event.event == "epoch":
+            raise ZeroDivisionError("a defect of ours")
+
+    monkeypatch.setattr(PlainDisplay, "update", fail)
+    experiment = Experiment(TINY, digits())
+    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(ZeroDivisionError):
+        train(Printer(file=io.StringIO()), experiment, MetricsFile(None), outputs)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_printer_falls_silent_and_raises_nothing(terminal: bool) -> None:
     printer = Printer(file=Lost(2, errno.EPIPE), force_terminal=terminal)
@@ -82,10 +96,12 @@ def test_a_printer_falls_silent_and_raises_nothing(terminal: bool) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_line_and_status_1(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastdense", "train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*command, "--out", str(tmp_path / "run")], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
-        )
+            [*command, "--out", str(tmp_path / "run")],
+            env=buffered, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("Stopped: standard output cannot be written: No space left on device, after step 1 of ")
