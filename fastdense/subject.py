@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
 from .blocks import with_dense_blocks
 from .data import open_data
 from .train_config import TrainConfig
@@ -176,15 +177,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb"):
             pass
-        if zipfile.is_zipfile(path):  # torch.load does not compare checksums
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"--weights {path} is damaged: the checksum of {damaged} is wrong")
-        found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
-    except ValueError:
-        raise
+    if zipfile.is_zipfile(path):  # as torch has saved since 2020
+        checkpoint.verify(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none makes of the reader
         raise ValueError(
             f"--weights {path} is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
