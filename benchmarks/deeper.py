@@ -86,6 +86,17 @@ def peak_resident() -> int:
         return _maxrss(resource.getrusage(resource.RUSAGE_SELF))
 
 
+# What the system says of an ended child may be the peak of the process that started it.
+_NOTES_ITS_PEAK = f"""
+import atexit, pathlib, sys
+file, sys.path[:] = pathlib.Path(sys.argv.pop(1)), {sys.path!r}
+from {__package__}.deeper import peak_resident
+atexit.register(lambda: file.write_text(str(peak_resident())))
+from fastdense.cli import main
+sys.exit(main())
+"""
+
+
 def _maxrss(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -167,23 +178,24 @@ def trained(depth: int, batch: int, options: Sequence[str], say: Say = lambda li
         metrics = Path(folder) / "metrics.jsonl"
         words = ["train", "--depth", str(depth), "--recompute", "bottlenecks", "--batch-size", str(batch), *options]
         say("fastdense " + " ".join(words))
-        code = "import sys; from fastdense.cli import main; sys.exit(main())"
+        peak = Path(folder) / "peak"
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", code, *words, "--metrics", str(metrics)], stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-c", _NOTES_ITS_PEAK, str(peak), *words, "--metrics", str(metrics)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
+            if process.wait():
                 log.seek(0)
                 raise RuntimeError(f"fastdense train ended with {process.returncode}: {log.read()[-1000:]}")
+        resident = int(peak.read_text())
         events = [json.loads(line) for line in metrics.read_text().splitlines()]
     (summary,) = (event for event in events if event["event"] == "summary")
     seconds = [event["seconds"] for event in events if event["event"] == "step"]
     losses = [event["loss"] for event in events if event["event"] == "step"]
     row = {key: summary[key] for key in ("steps", "train_loss", "test_loss", "test_accuracy", "kept_bytes")}
     row |= {"first_loss": losses[0], "last_loss": losses[-1], "losses": losses, "step": Timing.of(seconds)}
-    return {"command": "fastdense " + " ".join(words), **row, "resident": _maxrss(usage)}
+    return {"command": "fastdense " + " ".join(words), **row, "resident": resident}
 
 
 def train_all(batch: int, say: Say = lambda line: None) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class TorchBackend:
         self.m = x.shape[0] * self.pixels
         self.dtype, self.device = x.dtype, x.device
         self.acc = accumulation_dtype(x.dtype)
+        # float64 has digits to spare, and other devices add up in pieces themselves.
+        self.groups = MOST_GROUPS if x.device.type == "cpu" and self.acc is torch.float32 else 1
         self._scratch: dict[str, Tensor] = {}
         self._latest: tuple[Norm, _Reader] | None = None
 
@@ -107,7 +109,7 @@ class TorchBackend:
     def _rows_at_once(self, channels: int) -> int:
         """Rows whose ``channels`` fit into ``CHUNK_BYTES``, in the accumulation dtype."""
         rows = max(1, CHUNK_BYTES // (channels * self.acc.itemsize))
-        return rows if rows < MOST_GROUPS else rows // MOST_GROUPS * MOST_GROUPS
+        return rows if rows < self.groups else rows // self.groups * self.groups
 
     def _chunks(self, channels: int) -> Iterator[slice]:
         step = self._rows_at_once(channels)
@@ -124,11 +126,11 @@ class TorchBackend:
         """The moments of ``rows``, in one or two parts."""
         count, channels = rows.shape
         if rows.is_contiguous() and rows.device.type in ("cpu", "cuda"):
-            if rows.device.type == "cuda" or count < MOST_GROUPS:
+            if count < self.groups or self.groups == 1:
                 return [self._update_stats(rows, 1)]
             # On a CPU it adds up channels-last values one after another, and a sum of thousands loses digits that a
             # contiguous tensor's keeps. So it gets several groups of rows, as if they were other channels.
-            groups = max(1, min(MOST_GROUPS, MOST_COLUMNS // channels))
+            groups = max(1, min(self.groups, MOST_COLUMNS // channels))
             groups = next((n for n in (32, 16, 8) if n <= groups and count % n == 0), groups)
             whole = count // groups * groups
             first = self._update_stats(_cut(rows, slice(0, whole)), groups)
@@ -180,7 +182,9 @@ class TorchBackend:
         shifted = means - means[0]
         mean = (shifted * shares).sum(0)
         variances = torch.stack([var for _, _, var in partial])
-        torch.add(means[0], mean, out=out.mean)
+        mean_of_all = means[0] + mean
+        # Where a part is infinite, shifted is NaN and PyTorch's mean is not.
+        torch.where(mean_of_all.isnan(), (means * shares).sum(0), mean_of_all, out=out.mean)
         torch.sum(variances.add_((shifted - mean).square_()).mul_(shares), 0, out=out.var)
 
     def moments(self, of: Features) -> None:

@@ -146,3 +146,12 @@ def test_moments_keep_the_digits_of_a_contiguous_tensor(rows: int) -> None:
     deviation = truth.std(0, correction=0)
     assert ((mean - truth.mean(0)) / deviation).abs().max() < 1e-6
     assert (var / deviation.square() - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rows", [64, 75])
+def test_an_infinite_value_leaves_its_mean_infinite(rows: int) -> None:
+    x = torch.randn(rows, 3)
+    x[rows // 2, 1] = torch.inf
+    mean, var = torch.empty(2, 3)
+    TorchBackend(x.view(1, rows, 3).transpose(1, 2)).moments(Features(x, mean, var))
+    assert mean[1] == torch.inf and var[1].isnan() and mean[[0, 2]].isfinite().all() and var[[0, 2]].isfinite().all()
