@@ -61,8 +61,9 @@ def test_a_deep_network_takes_less() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_layers_train_within_two_gigabytes() -> None:
-    for name, row in rows(1000, FAST).items():
-        assert row["resident"] < 2 * GIGABYTE, f"{name}: {row['resident']:,}"
+    # The one that keeps more; a record has both.
+    row = rows(1000, ("fastdense activations",))["fastdense activations"]
+    assert row["resident"] < 2 * GIGABYTE, f"{row['resident']:,}"
     assert textbook_bytes(1000) > 2 * GIGABYTE
 
 
