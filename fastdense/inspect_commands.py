@@ -105,23 +105,7 @@ def flow(
     try:
         looked_at = _subject(model, weights, ema, seed, depth, block_config, growth_rate)
         seen = batch(looked_at, data, count=images, image_size=image_size, seed=seed)
-        others: dict[str, Subject] = {}
-        if plain_weights is not None:
-            twin = subject(None, plain_weights, ema=ema, seed=seed)
-            if not twin.plain:
-                raise ValueError(
-                    f"--plain-weights {plain_weights} is of a network with dense connections: use --weights"
-                )
-            if twin.stem.in_channels != looked_at.stem.in_channels:
-                raise ValueError(
-                    f"--plain-weights {plain_weights} reads images of {twin.stem.in_channels} channels, the other "
-                    f"network of {looked_at.stem.in_channels}: train both on the same data"
-                )
-            others[f"{PLAIN}, {twin.state}"] = twin
-        elif plain and not looked_at.plain:
-            torch.manual_seed(seed)
-            twin = replace(looked_at, model=without_dense_connections(looked_at.model))
-            others[f"{PLAIN}, freshly initialised"] = twin
+        others = _beside(looked_at, plain, plain_weights, ema, seed)
         curves = {
             label: _flows(console, network, seen, device, evaluation)
             for label, network in {f"{looked_at.kind}, {looked_at.state}": looked_at, **others}.items()
@@ -186,6 +170,25 @@ def _subject(
     except ValueError as error:
         raise ValueError(f"--block-config must be whole numbers, as in 6,12,24, got {block_config!r}") from error
     return subject(model, weights, ema=ema, seed=seed, depth=depth, block_config=blocks, growth_rate=growth_rate)
+
+
+def _beside(looked_at: Subject, plain: bool, weights: Path | None, ema: bool, seed: int) -> dict[str, Subject]:
+    """The network without dense connections to draw beside ``looked_at``, by its name in the legend, if any."""
+    if weights is None and (looked_at.plain or not plain):
+        return {}
+    if weights is None:
+        torch.manual_seed(seed)
+        twin = replace(looked_at, model=without_dense_connections(looked_at.model))
+        return {f"{PLAIN}, freshly initialised": twin}
+    twin = subject(None, weights, ema=ema, seed=seed)
+    if not twin.plain:
+        raise ValueError(f"--plain-weights {weights} is of a network with dense connections: use --weights")
+    if twin.stem.in_channels != looked_at.stem.in_channels:
+        raise ValueError(
+            f"--plain-weights {weights} reads images of {twin.stem.in_channels} channels, the other network of "
+            f"{looked_at.stem.in_channels}: train both on the same data"
+        )
+    return {f"{PLAIN}, {twin.state}": twin}
 
 
 def _flows(console: Console, of: Subject, seen: Batch, device: str, evaluation: bool) -> list[BlockFlow]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
-import json
 import os
-import re
 import signal
 import struct
 from collections.abc import Callable
@@ -22,10 +20,9 @@ pytest.importorskip("sklearn")
 
 import pictures
 from states import same
-from typer.testing import CliRunner, Result
+from train_runs import COMMAND, command, load, records, words
 
 from fastdense import checkpoint
-from fastdense.commands import app
 from fastdense.data import digits
 from fastdense.logs import EPOCH_SCALARS, STEP_SCALARS
 from fastdense.outputs import OutputOptions
@@ -34,26 +31,6 @@ from fastdense.train import Experiment, TrainConfig
 
 DIGITS = digits()
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=480, device="cpu", impl="torch")
-COMMAND = [
-    *("train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),
-    *("--batch-size", "480", "--epochs", "2"),
-]
-
-
-def command(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, prog_name="fastdense")
-
-
-def words(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text).split())
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,10 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
 from states import same
-from typer.testing import CliRunner, Result
+from train_runs import COMMAND, command, load, records, words
 
-from fastdense.commands import app
 from fastdense.logs import WholeWrites
 from fastdense.runs import Run
-
-COMMAND = [
-    *("train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),
-    *("--batch-size", "480", "--epochs", "2"),
-]
-
-
-def command(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, prog_name="fastdense")
-
-
-def words(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text).split())
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
