@@ -136,7 +136,8 @@ def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launc
     return list(found.values())
 
 
-def _traffic(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, int]]:
+def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, int]]:
+    """What a launch must move and compute at least, and the shape that this is of."""
     a, name = launch.arguments, launch.kernel.__name__
     if name == "add_up_kernel":
         elements, splits = a["elements"], a["splits"]
@@ -216,7 +217,7 @@ def _row(arch: int, precision: str, growth_rate: int, launch: Launch) -> Row:
 
     compiled = compile_launch(launch, arch)
     dtype, _ = PRECISIONS[precision]
-    moved, shape = _traffic(launch, dtype.itemsize)
+    moved, shape = traffic_of(launch, dtype.itemsize)
     floor = traffic.floor_seconds(moved.bytes, moved.flops, COPY_RATE, MATMUL_RATE[precision])
     issue = issue_seconds(launch, compiled, arch)
     return Row(

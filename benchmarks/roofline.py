@@ -57,7 +57,6 @@ class Bar:
     times: int
     floor: float
     measured: float | None = None
-    host: float = 0.0
 
     @property
     def fraction(self) -> float | None:
@@ -153,38 +152,34 @@ def run(options: Options) -> dict[str, Any]:
     return {**environment(), "settings": settings, "rates": measured, "modelled": modelled, "step": step}
 
 
-def bars(rows: Iterable[Mapping[str, Any]], network: str | None = None) -> list[Bar]:
-    """Rows of one operation and resolution added up, times in a step counted; the longest first.
-
-    Args:
-        rows: of :func:`floors`, or of the stage ``kernels`` of ``benchmarks.gpu``, of one dtype.
-        network: whose ``times`` count, in the second case.
-    """
+def bars(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
+    """Rows of :func:`floors` or :func:`of_profile`, those of one operation and resolution added up; longest first."""
     found: dict[tuple[str, int], Bar] = {}
     for row in rows:
-        times: int = row["times"] if network is None else row["times"].get(network, 0)
-        if not times or (network is not None and "timing" not in row):
-            continue
+        times: int = row["times"]
         key = row["operation"], row["m"]
         before = found.get(key, Bar(*key, 0, 0.0))
         measured = None if "timing" not in row else (before.measured or 0.0) + times * row["timing"]["median"]
         floor = before.floor + times * row.get("floor_seconds", 0.0)
-        host = before.host + times * row.get("host_seconds", 0.0)
-        found[key] = Bar(*key, before.times + times, floor, measured, host)
+        found[key] = Bar(*key, before.times + times, floor, measured)
     return sorted(found.values(), key=lambda bar: -(bar.measured or bar.floor))
 
 
+def of_profile(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A profile of the stage ``layers`` of ``benchmarks.gpu`` as :func:`bars` takes it."""
+    return [{**row, "timing": {"median": row["seconds"]}} for row in found["rows"]]
+
+
 def bars_of_record(record: Mapping[str, Any]) -> dict[str, list[Bar]]:
-    """Title and bars for each network and dtype of a record of ``benchmarks.gpu``."""
-    stage = record["stages"].get("kernels", {})
-    rows = [row for row in stage.get("result", {}).get("rows", []) if "timing" in row and "floor_seconds" in row]
+    """Title and bars for each profiled step of a record of ``benchmarks.gpu``."""
+    stage = record["stages"].get("layers", {})
     made = stage.get("environment", {})
     where = "REHEARSAL, says nothing of a GPU" if made.get("rehearsal") else made.get("device", "unknown device")
-    found = {}
-    for network in dict.fromkeys(name for row in rows for name in row["times"]):
-        for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            title = f"{network}, {dtype}, {where}: time of a step's kernels, and modelled floor"
-            found[title] = bars([row for row in rows if row["dtype"] == dtype], network)
+    found = {
+        f"{found['network']}, {label}, {where}: time of a step's kernels, and modelled floor": bars(of_profile(found))
+        for label, found in stage.get("result", {}).items()
+        if found["rows"]
+    }
     return {title: group for title, group in found.items() if group}
 
 
@@ -274,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.record is not None:
         groups = bars_of_record(json.loads(given.record.read_text()))
         if not groups:
-            parser.error(f"{given.record} has no timed kernels: run python -m benchmarks.gpu --stages rates kernels")
+            parser.error(f"{given.record} has no timed kernels: run python -m benchmarks.gpu --stages rates layers")
         for title, group in groups.items():
             console.print(_bars_table(title, group))
     else:

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runner, traffic
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import graphs, steps
-from benchmarks.gpu import run as run_module
-from benchmarks.gpu.run import FILE_BYTES, FILES, LOG, PICTURE, RECORD, Run, _variables
-from benchmarks.gpu.stage import Job, Stage
+from benchmarks.gpu import networks, steps
+from benchmarks.gpu.run import LOG, PICTURE, RECORD, Run, _variables
+from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,23 +29,17 @@ def stage(name: str, seconds: float = 120.0, **options: Any) -> Stage:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(True, time.time() + 300, {}, tmp_path / "stage.json")
-
-
-@pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[bool, list[str]]]]:
     """Runs stages into one folder; returns whether all finished, and what was said."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
 
-    def run_them(*stages: Stage, minutes: float = 9.0, again: bool = False) -> tuple[bool, list[str]]:
+    def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str]]:
         said: list[str] = []
-        complete = Run(tmp_path, minutes=minutes, rehearsal=True, again=again, say=said.append).run(stages)
+        complete = Run(tmp_path, minutes=minutes, rehearsal=True, say=said.append).run(stages)
         return complete, said
 
     yield run_them
-    left = {path.name for path in tmp_path.iterdir() if not path.match("gpu-*.json")}
-    assert left <= {RECORD, "gpu.log"}
+    assert {path.name for path in tmp_path.iterdir()} <= {RECORD, LOG}
 
 
 def entries(folder: Path) -> dict[str, Any]:
@@ -57,8 +48,8 @@ def entries(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_however_a_stage_ends_the_next_one_runs(run: Callable[..., Any], tmp_path: Path) -> None:
-    names = ("fail", "run_out_of_memory", "crash", "exit_early", "hang", "finish")
-    complete, said = run(*(stage(name, 12.0 if name == "hang" else 120.0) for name in names))
+    names = ("fail", "run_out_of_memory", "crash", "exit_early", "hang", "finish", "cannot_run_here")
+    complete, said = run(*(stage(name, 1.2 if name == "hang" else 120.0) for name in names))
     assert not complete
     assert [line.partition(":")[0] for line in said] == [name.replace("_", "-") for name in names]
     found = entries(tmp_path)
@@ -69,6 +60,7 @@ def test_however_a_stage_ends_the_next_one_runs(run: Callable[..., Any], tmp_pat
         "exit-early": "crashed",
         "hang": "timed out",
         "finish": "ok",
+        "cannot-run-here": "skipped",
     }
     assert "this stage fails" in found["fail"]["error"]
     assert found["fail"]["result"] == {"kept": 1}
@@ -93,44 +85,37 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_what_has_finished_is_kept_until_the_code_or_the_user_changes(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stages_share_a_process_until_one_breaks_it_or_asks_for_its_own(
+    run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    assert run(stage("finish"), stage("fail"))[0] is False
-    first = entries(tmp_path)["finish"]
-    complete, said = run(stage("finish"), stage("fail"))
+    def finish(name: str, **options: Any) -> Stage:
+        return Stage(name, "stages_for_tests:finish", 120, **options)
+
+    complete, _ = run(finish("a"), finish("b"), stage("exit_early"), finish("c"), finish("d", apart=True), finish("e"))
     assert not complete
-    assert said[0] == "finish: finished earlier" and said[1].startswith("fail: failed")
-    assert entries(tmp_path)["finish"] == first
-    assert run(stage("finish"), again=True)[1][0].startswith("finish: ok")
-    monkeypatch.setattr(runner, "_sources", lambda: "other code")
-    assert run(stage("finish"))[1][0].startswith("finish: ok")
-    (aside,) = tmp_path.glob("gpu-*.json")
-    assert json.loads(aside.read_text())["stages"].keys() == {"finish", "fail"}
-    assert entries(tmp_path).keys() == {"finish"}
+    found = entries(tmp_path)
+    assert found["exit-early"]["status"] == "crashed"
+    processes = {name: entry["result"].get("process") for name, entry in found.items() if name != "exit-early"}
+    assert processes["a"] == processes["b"] and len(set(processes.values())) == 4
+    assert found["e"]["result"]["earlier"] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.slow
-def test_stages_in_the_background_end_before_the_first_timed_one(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # whoever has set it
+def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[..., Any], tmp_path: Path) -> None:
     background = Stage("beside", "stages_for_tests:finish", 120, background=True)
     timed = Stage("timed", "stages_for_tests:finish", 120, timed=True)
-    complete, said = run(background, stage("finish", deterministic=True), timed)
+    complete, said = run(background, stage("finish"), timed)
     assert complete
     assert [line.partition(":")[0] for line in said] == ["finish", "beside", "timed"]
     found = entries(tmp_path)
     assert found["timed"]["result"]["earlier"] == ["beside", "finish"]
-    variables = {"TRITON_INTERPRET": "1", "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    assert found["finish"]["result"]["variables"] == variables
-    assert found["timed"]["result"]["variables"] == {**variables, "CUBLAS_WORKSPACE_CONFIG": None}
+    assert found["finish"]["result"]["variables"] == {"TRITON_INTERPRET": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def test_only_a_rehearsal_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", given)
-        found = [dict(_variables(stage("finish"), rehearsal)).get("TRITON_INTERPRET") for rehearsal in (False, True)]
+        found = [dict(_variables(rehearsal)).get("TRITON_INTERPRET") for rehearsal in (False, True)]
         assert found == [None, "1"]
 
 
@@ -148,69 +133,66 @@ def test_without_time_a_stage_is_not_reached(run: Callable[..., Any], tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--rehearse"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = done.stdout[done.stdout.index("REHEARSAL") :]
-    assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
-    found = entries(out)
-    status = {name: entry["status"] for name, entry in found.items()}
-    assert status.pop("depth") in ("ok", "skipped")
-    assert status == {one.name: "ok" for one in command.STAGES if one.name != "depth"}
-    assert all(entry["environment"]["rehearsal"] for entry in found.values())
-    assert {path.name for path in out.iterdir()} == {RECORD, LOG, PICTURE}
-    assert all(path.stat().st_size <= FILE_BYTES for path in out.iterdir())
-    results = {name: entry["result"] for name, entry in found.items()}
-    assert results["gpu-tests"]["passed"] >= 2
-    rows = results["kernels"]["rows"]
-    assert {row["operation"] for row in rows} == {
-        traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND
-    } and all(row["checked"] and row["floor_seconds"] > 0 for row in rows)  # fmt: skip
-    timed = [name for name in results if name.startswith("densenet") or name == "host"]
-    labels = set()
-    for name in timed:
-        providers = results[name]["providers"]
-        assert all(row["step"]["median"] > 0 for row in providers.values())
-        assert all(row["checked"] for label, row in providers.items() if label.startswith("fastdense"))
-        labels |= providers.keys()
-    assert {"fastdense converted triton", "fastdense bottlenecks triton", steps.COMPILED} <= labels
-    assert results["densenet121-batch64"]["modelled"]["floor_seconds"] > 0
-    assert len(results["graphs"]["rows"]) == 2 * len(graphs.WAYS)
-    assert all("step" in row for row in results["graphs"]["rows"].values())
+    results: dict[str, Any] = {}
+    for again in (False, True):
+        out = tmp_path / str(again)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu",
+                "--out",
+                str(out),
+                "--rehearse",
+                "--minutes",
+                "50",
+                *["--again"] * again,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        report = done.stdout[done.stdout.index("REHEARSAL") :]
+        assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
+        found = entries(out)
+        skipped = {name for name, entry in found.items() if entry["status"] == "skipped"}
+        assert skipped <= {"counters", "depth"}
+        assert all(found[name]["status"] == "ok" for name in found.keys() - skipped)
+        assert found.keys() == {one.name for one in command.chosen(None, again=again)}
+        assert {path.name for path in out.iterdir()} == {RECORD, LOG, *[PICTURE] * (not again)}
+        results |= {name: entry["result"] for name, entry in found.items()}
+    assert results["tests"]["passed"] >= 2
+    assert {row["operation"] for row in results["candidates"]["rows"]} == {"forward 1x1"}
+    assert all("timing" in row and row["floor_seconds"] > 0 for row in results["candidates"]["rows"])
+    (profile,) = results["layers"].values()
+    assert profile["matched"] and {"bn_relu_conv 1x1", "bn_relu_conv_backward 1x1"} <= {
+        row["operation"] for row in profile["rows"]
+    }
+    labels: set[str] = set()
+    for name in ("batch64", "batch256", "batch1", "densenet201", "compiled-batch8", "compiled-batch256"):
+        rows = results[name]["rows"]
+        assert all(row["step"]["median"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+        assert all(row["checked"] for label, row in rows.items() if label.startswith("fastdense"))
+        labels |= rows.keys()
+    assert labels == {
+        *(f"{label}, eager" for label in networks.PROVIDERS if label != "fastdense converted"),
+        *(f"{label}, graph" for label in steps.PLAIN),
+    }
+    assert all(row["equals_eager"] for label, row in results["batch64"]["rows"].items() if label.endswith("graph"))
     assert results["sanitizer"]["primitives"] == 13
-
-
-def test_what_a_run_leaves_is_small_and_few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for day in range(10, 20):
-        (tmp_path / f"gpu-2026-01-{day}.json").write_text("{}")
-    (tmp_path / LOG).write_bytes(b"x" * 5000 + b"the end")
-    (tmp_path / "gpu.json.tmp").write_text("half of it")
-    monkeypatch.setattr(run_module, "FILE_BYTES", 4000)
-    one = Run(tmp_path, minutes=1.0, rehearsal=True, say=lambda line: None)
-    one._enter(stage("finish"), {"status": "ok", "seconds": 1.0, "result": {"kept": 1}})
-    one._enter(stage("fail"), {"status": "ok", "seconds": 1.0, "result": {"rows": ["long"] * 1000}})
-    run_module.tidy(tmp_path)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert len(left) == FILES == 8 and "gpu-2026-01-19.json" in left and "gpu-2026-01-13.json" not in left
-    assert all(path.stat().st_size <= 4000 for path in tmp_path.iterdir())
-    assert (tmp_path / LOG).read_bytes().endswith(b"the end")
-    found = entries(tmp_path)
-    assert found["finish"]["result"] == {"kept": 1} and "exceed" in found["fail"]["result"]["dropped"]
 
 
 def test_every_stage_names_a_function_and_together_they_fit() -> None:
     for one in command.STAGES:
         module, _, function = one.target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
-    timed = [one.timed for one in command.STAGES]
-    assert timed == sorted(timed), "whatever checks comes before whatever times"
-    assert not any(one.timed and one.deterministic for one in command.STAGES)
+    for again in (False, True):
+        kinds = [one.timed for one in command.chosen(None, again=again) if one.name not in ("check", "smoke", "tests")]
+        assert kinds == sorted(kinds), "what needs the machine to itself comes after what does not"
+    names = [one.name for one in command.STAGES]
+    assert len(set(names)) == len(names) and command.chosen(["smoke"], again=True) == [command.STAGES[6]]
 
 
 def test_without_a_gpu_the_run_says_what_to_do(

@@ -12,7 +12,7 @@ from interpreted import accesses_counted
 
 import fastdense
 from benchmarks import roofline, runner, traffic
-from benchmarks.gpu import kernels, primitives
+from benchmarks.gpu import candidates, primitives
 from benchmarks.gpu.case import Case
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -
     primitive, _ = primitives.bind(case, torch.float16, CPU, "triton")
     with accesses_counted() as found:
         primitive()
-    floor = kernels.floor(case).bytes
+    floor = candidates.floor(case).bytes
     moved, accessed = sum(one.moved for one in found), sum(one.accessed for one in found)
     spatial, backward = case.shape.taps > 1, case.operation == traffic.BACKWARD[1]
     assert floor <= moved <= floor * (MOVED_3X3_BACKWARD if backward else MOVED), (moved / floor, found)
@@ -97,20 +97,14 @@ def test_the_gradient_that_is_added_to_is_read_and_written() -> None:
 
 def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     """As ``benchmarks.gpu`` writes it, with made-up times: each kernel takes twice its floor, a copy four times."""
-    network = traffic.NETWORKS["densenet121"]
     rows = []
-    for dtype in ("bfloat16", "float16"):
-        for row in roofline.floors(network, 64, 224, 2, (3e12, 8e14)):
-            slower = 4 if row["operation"] == traffic.COPY else 2
-            timing = {"median": slower * row["floor_seconds"], "p20": 0.0, "p80": 0.0, "repeats": 9}
-            times = {"densenet121": row["times"]}
-            rows.append(
-                {**row, "dtype": dtype, "checked": True, "times": times, "timing": timing, "host_seconds": 1e-5}
-            )
-    rows.append({**rows[0], "checked": False})
-    del rows[-1]["timing"]
+    for row in roofline.floors(traffic.NETWORKS["densenet121"], 64, 224, 2, (3e12, 8e14)):
+        slower = 4 if row["operation"] == traffic.COPY else 2
+        rows.append({**row, "seconds": slower * row["floor_seconds"]})
     environment = {"device": "Imaginary GPU", "rehearsal": rehearsal}
-    return {"stages": {"kernels": {"status": "ok", "environment": environment, "result": {"rows": rows}}}}
+    profiles = {f"fastdense, batch {batch}": {"network": "densenet121", "rows": rows} for batch in (64, 256)}
+    profiles["torchvision, batch 64"] = {"network": "densenet121", "rows": []}
+    return {"stages": {"layers": {"status": "ok", "environment": environment, "result": profiles}}}
 
 
 def test_bars_are_a_steps_sums_and_fractions() -> None:

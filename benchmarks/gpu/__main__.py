@@ -1,10 +1,12 @@
-"""Everything that only a GPU can tell, most important first.
+"""Everything that only a GPU can tell, most important first, in two runs of five minutes.
 
-    python -m benchmarks.gpu --out DIR [--minutes 9] [--stages NAME ...] [--again] [--rehearse]
+    python -m benchmarks.gpu --ahead DIR                              on any machine: compile every kernel that is run
+    python -m benchmarks.gpu --out DIR [--cache DIR] [--minutes 5]    right? how fast? which kernel to work on?
+    python -m benchmarks.gpu --out DIR [--cache DIR] --again          what takes minutes: torch.compile, depth, ...
 
-Stages run one after another, each in its own process with its own time limit; results are in DIR/gpu.json after each.
-What has finished is not run again into the same folder, on the same machine and code, unless ``--again`` asks for it.
-Nothing needs to be installed but PyTorch, Triton, torchvision, rich and, for the tests, pytest and hypothesis.
+Stages run one after another, each within its own time limit; results are in DIR/gpu.json after each. One that fails,
+crashes or hangs takes no other down. Nothing needs to be installed but PyTorch, Triton, torchvision, rich and, for the
+tests, pytest and hypothesis. With ``--rehearse`` the same stages run on the CPU, and measure nothing.
 """
 
 from __future__ import annotations
@@ -23,38 +25,40 @@ from .summary import summary
 
 _HERE = "benchmarks.gpu"
 
-# Seconds of a run of nine minutes. Each is what a stage may take at the most; most take less, which later ones get.
 STAGES = (
-    Stage("environment", f"{_HERE}.machine:describe", 40),
-    Stage("compile-ahead", f"{_HERE}.steps:compile_ahead", 200, background=True),
-    Stage("kernels-ahead", f"{_HERE}.steps:kernels_ahead", 200, background=True),
-    Stage("smoke", f"{_HERE}.correct:smoke", 80, deterministic=True),
-    Stage("gpu-tests", f"{_HERE}.correct:gpu_tests", 60, deterministic=True),
-    Stage("kernel-tests", f"{_HERE}.correct:kernel_tests", 120, deterministic=True),
-    Stage("rates", f"{_HERE}.machine:rates", 40, timed=True),
-    Stage("kernels", f"{_HERE}.kernels:measure", 90, timed=True),
-    Stage("densenet121-batch64", f"{_HERE}.steps:densenet121_batch64", 90, timed=True),
-    Stage("densenet121-batch256", f"{_HERE}.steps:densenet121_batch256", 90, timed=True),
-    Stage("host", f"{_HERE}.steps:host", 60, timed=True),
-    Stage("depth", f"{_HERE}.deepest:measure", 75, timed=True),
-    Stage("graphs", f"{_HERE}.graphs:measure", 75, timed=True),
-    Stage("densenet201-batch64", f"{_HERE}.steps:densenet201_batch64", 90, timed=True),
-    Stage("candidates", f"{_HERE}.kernels:candidates", 60, timed=True),
-    Stage("sanitizer", f"{_HERE}.sanitize:check", 90, timed=True),  # slow, and alone on the GPU
+    Stage("environment", f"{_HERE}.machine:describe", 20, runs="both"),
+    Stage("compile-batch8", f"{_HERE}.steps:compile_batch8", 200, runs="again", background=True),
+    Stage("compile-batch64", f"{_HERE}.steps:compile_batch64", 200, runs="again", background=True),
+    Stage("compile-batch256", f"{_HERE}.steps:compile_batch256", 200, runs="again", background=True),
+    Stage("tests-again", f"{_HERE}.correct:gpu_tests", 110, runs="again", apart=True),
+    Stage("rates", f"{_HERE}.machine:rates", 20, runs="both", timed=True),
+    Stage("smoke", f"{_HERE}.correct:smoke", 45),
+    Stage("check", f"{_HERE}.networks:check", 45, runs="both"),
+    Stage("batch64", f"{_HERE}.steps:batch64", 40, timed=True),
+    Stage("batch256", f"{_HERE}.steps:batch256", 45, timed=True),
+    Stage("layers", f"{_HERE}.layers:measure", 30, timed=True),
+    Stage("candidates", f"{_HERE}.candidates:measure", 75, timed=True),
+    Stage("counters", f"{_HERE}.counters:measure", 45, timed=True, apart=True),
+    Stage("tests", f"{_HERE}.correct:gpu_tests", 150, apart=True),
+    Stage("compiled-batch64", f"{_HERE}.steps:compiled_batch64", 60, runs="again", timed=True),
+    Stage("compiled-batch256", f"{_HERE}.steps:compiled_batch256", 60, runs="again", timed=True),
+    Stage("compiled-batch8", f"{_HERE}.steps:compiled_batch8", 60, runs="again", timed=True),
+    Stage("densenet201", f"{_HERE}.steps:densenet201", 45, runs="again", timed=True),
+    Stage("batch1", f"{_HERE}.steps:batch1", 30, runs="again", timed=True),
+    Stage("depth", f"{_HERE}.deepest:measure", 60, runs="again", timed=True, apart=True),
+    Stage("sanitizer", f"{_HERE}.sanitize:check", 90, runs="again", timed=True, apart=True),
 )
 
 
 def main() -> None:
     """Command line; exits with 1 if a stage did not finish."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for gpu.json, gpu.log and kernels.png; continued if there"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.log and kernels.png")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the longest that all stages may take together")
+    parser.add_argument("--again", action="store_true", help="the second run: what takes minutes")
     parser.add_argument(
-        "--stages", nargs="+", metavar="NAME", choices=[stage.name for stage in STAGES], help="only these"
+        "--stages", nargs="+", metavar="NAME", choices=[stage.name for stage in STAGES], help="only these, of both runs"
     )
-    parser.add_argument("--again", action="store_true", help="run finished stages again, too")
     parser.add_argument(
         "--rehearse",
         action="store_true",
@@ -68,13 +72,19 @@ def main() -> None:
         options.out,
         minutes=options.minutes,
         rehearsal=options.rehearse,
-        again=options.again,
         say=lambda line: print(line, flush=True),
     )
-    complete = run.run([stage for stage in STAGES if options.stages is None or stage.name in options.stages])
+    complete = run.run(chosen(options.stages, again=options.again))
     _picture(run)
     print(summary(run.stages), flush=True)
     sys.exit(not complete)
+
+
+def chosen(names: list[str] | None, *, again: bool) -> list[Stage]:
+    """The stages of one of the two runs, or those that are named."""
+    if names is not None:
+        return [stage for stage in STAGES if stage.name in names]
+    return [stage for stage in STAGES if stage.runs in ("both", "again" if again else "first")]
 
 
 def _picture(run: Run) -> None:
@@ -83,7 +93,7 @@ def _picture(run: Run) -> None:
     if groups:
         try:
             plot(groups, run.out / PICTURE)
-        except Exception as error:  # whatever a picture needs, the figures are kept
+        except Exception as error:  # whatever a picture needs, the results are kept
             print(f"no picture: {type(error).__name__}: {error}", flush=True)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.reference import ConcatDenseBlock
+from fastdense.kernels import launch
+from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
 from ..runner import ROOT
 from .machine import tf32
@@ -24,72 +26,111 @@ from .stage import ERROR_CHARACTERS, Job
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MODES = ("activations", "bottlenecks")
+RERUNS = 20
 KEPT_FAILURES = 20
+# What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
+_ONE_STAGE = {op: {"num_stages": 1} for op in ("bn_relu_conv", "bn_relu_conv_backward")}
+SIMPLER: dict[str, dict[str, dict[str, Any]]] = {
+    "taps": {"bn_relu_conv": {"form": "taps"}},
+    "one stage": _ONE_STAGE,
+    "taps, one stage": {**_ONE_STAGE, "bn_relu_conv": {"form": "taps", "num_stages": 1}},
+}
 
 Results = dict[str, Tensor]
 
 
 def smoke(job: Job) -> None:
-    """One block in every dtype and mode against the textbook block in float64; reruns must agree bit for bit.
+    """A block and a transition in every dtype and mode against the textbook ones in float64; reruns bit for bit.
+
+    Where something is wrong, the same at once in forms with fewer parts, to say which part is at fault.
 
     Raises:
         RuntimeError: if a result is wrong. Which one, and by how much, is in ``job.result``.
     """
-    wrong = []
+    wrong: list[str] = []
     for dtype in TOLERANCE:
         # A rehearsal's steps take a second each: one mode a dtype, each mode once.
-        modes = MODES[dtype == torch.float16 :][:1] if job.rehearsal else MODES
-        for mode in modes:
+        for mode in MODES[dtype == torch.float16 :][:1] if job.rehearsal else MODES:
             label = f"{str(dtype).removeprefix('torch.')} {mode}"
-            rows, repeatable = _errors(dtype, mode, job)
-            bad = [name for name, row in rows.items() if not row["error"] <= row["allowed"]]
-            job.result[label] = {"wrong": bad, "repeatable": repeatable, "errors": rows}
+            found = job.result[label] = _look(dtype, mode, job)
+            if found["wrong"] or found["differing_reruns"]:
+                wrong += [f"{label}: {name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
+                wrong += [f"{label}: {found['differing_reruns']} reruns differ"] * bool(found["differing_reruns"])
+                found["simpler"] = _narrowed(dtype, mode, job)
             job.save()
-            wrong += [f"{label}: {name} is off by {rows[name]['error']:.1e}" for name in bad]
-            wrong += [] if repeatable else [f"{label}: two runs differ"]
     if wrong:
         raise RuntimeError("the Triton kernels are wrong here: " + "; ".join(wrong))
 
 
-def _errors(dtype: torch.dtype, mode: str, job: Job) -> tuple[dict[str, dict[str, float]], bool]:
-    """Root mean square errors over a few inputs, and what twice PyTorch's own error allows; whether reruns agree.
+def _narrowed(dtype: torch.dtype, mode: str, job: Job) -> dict[str, dict[str, Any]]:
+    """What is wrong, and how many reruns differ, where the kernels take simpler forms."""
+    found = {}
+    for name, changes in SIMPLER.items():
+        with ExitStack() as stack:
+            for op, change in changes.items():
+                stack.enter_context(launch.override(op, **change))
+            try:
+                looked = _look(dtype, mode, job)
+                found[name] = {"wrong": looked["wrong"], "differing_reruns": looked["differing_reruns"]}
+            except Exception as error:  # what does not even run says something, too
+                found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    return found
+
+
+def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
+    """Root mean square errors over a few inputs, what twice PyTorch's own allows, and how many reruns differ.
 
     A value within a rounding of 0 switches a ReLU, whoever computes: hence several inputs, and for PyTorch's error the
-    larger one of the textbook block's and the torch backend's.
+    larger one of the textbook's and the torch backend's.
     """
     sums: dict[str, tuple[float, float]] = {}
-    repeatable = True
     arguments, shape = ((1, 8, 4, 4), (2, 8, 5, 4)) if job.rehearsal else ((3, 64, 4, 32), (8, 64, 28, 27))
     seeds = 1 if job.rehearsal else 3
+    pairs: list[nn.Module] = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        truth = _ordinary_gammas(ConcatDenseBlock(*arguments).to(job.device, dtype))
+        truth = _ordinary_gammas(_pair(arguments).to(job.device, dtype))
         weights = truth.state_dict()  # rounded to the dtype: all start from the same values
-        blocks = [ConcatDenseBlock(*arguments)]
-        blocks += [fastdense.DenseBlock(*arguments, impl=impl, recompute=mode) for impl in ("torch", "triton")]
-        for block in blocks:
-            block.to(job.device, dtype).load_state_dict(weights)
+        pairs = [_pair(arguments), *(_pair(arguments, impl=impl, recompute=mode) for impl in ("torch", "triton"))]
+        for pair in pairs:
+            pair.to(job.device, dtype).load_state_dict(weights)
         x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
         with tf32(False):
             want = _step(truth.double(), x.double(), seed)
-            peers = [_step(block, x, seed) for block in blocks[:2]]
-            weights = {name: tensor.clone() for name, tensor in blocks[2].state_dict().items()}
+            peers = [_step(pair, x, seed) for pair in pairs[:2]]
             with _unwritten_memory_is_nan():
-                got = _step(blocks[2], x, seed)
-                if seed == 0:
-                    blocks[2].load_state_dict(weights)
-                    again = _step(blocks[2], x, seed)
-                    repeatable = all(torch.equal(got[name], again[name]) for name in got)
+                got = _step(pairs[2], x, seed)
         for name in want:
             mine, theirs = sums.get(name, (0.0, 0.0))
             mine += relative_error(got[name], want[name]) ** 2
             theirs += max(relative_error(peer[name], want[name]) for peer in peers) ** 2
             sums[name] = mine, theirs
-    rows = {
+    errors = {
         name: {"error": math.sqrt(mine / seeds), "allowed": 2 * math.sqrt(theirs / seeds) + TOLERANCE[dtype]}
         for name, (mine, theirs) in sums.items()
     }
-    return rows, repeatable
+    wrong = [name for name, row in errors.items() if not row["error"] <= row["allowed"]]
+    return {"wrong": wrong, "differing_reruns": _differing(pairs[2], shape, dtype, job), "errors": errors}
+
+
+def _differing(pair: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, job: Job) -> int:
+    """Of a few reruns, on images so large that every multiprocessor has work, how many differ in a single bit."""
+    if not job.rehearsal:
+        shape = (*shape[:2], 56, 56)
+    x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
+    first, *others = (_step(pair, x, 0) for _ in range(2 if job.rehearsal else 1 + RERUNS))
+    names = [name for name in first if "running" not in name]  # what a step leaves behind differs, as it should
+    return sum(not all(torch.equal(first[name], other[name]) for name in names) for other in others)
+
+
+def _pair(arguments: tuple[int, int, int, int], **options: Any) -> nn.Module:
+    """A block and a transition behind it: the textbook ones, or with ``options`` fastdense's."""
+    layers, entering, _, growth_rate = arguments
+    leaving = entering + layers * growth_rate
+    if not options:
+        return nn.Sequential(ConcatDenseBlock(*arguments), ConcatTransition(leaving, leaving // 2))
+    transition = fastdense.Transition(leaving, leaving // 2, impl=options["impl"])
+    return nn.Sequential(fastdense.DenseBlock(*arguments, **options), transition)
 
 
 def _ordinary_gammas(block: nn.Module) -> nn.Module:
@@ -117,12 +158,14 @@ def _step(block: nn.Module, x: Tensor, seed: int) -> Results:
 
 @contextmanager
 def _unwritten_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that cuBLAS is not repeatable: the memory is what this is about
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 class _Recorder:
@@ -170,16 +213,12 @@ def _pytest(job: Job, *arguments: str, processes: int = 0) -> None:
 
 
 def gpu_tests(job: Job) -> None:
-    """The tests that need a GPU; in a rehearsal, where all of them would be skipped, a few that run anywhere."""
-    _pytest(job, *(("tests/test_traffic.py", "-k", "hand") if job.rehearsal else ("tests", "-m", "gpu")))
-
-
-def kernel_tests(job: Job) -> None:
-    """The kernels' own tests, compiled where there is a GPU; in a rehearsal one of them, interpreted.
+    """The tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
 
     Compiling for every shape is most of the work, and each process does its own.
     """
     if job.rehearsal:
-        _pytest(job, "tests/test_kernels.py", "-k", "kernels_of_another_size")
-    else:
-        _pytest(job, "tests/test_kernels.py", "-m", "not gpu", processes=min(8, len(os.sched_getaffinity(0)) // 2))
+        _pytest(job, "tests/test_traffic.py", "-k", "hand")
+        return
+    files = [f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak")]
+    _pytest(job, *files, processes=min(12, len(os.sched_getaffinity(0))))

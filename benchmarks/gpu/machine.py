@@ -49,8 +49,10 @@ def tf32(allowed: bool) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    yield
-    matmul.allow_tf32, cudnn.allow_tf32 = before
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def rates(job: Job) -> None:
@@ -69,14 +71,14 @@ def rates(job: Job) -> None:
 def _copy_rate(size: int, device: torch.device) -> dict[str, Any]:
     values = torch.randn(size // 2, device=device).to(torch.bfloat16)
     target = torch.empty_like(values)
-    timing = device_timing(lambda: target.copy_(values), device, repeat=200)
+    timing = device_timing(lambda: target.copy_(values), device, repeat=100)
     return {"per_second": 2 * size / timing.median, "bytes": 2 * size, "timing": timing}
 
 
 def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    timing = device_timing(lambda: torch.mm(a, b, out=out), device, repeat=200)
+    timing = device_timing(lambda: torch.mm(a, b, out=out), device, repeat=100)
     return {"per_second": 2 * size**3 / timing.median, "size": size, "timing": timing}
 
 

@@ -114,9 +114,19 @@ class Primitive:
         arriving, into = (of_bottleneck, of_features) if pointwise else (of_features, of_bottleneck)
         self.grad = LazyGradient(arriving, tensors.a, tensors.b)
         self.into = LazyGradient(into, *torch.zeros(2, reads, device=into.device))
+        self._start: Tensor | None = None
         self.gradients: list[Tensor | None] = []
         if case.operation == traffic.COPY:
             self.output = Features(torch.empty_like(tensors.X)[:, :reads], *torch.empty(2, reads, device=into.device))
+
+    def restore(self) -> None:
+        """What a backward pass adds to, as it was when this was first called."""
+        if self._start is None:
+            self._start = self.into.D.clone()
+        self.into.D.copy_(self._start)
+        for sums in (self.into.a, self.into.b):
+            assert sums is not None
+            sums.zero_()
 
     def poison(self) -> None:
         """NaN wherever the primitive must write: what it leaves out is seen."""

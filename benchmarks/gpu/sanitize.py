@@ -10,24 +10,21 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from .. import traffic
 from ..runner import ROOT
 from .case import Case
+from .counters import find_tool
 from .measure import synchronize
 from .primitives import bind
-from .skip import Skip
-from .stage import ERROR_CHARACTERS, Job
+from .stage import ERROR_CHARACTERS, Job, Skip
 
 TOOLS = ("memcheck", "racecheck")
-PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FOUND = 9  # the tool's exit status where it has found something
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
@@ -58,12 +55,6 @@ def run_all(device: torch.device) -> int:
     return count
 
 
-def _tool() -> str | None:
-    return shutil.which("compute-sanitizer") or next(
-        (str(path) for place in PLACES if (path := Path(place) / "compute-sanitizer").is_file()), None
-    )
-
-
 def check(job: Job) -> None:
     """Both tools in turn, each with half of the time.
 
@@ -73,7 +64,7 @@ def check(job: Job) -> None:
     if job.rehearsal:
         job.result["primitives"] = run_all(job.device)
         return
-    tool = _tool()
+    tool = find_tool("compute-sanitizer")
     if tool is None:
         raise Skip("compute-sanitizer is not installed here")
     wrong = []

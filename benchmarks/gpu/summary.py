@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from io import StringIO
 from typing import Any
@@ -10,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..roofline import Bar, bars
+from ..roofline import Bar, bars, of_profile
 
 CHARACTERS = 10_000
 WIDTH = 118
@@ -44,23 +45,27 @@ def _blocks(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[str | Table]:
     yield ", ".join(f"{name} {made.get(name)}" for name in names)
     yield _status(stages)
     show: dict[str, Callable[[Result], Iterator[str | Table]]] = {  # where it is too much, the end is cut off
-        "smoke": _smoke,
-        "gpu-tests": _tests,
-        "kernel-tests": _tests,
         "rates": _rates,
-        "densenet121-batch64": _steps,
-        "densenet121-batch256": _steps,
-        "kernels": _kernels,
-        "sanitizer": _sanitizer,
+        "smoke": _smoke,
+        "check": _check,
+        "tests": _tests,
+        "tests-again": _tests,
+        "batch64": _steps,
+        "batch256": _steps,
+        "compiled-batch64": _steps,
+        "compiled-batch256": _steps,
+        "compiled-batch8": _steps,
+        "densenet201": _steps,
+        "batch1": _steps,
         "depth": _depth,
-        "host": _steps,
-        "graphs": _graphs,
-        "densenet201-batch64": _steps,
+        "sanitizer": _sanitizer,
+        "layers": _layers,
         "candidates": _candidates,
+        "counters": _counters,
     }
     for name, blocks in show.items():
         result = stages.get(name, {}).get("result")
-        if result and "dropped" not in result and not (rehearsal and name == "rates"):
+        if result and not (rehearsal and name == "rates"):
             yield from blocks(result)
 
 
@@ -88,8 +93,17 @@ def _smoke(result: Result) -> Iterator[str]:
         used = {name: _float(row["error"]) / _float(row["allowed"]) for name, row in found["errors"].items()}
         worst = max(used, key=lambda name: used[name])
         verdict = f"WRONG: {', '.join(found['wrong'][:LISTED])}" if found["wrong"] else "right"
-        again = "" if found["repeatable"] else "; TWO RUNS DIFFER"
+        again = f"; {found['differing_reruns']} RERUNS DIFFER" if found["differing_reruns"] else ""
         yield f"smoke, {label}: {verdict}{again}; {worst} uses {used[worst]:.2f} of its error budget"
+        for name, simpler in found.get("simpler", {}).items():
+            yield f"  with {name}: {simpler}"[:WIDTH]
+
+
+def _check(result: Result) -> Iterator[str]:
+    for label, row in result.items():
+        errors = (f"{name} {_float(row[name]['error']):.1e} (torchvision {_float(row[name]['torchvision']):.1e})"
+                  for name in row if name != "checked")  # fmt: skip
+        yield f"{label}: {'right' if row['checked'] else 'WRONG'}; error {', '.join(errors)}"
 
 
 def _float(value: float | str) -> float:
@@ -108,52 +122,29 @@ def _rates(result: Result) -> Iterator[str]:
     yield f"rates: copy {result['copy']['per_second'] / 1e12:.3f} TB/s; products in Tflop/s: {', '.join(products)}"
 
 
-def _kernels(result: Result) -> Iterator[str | Table]:
-    rows = result["rows"]
-    for row in [row for row in rows if not row["checked"]][:LISTED]:
-        why = row.get("error") or "off by " + ", ".join(f"{name} {_float(e):.1e}" for name, e in row["errors"].items())
-        yield f"not timed: {row['operation']} {row['dtype']} m={row['m']} reads={row['reads']}: {why}"[: 2 * WIDTH]
-    if result["not_reached"]:
-        yield f"kernels: {result['not_reached']} of {len(rows) + result['not_reached']} shapes not reached"
-    timed = [row for row in rows if "timing" in row]
-    for network in dict.fromkeys(name for row in timed for name in row["times"]):
-        for dtype in dict.fromkeys(row["dtype"] for row in timed):
-            found = bars([row for row in timed if row["dtype"] == dtype], network)
-            if found:
-                yield _totals(f"kernels of {network}, {dtype}", found)
-    if timed:  # one table in full: the others are in the record, and in the picture
-        network, dtype = next(iter(timed[0]["times"])), timed[0]["dtype"]
-        group = bars([row for row in timed if row["dtype"] == dtype], network)
-        yield _kernel_table(f"kernels of {network}, {dtype}, ms a step; floors modelled", group)
-
-
-def _totals(what: str, group: list[Bar]) -> str:
-    measured, floor = sum(bar.measured or 0.0 for bar in group), sum(bar.floor for bar in group)
-    reached = f", {floor / measured:.0%} of the floor's rate" if floor and measured else ""
-    return f"{what}: {measured * 1e3:.2f} ms a step, floor (modelled) {floor * 1e3:.2f} ms{reached}"
+def _layers(result: Result) -> Iterator[str | Table]:
+    for label, found in result.items():
+        busy = f"; the device is busy for {found['busy']:.0%} of the eager step" if "busy" in found else ""
+        yield (
+            f"{label}: {found['kernels']} kernels, {_milliseconds(found['device_seconds'])} ms on the device, "
+            f"{_milliseconds(found['ours_seconds'])} ms of it in ours{busy}"
+        )
+    label, found = list(result.items())[-1]
+    # One table in full: the others are in the record, and in the picture.
+    yield _kernel_table(f"{label}: ms a step on the device; floors modelled", bars(of_profile(found)))
+    others = sorted(found["others"].items(), key=lambda pair: -pair[1])[:LISTED]
+    yield "not ours: " + "; ".join(f"{name[:40]} {_milliseconds(seconds)} ms" for name, seconds in others)
 
 
 def _kernel_table(title: str, group: list[Bar]) -> Table:
     """One line for an operation and a resolution; first where most is lost above the floor."""
-    table = _table(title, "primitive", "m", "times", "measured", "floor", "x floor", "above floor", "host")
+    table = _table(title, "kernel", "m", "times", "measured", "floor", "x floor", "above floor")
     for bar in sorted(group, key=lambda bar: bar.floor - (bar.measured or 0.0))[:ROWS]:
         measured = bar.measured or 0.0
         ratio = f"{measured / bar.floor:.2f}" if bar.floor else ""
         cells = (_milliseconds(value, 3) for value in (measured, bar.floor))
-        above, host = _milliseconds(measured - bar.floor, 3), _milliseconds(bar.host, 3)
-        table.add_row(bar.operation, str(bar.m), str(bar.times), *cells, ratio, above, host)
+        table.add_row(bar.operation, str(bar.m), str(bar.times), *cells, ratio, _milliseconds(measured - bar.floor, 3))
     return table
-
-
-def _graphs(result: Result) -> Iterator[Table]:
-    table = _table(f"batch {result['batch']}: the host's time, eager and without it", "", "ms", "host ms", "first s")
-    for label, row in result["rows"].items():
-        if "step" in row:
-            cells = [_milliseconds(row[key]["median"], 2) for key in ("step", "host")]
-            table.add_row(label, *cells, f"{row['first_seconds']:.1f}")
-        else:
-            table.add_row(label, row.get("status", "not timed: wrong"))
-    yield table
 
 
 def _depth(result: Result) -> Iterator[str]:
@@ -170,49 +161,72 @@ def _sanitizer(result: Result) -> Iterator[str]:
             yield f"{name}: {found}, {row['ran']} primitives run"
 
 
-def _steps(result: Result) -> Iterator[Table]:
+def _steps(result: Result) -> Iterator[str | Table]:
     floor = result.get("modelled", {}).get("floor_seconds")
     title = f"{result['network']}, {result['batch']} x {result['size']}^2, {result['dtype']}, training step"
     if floor:
         title += f"; modelled floor {floor * 1e3:.2f} ms, {result['batch'] / floor:.0f} img/s"
-    table = _table(title, "", "ms", "p20 - p80", "ratio", "img/s", "host ms", "peak MB", "launches", "first s")
-    providers = result["providers"]
-    base = providers.get("torchvision", {}).get("step", {}).get("median")
-    for label, row in providers.items():
+    table = _table(title, "", "ms", "p20 - p80", "x torchvision", "img/s", "host ms", "peak MB", "first s")
+    rows, missing = result["rows"], []
+    base = rows.get("torchvision, eager", {}).get("step", {}).get("median")
+    for label, row in rows.items():
         if (step := row.get("step")) is None:
-            right = "not timed" if row["checked"] is not False else "not timed: wrong"
-            table.add_row(label, row.get("status", right))
+            status = row.get("status", "not timed" if row["checked"] is not False else "not timed: wrong")
+            why = row.get("error", "").strip().splitlines()[-1:]
+            missing.append(": ".join([label, status, *why])[:WIDTH])
             continue
-        peak, launches = row.get("peak_bytes"), row.get("launches")
+        peak = row.get("peak_bytes")
         table.add_row(
             label,
             _milliseconds(step["median"], 1),
             f"{_milliseconds(step['p20'], 1)} - {_milliseconds(step['p80'], 1)}",
-            f"{step['median'] / base:.2f}" if base else "",
-            f"{result['batch'] / step['median']:.0f}",
+            f"{base / step['median']:.2f}" if base else "",
+            f"{row['images_per_second']:.0f}",
             _milliseconds(row["host"]["median"], 1),
             "" if peak is None else f"{peak / 1e6:.0f}",
-            "" if launches is None else str(launches),
             f"{row['first_seconds']:.1f}",
         )
     yield table
+    yield from missing
 
 
-def _candidates(result: Result) -> Iterator[Table]:
-    """The launch configurations that gained most against the table's own choice, timed first and last."""
-    base: dict[tuple[Any, ...], list[float]] = {}
-    gains = []
+def _candidates(result: Result) -> Iterator[str | Table]:
+    """Of each kernel and map the table's own choice and the best of the others."""
+    cases: dict[tuple[str, int], list[Result]] = {}
     for row in result["rows"]:
-        if "timing" not in row:
-            continue
-        case = (row["operation"], row["m"], row["reads"])
-        if row["kernel"] is None:
-            base.setdefault(case, []).append(row["timing"]["median"])
-        else:
-            gains.append((row["timing"]["median"] / base[case][0], case, row))
-    table = _table("launch configurations against the table's choice", "primitive", "m", "change", "ms", "x", "again")
-    for ratio, case, row in sorted(gains, key=lambda gain: gain[0])[: 2 * LISTED]:
-        change = f"{row['kernel']}: {', '.join(f'{key}={value}' for key, value in row['change'].items())}"
-        again = f"{base[case][-1] / base[case][0]:.2f}" if len(base[case]) > 1 else ""
-        table.add_row(case[0], str(case[1]), change, _milliseconds(row["timing"]["median"], 3), f"{ratio:.2f}", again)
+        cases.setdefault((row["operation"], row["m"]), []).append(row)
+        if not row["checked"]:
+            yield f"not timed: {row['operation']} m={row['m']} {_change(row)}: {row.get('error', row.get('worst'))}"[
+                :WIDTH
+            ]
+    table = _table("launch configurations, microseconds", "kernel", "m", "floor", "chosen", "again", "best", "others")
+    for (operation, m), rows in cases.items():
+        own = [row["timing"]["median"] for row in rows if not row["change"] and "timing" in row]
+        tried = sorted((row["timing"]["median"], _change(row)) for row in rows if row["change"] and "timing" in row)
+        if own and tried:
+            floor = f"{rows[0].get('floor_seconds', 0.0) * 1e6:.0f}"
+            best, *others = (f"{seconds * 1e6:.0f} {change}" for seconds, change in tried[:2])
+            table.add_row(
+                operation, str(m), floor, f"{own[0] * 1e6:.0f}", f"{own[-1] * 1e6:.0f}", best, "; ".join(others)
+            )
+    yield table
+
+
+def _change(row: Result) -> str:
+    """A change in short: ``128x64x128 w8 s3``."""
+    change = dict(row["change"])
+    tile = "x".join(str(change.pop(name)) for name in ("block_m", "block_c", "block_k") if name in change)
+    rest = [f"{name[0] if name.startswith('num') is False else name[4]}{value}" for name, value in change.items()]
+    return " ".join([*([tile] if tile else []), *rest])
+
+
+def _counters(result: Result) -> Iterator[Table]:
+    table = _table("hardware counters", "kernel", "m", "us", "L2 hit %", "issue %", "warps %", "waves", "most stalled")
+    for row in result["rows"]:
+        stalls = sorted(((value, name) for name, value in row.items() if name.startswith("stalled")), reverse=True)
+        table.add_row(
+            row["operation"], str(row["m"]), f"{row['nanoseconds'] / 1e3:.1f}",
+            *(f"{row.get(name, math.nan):.0f}" for name in ("L2 hits %", "issue slots %", "warps active %")),
+            f"{row.get('waves', math.nan):.2f}", ", ".join(f"{name[9:]} {value:.1f}" for value, name in stalls[:3]),
+        )  # fmt: skip
     yield table

@@ -1,0 +1,169 @@
+"""Launch configurations of the four main kernels at DenseNet-121's four resolutions, timed by replaying graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from fastdense.kernels import launch
+
+from .. import traffic
+from ..runner import Timing
+from .case import Case
+from .machine import measured_rates, tf32
+from .measure import host_seconds, relative_error, state, synchronize
+from .primitives import Primitive, bind, passes
+from .stage import Job
+
+BATCH = 64
+DTYPE = torch.bfloat16
+SECONDS_A_ROW = 3.0  # the most that one row takes: its kernel may have to be compiled
+CACHE_BYTES = 60 << 20  # more than the largest cache: what a replay reads has left it
+LAUNCHES, REPLAYS = 20, 5
+
+Change = dict[str, Any]
+REHEARSED: tuple[Change, ...] = ({}, {"num_warps": 8}, {})
+
+
+def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: int, **more: Any) -> Change:
+    tile = {"block_m": block_m, "block_c": block_c, "block_k": block_k}
+    return {**tile, "num_warps": num_warps, "num_stages": num_stages, **more}
+
+
+# Of each operation: what is tried beside the table's own choice.
+CHANGES: dict[str, tuple[Change, ...]] = {
+    "forward 1x1": (
+        _tile(128, 64, 128, 8, 2), _tile(128, 64, 128, 8, 3), _tile(128, 64, 128, 16, 3), _tile(64, 64, 128, 4, 2),
+        _tile(64, 64, 128, 4, 3), _tile(64, 64, 64, 4, 3), _tile(64, 32, 128, 4, 4), _tile(128, 32, 128, 8, 4),
+    ),
+    "forward 3x3": (
+        _tile(64, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(128, 32, 32, 8, 3), _tile(64, 32, 32, 4, 4),
+        _tile(64, 64, 32, 4, 3, form="taps"), _tile(128, 64, 32, 8, 3, form="taps"),
+        _tile(128, 64, 32, 4, 3, form="taps"), {"form": "scratch"},
+    ),
+    "backward 1x1": (
+        _tile(64, 64, 128, 8, 2), _tile(64, 64, 128, 8, 3), _tile(64, 32, 128, 8, 3), _tile(64, 64, 128, 8, 4),
+        _tile(32, 64, 128, 8, 3), _tile(64, 128, 128, 8, 2), _tile(64, 64, 128, 16, 3),
+    ),
+    "backward 3x3": (
+        _tile(64, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(64, 64, 32, 8, 3), _tile(64, 128, 32, 8, 2),
+        {"group": 1}, {"group": 9}, {"weight_block_c": 64}, {"weight_block_m": 32},
+    ),
+}  # fmt: skip
+OPERATION = {name: "bn_relu_conv" + "_backward" * (name in traffic.BACKWARD) for name in CHANGES}
+
+
+def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
+    """Each main kernel in the middle layer of each of DenseNet-121's blocks, the largest resolution first."""
+    network = traffic.NETWORKS["densenet121"]
+    k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 1)
+    for layers, block in zip(network.layers, traffic.blocks(network, batch, size), strict=True):
+        reads = block.entering + layers // 2 * k
+        for name in CHANGES:
+            shape = (reads, wide, 1) if name.endswith("1x1") else (wide, k, 9)
+            yield Case(name, traffic.Shape(block.m, *shape, DTYPE.itemsize), batch, block.leaving)
+
+
+def candidates() -> Iterator[tuple[str, Change, Case]]:
+    """``(operation of the launch table, change, case)`` for everything that is tried, in turn over the cases.
+
+    The table's own choice comes first and last: a difference smaller than between those two is noise.
+    """
+    for number in range(max(map(len, CHANGES.values())) + 2):
+        for case in cases():
+            changes: list[Change] = [{}, *CHANGES[case.operation], {}]
+            if number < len(changes):
+                yield OPERATION[case.operation], changes[number], case
+
+
+def floor(case: Case) -> traffic.Traffic:
+    """What a case must move and compute at least."""
+    return traffic.primitive(case.operation, case.shape, window=2**case.dims)
+
+
+def measure(job: Job) -> None:
+    """Check, then time everything; ``rows`` is complete up to where the time ran out."""
+    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    todo = list(candidates())
+    if job.rehearsal:
+        small = Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32)
+        todo = [("bn_relu_conv", change, small) for change in REHEARSED]
+    bound: dict[Case, list[Primitive]] = {}
+    truths: dict[Case, dict[str, torch.Tensor]] = {}
+    for number, (op, change, case) in enumerate(todo):
+        if job.seconds_left() < SECONDS_A_ROW:
+            job.result["not_reached"] = len(todo) - number
+            break
+        row = {"operation": case.operation, **case.shape._asdict(), "change": change}
+        try:
+            if case not in bound:
+                bound[case], truths[case] = _bound(case, job)
+            with launch.override(op, **change) if change else nullcontext():
+                row |= _row(bound[case], truths[case], job)
+        except Exception as error:  # one kernel that does not compile must not take the others' times with it
+            synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
+            row |= {"checked": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        if (rates := measured_rates(job, DTYPE)) is not None:
+            row["floor_seconds"] = traffic.floor_seconds(*floor(case), *rates)
+        job.result["rows"].append(row)
+        if number % 8 == 0:  # writing the whole file for every row would take longer than the row
+            job.save()
+    job.result["after"] = state(job.device)
+
+
+def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, torch.Tensor]]:
+    """The primitive on as many sets of tensors as no cache can hold, and what the first one must find."""
+    dtype = torch.float16 if job.rehearsal else DTYPE  # which the interpreter has no arithmetic for
+    count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / floor(case).bytes) + 1)
+    sets: list[Primitive] = []
+    found: dict[str, torch.Tensor] = {}
+    for _ in range(count):
+        primitive, truth = bind(case, dtype, job.device, "triton")
+        assert isinstance(primitive, Primitive)
+        if not sets:
+            with tf32(False):
+                truth()
+            found = truth.results()
+        sets.append(primitive)
+    return sets, found
+
+
+def _row(sets: list[Primitive], truth: dict[str, torch.Tensor], job: Job) -> dict[str, Any]:
+    """Errors of a run on the first set; if they are small enough, the time of a launch."""
+    primitive = sets[0]
+    primitive.restore()
+    primitive.poison()
+    primitive()
+    errors = {name: relative_error(got, truth[name]) for name, got in primitive.results().items()}
+    checked = passes(errors, primitive.images.dtype)
+    row: dict[str, Any] = {"checked": checked, "worst": max(errors.items(), key=lambda pair: pair[1])}
+    if checked:
+        row["timing"] = _graph_timing(sets, job.device)
+    return row
+
+
+def _graph_timing(sets: list[Primitive], device: torch.device) -> Timing:
+    """Seconds of one call, from replays of a graph of many: the host takes no part."""
+    if device.type != "cuda":
+        return Timing.of([host_seconds(sets[0], device)])
+    for primitive in sets:
+        primitive()
+    rounds = max(1, LAUNCHES // len(sets))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for primitive in sets:
+                primitive()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        graph.replay()
+    marks[-1].record()
+    synchronize(device)
+    return Timing.of([a.elapsed_time(b) / 1e3 / (rounds * len(sets)) for a, b in pairwise(marks)])
