@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from . import train_command
 from . import train_options as opt
@@ -19,7 +21,33 @@ from .train_config import TrainConfig
 
 __all__ = ["app"]
 
+# Whatever the command line raises of its own: click's, or of the copy of click that newer releases of typer bring.
+_CLICK_EXCEPTION: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _Unframed(TyperGroup):
+    """Says what is wrong in lines as long as they are: in a frame, a path would be broken and could not be copied."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
+        """Run a command; by itself, exits with its status."""
+        try:
+            found = super().main(*arguments, standalone_mode=False, **named)
+        except typer.Abort:
+            if not standalone_mode:
+                raise
+            sys.exit("Aborted.")
+        except Exception as error:
+            if not standalone_mode or not isinstance(error, _CLICK_EXCEPTION):
+                raise
+            error.show()
+            sys.exit(error.exit_code)
+        if standalone_mode:
+            sys.exit(found if isinstance(found, int) else 0)
+        return found
+
+
 app = typer.Typer(
+    cls=_Unframed,
     help="DenseNets that are cheap to train.",
     no_args_is_help=True,
     add_completion=False,

@@ -102,6 +102,19 @@ def results(
     return found | {name: buffer.clone() for name, buffer in block.named_buffers()}
 
 
+def called(graph: Any) -> set[str]:
+    """What a traced, scripted or exported graph calls; printed, it names files, too, whose paths may hold any word."""
+    if isinstance(graph, torch.fx.Graph):
+        return {str(node.target) for node in graph.nodes}
+    inner = (block for node in graph.nodes() for block in node.blocks())
+    return {node.kind() for node in graph.nodes()}.union(*map(called, inner))
+
+
+def calls_fastdense(graph: Any) -> bool:
+    """Whether one of this package's operators is in it, or a Python function, as which an autograd.Function shows."""
+    return any("fastdense" in name or name == "prim::PythonOp" for name in called(graph))
+
+
 def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None], tolerance: float = TOLERANCE) -> None:
     assert got.keys() == want.keys()
     scale = max(tensor.double().norm().item() for name, tensor in want.items() if tensor is not None)

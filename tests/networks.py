@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peer_packages
@@ -17,6 +18,7 @@ import fastdense
 from fastdense.converted import Converted
 
 CLASSES = 5
+PACKAGE = Path(fastdense.__file__).parent
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 1), "num_init_features": 8, "num_classes": CLASSES}
 
 
@@ -100,4 +102,4 @@ def heard() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield said
-    said += [str(w.message) for w in caught if "fastdense" in str(w.message) or "fastdense" in w.filename]
+    said += [str(w.message) for w in caught if "fastdense" in str(w.message) or Path(w.filename).parent == PACKAGE]

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from ..roofline import bars_of_record, plot
+from . import ahead
+from .candidates import candidates
 from .run import MINUTES, PICTURE, Run
 from .stage import Stage
 from .summary import summary
@@ -53,7 +55,10 @@ STAGES = (
 def main() -> None:
     """Command line; exits with 1 if a stage did not finish."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.log and kernels.png")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder for gpu.json, gpu.log and kernels.png")
+    where.add_argument("--ahead", type=Path, metavar="DIR", help="compile all kernels, here and now, into a file there")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of --ahead: what was compiled there")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the longest that all stages may take together")
     parser.add_argument("--again", action="store_true", help="the second run: what takes minutes")
     parser.add_argument(
@@ -65,9 +70,13 @@ def main() -> None:
         help="the same stages at tiny shapes on the CPU, in Triton's interpreter: they run, and measure nothing",
     )
     options = parser.parse_args()
+    if options.ahead is not None:
+        print(ahead.make(options.ahead, candidates=list(candidates())), flush=True)
+        return
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU here; --rehearse runs the same stages on the CPU and measures nothing")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopping the run stops its stages
+    taken = None if options.cache is None else ahead.take(options.cache)
     run = Run(
         options.out,
         minutes=options.minutes,
@@ -77,6 +86,8 @@ def main() -> None:
     complete = run.run(chosen(options.stages, again=options.again))
     _picture(run)
     print(summary(run.stages), flush=True)
+    if taken is not None:
+        print(taken.report(), flush=True)
     sys.exit(not complete)
 
 
