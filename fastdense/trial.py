@@ -19,6 +19,8 @@ from .primitives import Backend, Conv, Layer, Norm
 
 # Relative 2-norm, some roundings (float32 may multiply in TF32): a right kernel is off by one, a wrong one by far more.
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Images: on a GPU several tiles a program, and as many programs as it takes.
+SIZES = {"cpu": (2, 13, 11), "cuda": (2, 199, 193)}
 
 
 @lru_cache(maxsize=64)
@@ -42,8 +44,7 @@ def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def _results(create: Callable[[Tensor], Backend], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that one layer's forward and backward pass compute, from the same numbers whatever the dtype."""
     generator = torch.Generator().manual_seed(0)
-    # Several steps over the channels; on a GPU several tiles a program, and as many programs as it takes.
-    reads, k, wide, (n, height, width) = 200, 24, 96, (2, 13, 11) if device.type == "cpu" else (2, 199, 193)
+    reads, k, wide, (n, height, width) = 200, 24, 96, SIZES[device.type]  # several steps over the channels
     acc = accumulation_dtype(dtype)
 
     def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:

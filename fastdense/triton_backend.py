@@ -21,10 +21,13 @@ from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, mo
 from .kernels.launch import LaunchConfig, Shape
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 from .triton_backward import ConvBackward, Pending
+from .triton_keys import settle
 from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of
 from .triton_pool import pool_backward, pool_forward
 
 COUNTERS = 1024
+
+settle()
 
 
 @lru_cache(maxsize=64)
