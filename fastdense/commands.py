@@ -31,7 +31,7 @@ class _Unframed(TyperGroup):
     def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
         """Run a command; by itself, exits with its status."""
         try:
-            found = super().main(*arguments, standalone_mode=False, **named)
+            found = super().main(*arguments, **{**named, "standalone_mode": False})
         except typer.Abort:
             if not standalone_mode:
                 raise

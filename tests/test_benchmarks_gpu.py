@@ -173,14 +173,15 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     labels: set[str] = set()
     for name in ("batch64", "batch256", "batch1", "densenet201", "compiled-batch8", "compiled-batch256"):
         rows = results[name]["rows"]
-        assert all(row["step"]["median"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+        timed = {label: row for label, row in rows.items() if "cannot be captured" not in row.get("status", "")}
+        assert all(row["step"]["median"] > 0 and row["images_per_second"] > 0 for row in timed.values())
         assert all(row["checked"] for label, row in rows.items() if label.startswith("fastdense"))
-        labels |= rows.keys()
+        labels |= timed.keys()
     assert labels == {
         *(f"{label}, eager" for label in networks.PROVIDERS if label != "fastdense converted"),
-        *(f"{label}, graph" for label in steps.PLAIN),
+        *(f"{label}, graph" for label in steps.PLAIN if label != networks.EFFICIENT),
     }
-    assert all(row["equals_eager"] for label, row in results["batch64"]["rows"].items() if label.endswith("graph"))
+    assert all(row["equals_eager"] for row in results["batch64"]["rows"].values() if "equals_eager" in row)
     assert results["sanitizer"]["primitives"] == 13
 
 
