@@ -21,7 +21,7 @@ from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, mo
 from .kernels.launch import LaunchConfig, Shape
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 from .triton_backward import ConvBackward, Pending
-from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of
+from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of, weight_unit
 from .triton_pool import pool_backward, pool_forward
 
 COUNTERS = 1024
@@ -217,7 +217,7 @@ class TritonBackend:
             *weight.kernel, shifts, *window,
             HAS_MOMENTS=out.mean is not None, HAS_DROPOUT=dropout is not None,
             PER_CHANNEL=dropout is not None and dropout.per_channel, INPUT_PRECISION=self.precision,
-            X_UNIT=readable(x), W_UNIT=weight.unit(self.dtype.itemsize),
+            X_UNIT=readable(x), W_UNIT=weight_unit(weight.values),
             OUT_UNIT=unit_of(self.dtype.itemsize, writes, out.rows.stride(0)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c, config=config,
         )  # fmt: skip
@@ -265,15 +265,17 @@ class TritonBackend:
         channels = of.rows.shape[1]
         config = self.choose("resolve", channels, channels)
         tiles = -(-self.m // config.block_m) * -(-width // config.block_c)
+        strides = out.stride(0), grad.D.stride(0), of.rows.stride(0)
         if tiles:
             self.launch(
                 bn_relu_conv_backward.resolve_kernel, tiles,
                 out, grad.D, of.rows, grad.a, grad.b, of.mean, dropout.seed if dropout else None,
                 self.m, channels, width, self.pixels,
-                out.stride(0), grad.D.stride(0), of.rows.stride(0),
+                *strides,
                 *dropout_arguments(dropout),
                 LAZY=grad.a is not None and of.mean is not None, HAS_DROPOUT=dropout is not None,
                 PER_CHANNEL=dropout is not None and dropout.per_channel,
+                UNIT=unit_of(self.dtype.itemsize, channels, width, *strides),
                 BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
             )  # fmt: skip
         return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from .features import Features, LazyGradient
 from .kernels import bn_relu_conv_backward, launch
 from .primitives import Conv, Gradients
-from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of
+from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of, weight_unit
 
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
@@ -90,7 +90,7 @@ class ConvBackward(NamedTuple):
             *self._strides(weight, dw),
             conv.norm.eps,
             *weight.kernel, blocks, config.group, *window,
-            **self._flags(weight, together), HAS_PENDING=pending is not None,
+            **self._flags(weight, together, dw), HAS_PENDING=pending is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             WEIGHT_BLOCK_M=config.weight_block_m, WEIGHT_BLOCK_C=config.weight_block_c,
             BLOCK_E=be.choose("add_up", 1, 1).block_c, config=config,
@@ -126,7 +126,7 @@ class ConvBackward(NamedTuple):
             self.source.rows.stride(0), *weight.strides, *d_strides,
         )  # fmt: skip
 
-    def _flags(self, weight: Weight, together: bool) -> dict[str, Any]:
+    def _flags(self, weight: Weight, together: bool, dw: Tensor | None) -> dict[str, Any]:
         be, grad, into, itemsize = self.be, self.grad, self.into, self.be.dtype.itemsize
         lazy = self.lazy
         reads, writes = self.source.rows.shape[1], weight.values.shape[0]
@@ -139,5 +139,6 @@ class ConvBackward(NamedTuple):
             "INPUT_PRECISION": be.precision,
             "X_UNIT": readable(self.source.rows),
             "D_UNIT": 1 if into is None else unit_of(itemsize, into.D.stride(0), reads, self.start),
-            "G_UNIT": g_unit, "W_UNIT": weight.unit(itemsize),
+            "G_UNIT": g_unit, "W_UNIT": weight_unit(weight.values),
+            "DW_UNIT": 1 if dw is None else weight_unit(dw),
         }  # fmt: skip
