@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
 from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
-from .kernels.launch import LaunchConfig, Shape
+from .kernels.launch import LaunchConfig, Shape, Split, Work
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 from .triton_backward import ConvBackward, Pending
 from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of, weight_unit
@@ -81,6 +81,11 @@ class TritonBackend:
         """How to launch ``op``."""
         shape = Shape(self.m, reads, writes, taps, **flags)
         return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
+
+    def share(self, config: LaunchConfig, work: Work) -> Split:
+        """How many programs share the rows, and how many tiles each of them has."""
+        (split,) = launch.share(self.sm_count * config.resident, work)
+        return split
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised fp32."""
@@ -178,7 +183,7 @@ class TritonBackend:
         m, channels = out.rows.shape
         config = self.choose("copy", channels, channels)
         columns = -(-channels // config.block_c)
-        programs, each = launch.share(-(-m // config.block_m), columns, self.sm_count)
+        programs, each = self.share(config, Work(-(-m // config.block_m), columns))
         stride = 0 if target is None else target.stride(0)
         self.launch(
             moments.copy_with_moments_kernel, programs * columns,
@@ -205,7 +210,7 @@ class TritonBackend:
             return
         shifts = weight.kernel[2] if config.form == "rows" else 1
         columns, m = -(-writes // config.block_k), out.rows.shape[0]
-        programs, each = launch.share(-(-m // (config.block_m - shifts + 1)), columns, self.sm_count)
+        programs, each = self.share(config, Work(-(-m // (config.block_m - shifts + 1)), columns))
         x = source.rows
         self.launch(
             bn_relu_conv.bn_relu_conv_kernel, programs * columns,
