@@ -171,7 +171,7 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             signature[param.name] = "fp32"
         else:
             signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and _specialised(param, value):
+            if value % 16 == 0 and _specialised(param, value) and not param.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

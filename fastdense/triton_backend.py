@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
 from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
-from .kernels.launch import LaunchConfig, Shape
+from .kernels.launch import LaunchConfig, Shape, Split, Work
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 from .triton_backward import ConvBackward, Pending
 from .triton_keys import settle
-from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of
+from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of, weight_unit
 from .triton_pool import pool_backward, pool_forward
 
 COUNTERS = 1024
@@ -84,6 +84,11 @@ class TritonBackend:
         """How to launch ``op``."""
         shape = Shape(self.m, reads, writes, taps, **flags)
         return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
+
+    def share(self, config: LaunchConfig, work: Work) -> Split:
+        """How many programs share the rows, and how many tiles each of them has."""
+        (split,) = launch.share(self.sm_count * config.resident, work)
+        return split
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised fp32."""
@@ -181,7 +186,7 @@ class TritonBackend:
         m, channels = out.rows.shape
         config = self.choose("copy", channels, channels)
         columns = -(-channels // config.block_c)
-        programs, each = launch.share(-(-m // config.block_m), columns, self.sm_count)
+        programs, each = self.share(config, Work(-(-m // config.block_m), columns))
         stride = 0 if target is None else target.stride(0)
         self.launch(
             moments.copy_with_moments_kernel, programs * columns,
@@ -208,7 +213,7 @@ class TritonBackend:
             return
         shifts = weight.kernel[2] if config.form == "rows" else 1
         columns, m = -(-writes // config.block_k), out.rows.shape[0]
-        programs, each = launch.share(-(-m // (config.block_m - shifts + 1)), columns, self.sm_count)
+        programs, each = self.share(config, Work(-(-m // (config.block_m - shifts + 1)), columns))
         x = source.rows
         self.launch(
             bn_relu_conv.bn_relu_conv_kernel, programs * columns,
@@ -220,7 +225,7 @@ class TritonBackend:
             *weight.kernel, shifts, *window,
             HAS_MOMENTS=out.mean is not None, HAS_DROPOUT=dropout is not None,
             PER_CHANNEL=dropout is not None and dropout.per_channel, INPUT_PRECISION=self.precision,
-            X_UNIT=readable(x), W_UNIT=weight.unit(self.dtype.itemsize),
+            X_UNIT=readable(x), W_UNIT=weight_unit(weight.values),
             OUT_UNIT=unit_of(self.dtype.itemsize, writes, out.rows.stride(0)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c, config=config,
         )  # fmt: skip
@@ -268,15 +273,17 @@ class TritonBackend:
         channels = of.rows.shape[1]
         config = self.choose("resolve", channels, channels)
         tiles = -(-self.m // config.block_m) * -(-width // config.block_c)
+        strides = out.stride(0), grad.D.stride(0), of.rows.stride(0)
         if tiles:
             self.launch(
                 bn_relu_conv_backward.resolve_kernel, tiles,
                 out, grad.D, of.rows, grad.a, grad.b, of.mean, dropout.seed if dropout else None,
                 self.m, channels, width, self.pixels,
-                out.stride(0), grad.D.stride(0), of.rows.stride(0),
+                *strides,
                 *dropout_arguments(dropout),
                 LAZY=grad.a is not None and of.mean is not None, HAS_DROPOUT=dropout is not None,
                 PER_CHANNEL=dropout is not None and dropout.per_channel,
+                UNIT=unit_of(self.dtype.itemsize, channels, width, *strides),
                 BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
             )  # fmt: skip
         return out

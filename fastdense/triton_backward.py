@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .features import Features, LazyGradient
 from .kernels import bn_relu_conv_backward, launch
+from .kernels.launch import LaunchConfig, Split, Work
 from .primitives import Conv, Gradients
-from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of
+from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of, weight_unit
 
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
@@ -60,21 +61,18 @@ class ConvBackward(NamedTuple):
             self.into.D.zero_()
         blocks = -(-writes // config.block_k)
         together = weight.taps == 1 and config.group >= blocks
-        groups = -(-weight.taps * blocks // config.group)
         # The first column tile whose dy anybody wants.
         first = 0 if needs_gamma or needs_beta or (needs_weight and together) else self.start // config.block_c
         columns = -(-reads // config.block_c) - first
-        at_least = launch.MIN_TILES_PER_SPLIT if together and needs_weight else 1
-        splits, each = launch.share(-(-m // config.block_m), columns, be.sm_count, at_least)
+        data, weights = self._share(config, columns, weight.taps * blocks, together)
+        splits = data.programs
         data_programs = splits * columns if self.needs_dy or together else 0
-        weight_splits, weight_each, weight_programs = splits, each, 0
+        weight_splits, weight_programs = splits, 0
         if needs_weight and not together:
-            weight_columns = -(-reads // config.weight_block_c)
-            tiles = -(-m // config.weight_block_m)
-            weight_splits, weight_each = launch.share(
-                tiles, weight_columns * groups, be.sm_count, launch.MIN_TILES_PER_SPLIT
+            weight_splits = weights.programs
+            weight_programs = (
+                weight_splits * -(-reads // config.weight_block_c) * -(-weight.taps * blocks // config.group)
             )
-            weight_programs = weight_splits * weight_columns * groups
         dw = dense_like(conv.weight) if needs_weight else None
         partial = dw
         if dw is not None and weight_splits > 1:
@@ -85,12 +83,12 @@ class ConvBackward(NamedTuple):
             bn_relu_conv_backward.bn_relu_conv_backward_kernel, data_programs + weight_programs,
             *self._pointers(weight, partial, dgamma, dbeta, splits, columns, pending),
             m, be.m, reads, writes, *sizes, *be.depth_height_width, self.start, first,
-            each, weight_each, data_programs,
+            data.each, weights.each, data_programs,
             0 if dw is None else dw.numel(), *((pending.out.numel(), pending.partial.shape[0]) if pending else (0, 0)),
             *self._strides(weight, dw),
             conv.norm.eps,
             *weight.kernel, blocks, config.group, *window,
-            **self._flags(weight, together), HAS_PENDING=pending is not None,
+            **self._flags(weight, together, dw), HAS_PENDING=pending is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             WEIGHT_BLOCK_M=config.weight_block_m, WEIGHT_BLOCK_C=config.weight_block_c,
             BLOCK_E=be.choose("add_up", 1, 1).block_c, config=config,
@@ -98,6 +96,25 @@ class ConvBackward(NamedTuple):
         if dw is not None and partial is not None and partial is not dw:
             be._pending = Pending(dw, partial)
         return [dgamma, dbeta, dw]
+
+    def _share(self, config: LaunchConfig, columns: int, units: int, together: bool) -> tuple[Split, Split]:
+        """How programs that form the data gradient, or both, share the rows, and those that form weight gradients."""
+        m, needs_weight = self.grad.D.shape[0], self.conv.needs[2]
+        least = launch.MIN_TILES_PER_SPLIT
+        tile, weight_tile = config.block_m * config.block_c, config.weight_block_m * config.weight_block_c
+        data = Work(-(-m // config.block_m), columns, tile * units, least if together and needs_weight else 1)
+        groups = -(-units // config.group)
+        weight_columns = -(-self.source.rows.shape[1] // config.weight_block_c) * groups
+        weights = Work(-(-m // config.weight_block_m), weight_columns, weight_tile * config.group, least)
+        places = self.be.sm_count * config.resident
+        if together or not needs_weight:
+            (split,) = launch.share(places, data)
+            return split, split
+        if not self.needs_dy:
+            (split,) = launch.share(places, weights)
+            return split, split
+        first, second = launch.share(places, data, weights)
+        return first, second
 
     def _pointers(
         self,
@@ -126,7 +143,7 @@ class ConvBackward(NamedTuple):
             self.source.rows.stride(0), *weight.strides, *d_strides,
         )  # fmt: skip
 
-    def _flags(self, weight: Weight, together: bool) -> dict[str, Any]:
+    def _flags(self, weight: Weight, together: bool, dw: Tensor | None) -> dict[str, Any]:
         be, grad, into, itemsize = self.be, self.grad, self.into, self.be.dtype.itemsize
         lazy = self.lazy
         reads, writes = self.source.rows.shape[1], weight.values.shape[0]
@@ -139,5 +156,6 @@ class ConvBackward(NamedTuple):
             "INPUT_PRECISION": be.precision,
             "X_UNIT": readable(self.source.rows),
             "D_UNIT": 1 if into is None else unit_of(itemsize, into.D.stride(0), reads, self.start),
-            "G_UNIT": g_unit, "W_UNIT": weight.unit(itemsize),
+            "G_UNIT": g_unit, "W_UNIT": weight_unit(weight.values),
+            "DW_UNIT": 1 if dw is None else weight_unit(dw),
         }  # fmt: skip

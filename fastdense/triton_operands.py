@@ -34,11 +34,6 @@ class Weight(NamedTuple):
             weight, tap = weight.contiguous(), 1
         return cls(weight, (weight.stride(0), weight.stride(1), tap), three(weight.shape[2:]))
 
-    def unit(self, itemsize: int) -> int:
-        """What divides the number of input channels and every stride but theirs, for wide loads."""
-        wk, wc, wt = self.strides
-        return unit_of(itemsize, self.values.shape[1], wk, wt if self.taps > 1 else 0) if wc == 1 else 1
-
 
 def three(sizes: Sequence[int]) -> tuple[int, int, int]:
     """One to three sizes as depth, height, width."""
@@ -68,6 +63,12 @@ def is_channels_last(weight: Tensor) -> bool:
 def unit_of(itemsize: int, *numbers: int) -> int:
     """The largest power of two, up to 16 bytes of elements, that divides all ``numbers``."""
     return math.gcd(16 // itemsize, *numbers)
+
+
+def weight_unit(weight: Tensor) -> int:
+    """What divides the number of input channels and every stride but theirs, for wide loads and stores."""
+    tap = tap_stride(weight) or 0
+    return unit_of(weight.element_size(), weight.shape[1], weight.stride(0), tap) if weight.stride(1) == 1 else 1
 
 
 def dense_like(weight: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .features import Features, LazyGradient
-from .kernels import bn_relu_pool, launch
+from .kernels import bn_relu_pool
+from .kernels.launch import Work
 from .primitives import Gradients, Norm, Pool
 from .triton_operands import reader, three, unit_of
 
@@ -55,7 +56,7 @@ def _maximum(
     m = be.images * math.prod(sizes)
     config = be.choose("max_pool", channels, channels)
     columns = -(-channels // config.block_c)
-    programs, each = launch.share(-(-m // config.block_m), columns, be.sm_count)
+    programs, each = be.share(config, Work(-(-m // config.block_m), columns))
     nothing = None, None, None, None
     mean, var, partial, counter = nothing if out is None else be.moments_workspace(out, programs, columns)
     stride = 0 if out is None else out.rows.stride(0)
@@ -86,7 +87,7 @@ def pool_backward(
         sizes, windows = three(pool.sizes(be.spatial)), _windows(pool)
     config = be.choose("pool_backward", channels, channels)
     columns = -(-channels // config.block_c)
-    splits, each = launch.share(-(-be.m // config.block_m), columns, be.sm_count)
+    splits, each = be.share(config, Work(-(-be.m // config.block_m), columns))
     dgamma, dbeta = be.empty(channels), be.empty(channels)
     D, da, db = (None, None, None) if into is None else (into.D, into.a, into.b)
     strides = (0 if D is None else D.stride(0), grad.stride(0), x.stride(0))

@@ -6,7 +6,7 @@ import triton.language as tl
 from .common import in_units, load_reader, offsets, relu, row_and_column, to_storage
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"], do_not_specialize_on_alignment=["C", "stride_om", "stride_xm"])
 def activation_kernel(
     out_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     m, C, stride_om, stride_xm, eps,

@@ -84,7 +84,12 @@ def _add_shifted(products, x, W, KW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
     return out
 
 
-@triton.jit(do_not_specialize=["layer", "threshold", "tiles_per_program"])
+@triton.jit(
+    do_not_specialize=["m", "layer", "threshold", "tiles_per_program"],
+    do_not_specialize_on_alignment=[
+        "C", "K", "D", "H", "W", "XD", "XH", "XW", "stride_om", "stride_xm", "stride_wk", "stride_wc", "stride_wt",
+    ],
+)  # fmt: skip
 def bn_relu_conv_kernel(
     out_ptr, out_mean_ptr, out_var_ptr, partial_ptr, counter_ptr,
     x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr, seed_ptr,
@@ -107,6 +112,7 @@ def bn_relu_conv_kernel(
     SHIFTS is KW: x is loaded once for each row of taps, whose products are shifted; or 1: once for each tap.
     Grid: (programs * output-channel tiles), channels fastest; a tile yields ROWS = BLOCK_M - SHIFTS + 1 rows of out.
     """
+    K = in_units(K, OUT_UNIT)
     HALO: tl.constexpr = SHIFTS // 2
     ROWS: tl.constexpr = BLOCK_M - SHIFTS + 1
     tiles, c_blocks = tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)

@@ -48,33 +48,39 @@ def _load_gradient(
     return g
 
 
-@triton.jit(do_not_specialize=["layer", "threshold"])
+@triton.jit(
+    do_not_specialize=["m", "layer", "threshold"],
+    do_not_specialize_on_alignment=["K", "width", "pixels", "stride_gm", "stride_Dm", "stride_vm"],
+)
 def resolve_kernel(
     g_ptr, D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr, seed_ptr,
     m, K, width, pixels,
     stride_gm, stride_Dm, stride_vm,
     layer, threshold, keep_scale,
-    LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once.
 
     g [m, width, feature dtype, rows ``stride_gm`` apart]: 0 from column K on; D, v [m, K, feature dtype, rows apart]
-    a, b, mean [K, fp32]; seed [1, int64]
+    a, b, mean [K, fp32]; seed [1, int64]; UNIT divides K, ``width`` and the strides
     Grid: (row tiles * column tiles), columns fastest.
     """
+    K, width = in_units(K, UNIT), in_units(width, UNIT)
     tile, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(width, BLOCK_C))
     first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
     k = column * BLOCK_C + tl.arange(0, BLOCK_C)
     row_mask = first_row + local < m
     mask = row_mask[:, None] & (k < K)[None, :]
     g = _load_gradient(
-        (D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr), first_row, local, k, mask, K, stride_Dm, stride_vm, tl.float32, LAZY
-    ).to(tl.float32)
+        (D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr), first_row, local, k, mask, K,
+        in_units(stride_Dm, UNIT), in_units(stride_vm, UNIT), tl.float32, LAZY,
+    ).to(tl.float32)  # fmt: skip
     if HAS_DROPOUT:
         g *= dropout_scale(seed_ptr, first_row + local, k, K, pixels, layer, threshold, keep_scale, PER_CHANNEL)
     g_mask = row_mask[:, None] & (k < width)[None, :]
-    g_tile = g_ptr + first_row * stride_gm + offsets(local, k, stride_gm)
+    stride = in_units(stride_gm, UNIT)
+    g_tile = g_ptr + first_row * stride + offsets(local, k, stride)
     tl.store(g_tile, to_storage(tl.where(mask, g, 0.0), g_ptr.dtype.element_ty), mask=g_mask)
 
 
@@ -109,26 +115,23 @@ def _unit_weight(
 
 
 @triton.jit
-def _add_to_gradient(
-    D_ptr, share, first_row, local, c, mask, start, stride_Dm, ACCUMULATE: tl.constexpr, D_UNIT: tl.constexpr
-):
-    """``D (+)= share`` from channel ``start`` on."""
-    mask &= (c >= start)[None, :]
-    stride = in_units(stride_Dm, D_UNIT)
-    D_tile = D_ptr + first_row * stride + offsets(local, c - in_units(start, D_UNIT), stride)
-    if ACCUMULATE:
-        share += tl.load(D_tile, mask=mask, other=0.0).to(tl.float32)
-    tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=mask)
+def _gradient_tile(D_ptr, first_row, local, c, mask, start, stride_Dm, D_UNIT: tl.constexpr):
+    """Pointers to a tile of ``D``, which begins at channel ``start``, and what of it there is."""
+    stride, first = in_units(stride_Dm, D_UNIT), in_units(start, D_UNIT)
+    return D_ptr + first_row * stride + offsets(local, c - first, stride), mask & (c >= first)[None, :]
 
 
 @triton.jit
 def _through_norm(
-    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr,
+    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr, so_far, AHEAD: tl.constexpr,
     first_x, source, c, x_mask, mask, start, stride_Dm, stride_xm,
     HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Back through ReLU and BatchNorm at a tile of pixels: ``D``, the sums, the activation (added to that before)."""
+    """Back through ReLU and BatchNorm at a tile of pixels: ``D``, the sums, the activation (added to that before).
+
+    What ``D`` is added to has been read AHEAD, or is read here.
+    """
     mean, scale, beta = reader
     stride = in_units(stride_xm, X_UNIT)
     x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
@@ -140,7 +143,12 @@ def _through_norm(
         sum_centred += dy * centred
         if HAS_INTO:
             share = dy * scale[None, :]
-            _add_to_gradient(D_ptr, share, first_x, source, c, mask, start, stride_Dm, ACCUMULATE, D_UNIT)
+            D_tile, D_mask = _gradient_tile(D_ptr, first_x, source, c, mask, start, stride_Dm, D_UNIT)
+            if AHEAD:
+                share += so_far.to(tl.float32)
+            elif ACCUMULATE:
+                share += tl.load(D_tile, mask=D_mask, other=0.0).to(tl.float32)
+            tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=D_mask)
     if NEEDS_WEIGHT:
         mine = tl.where(mask, relu(y), 0.0)
         activation = mine if IS_ONLY else activation + mine
@@ -156,20 +164,24 @@ def _pass_over_rows(
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
     NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, DW_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one program does: a column tile's data gradient, the weight gradients of GROUP units, or both."""
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
     PLACES: tl.constexpr = PD * PH * PW
     UNROLLED: tl.constexpr = 2 if PLACES % 2 == 0 else 1
+    C = in_units(C, W_UNIT)
+    if LAZY:  # otherwise rows are filled up to G_UNIT
+        K = in_units(K, G_UNIT)
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
+    AHEAD: tl.constexpr = NEEDS_DY and HAS_INTO and ACCUMULATE and PLACES * KD * KH * KW == 1
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
     splits = tl.cdiv(tiles, tiles_per_split)
     row, column = row_and_column(program, column_tiles)
     group, split = row_and_column(row, splits)
-    group, split = group.to(tl.int32), split.to(tl.int64)
+    group, split = group.to(tl.int32), split.to(tl.int32)
     columns = (first_column + column) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)  # added up over rows at the end
     sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -180,12 +192,18 @@ def _pass_over_rows(
             dw += (tl.zeros([BLOCK_C, BLOCK_K], tl.float32),)
         if BOTH:
             w += (_unit_weight(i, w_ptr, columns, C, K, stride_wk, stride_wc, stride_wt, K_BLOCKS, W_UNIT, BLOCK_K),)
-    first_tile = split * tiles_per_split
+    first_tile = split * tiles_per_split  # 32 bits: a counter that lives throughout takes half the registers
+    split = split.to(tl.int64)
     for step in range(tl.minimum(tiles_per_split, tiles - first_tile)):
-        tile = first_tile + step
+        tile = (first_tile + step).to(tl.int64)
         first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M) + zero_of(tile)
         c = columns + zero_of(tile)
         place = pixel(first_row, local, D, H, W, KD * KH * KW)
+        so_far = 0.0
+        if AHEAD:  # on its way while the products are formed
+            mask = (first_row + local < m)[:, None] & (c < C)[None, :]
+            D_tile, D_mask = _gradient_tile(D_ptr, first_row, local, c, mask, start, stride_Dm, D_UNIT)
+            so_far = tl.load(D_tile, mask=D_mask, other=0.0)
         product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         g = ()
         if NEEDS_WEIGHT:
@@ -207,7 +225,7 @@ def _pass_over_rows(
         first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
         if PLACES > 1:
             product *= 1.0 / PLACES
-        row_mask, c_mask = first_row + local < m, c < in_units(C, W_UNIT)
+        row_mask, c_mask = first_row + local < m, c < C
         x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
         reader = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
@@ -216,7 +234,7 @@ def _pass_over_rows(
             for n in tl.static_range(UNROLLED):
                 begin = first_source + in_window(first_place + n, XH, XW, PH, PW)
                 sum_dy, sum_centred, activation = _through_norm(
-                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1,
+                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1, so_far, AHEAD,
                     begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,
                     HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, X_UNIT, D_UNIT,
                 )  # fmt: skip
@@ -238,14 +256,22 @@ def _pass_over_rows(
         for i in tl.static_range(GROUP):
             unit = group * GROUP + i
             k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-            mask = (columns < C)[:, None] & (k < tl.where(unit < UNITS, K, 0))[None, :]
-            dw_tile = dw_ptr + split * weights + columns[:, None] * stride_dc + k[None, :] * stride_dk
-            tl.store(dw_tile + unit // K_BLOCKS * stride_dt, dw[i], mask=mask)
+            mask = (columns < in_units(C, DW_UNIT))[:, None] & (k < tl.where(unit < UNITS, K, 0))[None, :]
+            dw_tile = dw_ptr + split * in_units(weights, DW_UNIT) + columns[:, None] * stride_dc
+            dw_tile += k[None, :] * in_units(stride_dk, DW_UNIT)
+            tl.store(dw_tile + unit // K_BLOCKS * in_units(stride_dt, DW_UNIT), dw[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=[
-    "first_column", "tiles_per_split", "weight_tiles_per_split", "data_programs", "pending_elements", "pending_splits",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "m", "values", "start", "first_column", "tiles_per_split", "weight_tiles_per_split", "data_programs",
+        "weights", "pending_elements", "pending_splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "C", "K", "D", "H", "W", "XD", "XH", "XW", "stride_Dm", "stride_Gm", "stride_vm", "stride_xm",
+        "stride_wk", "stride_wc", "stride_wt", "stride_dk", "stride_dc", "stride_dt",
+    ],
+)  # fmt: skip
 def bn_relu_conv_backward_kernel(
     D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, pending_out_ptr, sums_ptr, counter_ptr, pending_ptr,
     G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, w_ptr,
@@ -259,7 +285,7 @@ def bn_relu_conv_backward_kernel(
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
     NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, TOGETHER: tl.constexpr, HAS_PENDING: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, DW_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_BLOCK_M: tl.constexpr, WEIGHT_BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +314,8 @@ def bn_relu_conv_backward_kernel(
                 stride_Dm, stride_Gm, stride_vm,
                 stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
                 KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, NEEDS_DY,
-                NEEDS_WEIGHT and TOGETHER, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, BLOCK_M, BLOCK_C, BLOCK_K,
+                NEEDS_WEIGHT and TOGETHER, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT,
+                BLOCK_M, BLOCK_C, BLOCK_K,
             )  # fmt: skip
     elif NEEDS_WEIGHT and not TOGETHER:
         _pass_over_rows(
@@ -298,5 +325,5 @@ def bn_relu_conv_backward_kernel(
             stride_Dm, stride_Gm, stride_vm,
             stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
             KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, False, True,
-            INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
+            INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
         )  # fmt: skip

@@ -18,7 +18,7 @@ def _largest(
 
     Values are compared as they would be stored. Every window has a pixel in the image, and no value is negative.
     """
-    c_mask = c < in_units(C, UNIT)
+    c_mask = c < C
     mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
     n, z, y, x = rows // (W * H * D), rows // (W * H) % D * SD - OD, rows // W % H * SH - OH, rows % W * SW - OW
     first = ((n * XD + z) * XH + y) * XW + x
@@ -40,7 +40,10 @@ def _largest(
     return best, tap
 
 
-@triton.jit(do_not_specialize=["tiles_per_program"])
+@triton.jit(
+    do_not_specialize=["m", "tiles_per_program"],
+    do_not_specialize_on_alignment=["C", "D", "H", "W", "XD", "XH", "XW", "stride_om", "stride_xm"],
+)
 def bn_relu_max_pool_kernel(
     out_ptr, out_mean_ptr, out_var_ptr, tap_ptr, partial_ptr, counter_ptr,
     x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
@@ -59,6 +62,7 @@ def bn_relu_max_pool_kernel(
     Windows of KD*KH*KW taps, SD, SH, SW apart, the first one OD, OH, OW before the image.
     Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
+    C = in_units(C, UNIT)
     program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     tiles = tl.cdiv(m, BLOCK_M)
     first_tile = program * tiles_per_program
@@ -72,9 +76,9 @@ def bn_relu_max_pool_kernel(
             x_ptr, (mean_ptr, var_ptr, gamma_ptr, beta_ptr), rows, row_mask, c, C, D, H, W, XD, XH, XW, stride_xm, eps,
             KD, KH, KW, SD, SH, SW, OD, OH, OW, UNIT,
         )  # fmt: skip
-        mask = row_mask[:, None] & (c < in_units(C, UNIT))[None, :]
+        mask = row_mask[:, None] & (c < C)[None, :]
         if tap_ptr is not None:
-            taps = tap_ptr + tile * BLOCK_M * in_units(C, UNIT) + offsets(tl.arange(0, BLOCK_M), c, in_units(C, UNIT))
+            taps = tap_ptr + tile * BLOCK_M * C + offsets(tl.arange(0, BLOCK_M), c, C)
             tl.store(taps, tap.to(tl.uint8), mask=mask)
         else:
             out_tile = out_ptr + tile * BLOCK_M * in_units(stride_om, UNIT)
@@ -93,7 +97,7 @@ def bn_relu_max_pool_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["C", "pixels", "stride_om", "stride_xm"])
 def bn_relu_mean_kernel(
     out_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     C, pixels,
@@ -107,9 +111,10 @@ def bn_relu_mean_kernel(
     UNIT divides C and the strides
     Grid: (images * column tiles), columns fastest.
     """
+    C = in_units(C, UNIT)
     image, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < in_units(C, UNIT)
+    c_mask = c < C
     mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stride = in_units(stride_xm, UNIT)
@@ -140,16 +145,21 @@ def _from_windows(
         dz, dy, dx = z - wz * SD, y - wy * SH, x - wx * SW
         inside = row_mask & (wz >= 0) & (wz < D) & (wy >= 0) & (wy < H) & (wx >= 0) & (wx < W)
         inside &= (dz < KD) & (dy < KH) & (dx < KW)
-        mask = inside[:, None] & (c < in_units(C, UNIT))[None, :]
+        mask = inside[:, None] & (c < C)[None, :]
         window = (((n * D + wz) * H + wy) * W + wx).to(tl.int64)[:, None]
-        tap = tl.load(tap_ptr + window * in_units(C, UNIT) + c[None, :], mask=mask, other=255)
+        tap = tl.load(tap_ptr + window * C + c[None, :], mask=mask, other=255)
         g = tl.load(g_ptr + window * in_units(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0).to(tl.float32)
         mine = (dz * KH + dy) * KW + dx
         total += tl.where(mask & (tap.to(tl.int32) == mine[:, None]), g, 0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["tiles_per_split"])
+@triton.jit(
+    do_not_specialize=["m", "tiles_per_split"],
+    do_not_specialize_on_alignment=[
+        "C", "pixels", "D", "H", "W", "XD", "XH", "XW", "stride_Dm", "stride_gm", "stride_xm",
+    ],
+)  # fmt: skip
 def bn_relu_pool_backward_kernel(
     D_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
     g_ptr, tap_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
@@ -169,6 +179,7 @@ def bn_relu_pool_backward_kernel(
     x [m, C, feature dtype, rows apart]; mean, var, gamma, beta [C]; UNIT divides C and the strides
     Grid: (splits of the rows * column tiles), columns fastest; a split has ``tiles_per_split`` tiles of BLOCK_M rows.
     """
+    C = in_units(C, UNIT)
     split, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     tiles = tl.cdiv(m, BLOCK_M)
     columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -181,7 +192,7 @@ def bn_relu_pool_backward_kernel(
         c = columns + zero_of(tile)
         local = tl.arange(0, BLOCK_M)
         rows = (tile * BLOCK_M).to(tl.int32) + local
-        row_mask, c_mask = rows < m, c < in_units(C, UNIT)
+        row_mask, c_mask = rows < m, c < C
         mask = row_mask[:, None] & c_mask[None, :]
         if MAXIMUM:
             product = _from_windows(

@@ -8,7 +8,7 @@ Importing this module needs neither Triton nor a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,6 +24,7 @@ FORMS = ("rows", "taps", "scratch")
 
 MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can hold beside its data gradient
 MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
+NORMALISE = 128  # what loading and normalising a tile costs, in output channels of its product: modelled
 MATERIALISE_ELEMENTS = 1 << 22  # from here on a lazy gradient is written out for many taps; a guess, not measured
 
 
@@ -53,6 +54,7 @@ class LaunchConfig:
             ``"taps"`` once for each tap, ``"scratch"`` once for all, into memory that a convolution of PyTorch reads.
         group: weight gradient tiles ``[block_c, block_k]`` that a backward program holds.
         weight_block_m, weight_block_c: the tiles of backward programs that form weight gradients alone.
+        programs_per_sm: how many programs a multiprocessor holds at once; 0, as many as fit whatever their registers.
     """
 
     block_m: int
@@ -64,6 +66,7 @@ class LaunchConfig:
     group: int = 1
     weight_block_m: int = 64
     weight_block_c: int = 64
+    programs_per_sm: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_c", "block_k", "num_warps", "weight_block_m", "weight_block_c"):
@@ -72,6 +75,13 @@ class LaunchConfig:
                 raise ValueError(f"{name} must be a power of two, got {value}")
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.programs_per_sm < 0:
+            raise ValueError(f"programs_per_sm must not be negative, got {self.programs_per_sm}")
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at once: 8 warps of 255 registers, the most that a thread has, fit."""
+        return self.programs_per_sm or max(1, 8 // self.num_warps)
 
 
 _Table = dict[tuple[str, str], LaunchConfig]
@@ -106,15 +116,16 @@ _SM80: _Table = {
     ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
 }
 _SM90: _Table = _SM80 | {
-    ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 2),
-    ("bn_relu_conv", "taps"): LaunchConfig(64, 64, 32, 4, 2),
-    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 2),
-    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 2),
+    ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 3),
+    ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 3),
+    ("bn_relu_conv", "taps"): LaunchConfig(64, 64, 32, 4, 3),
+    ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 3),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 3),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
     ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1),
     ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
-    ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3, weight_block_c=128),
+    ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 3, group=3, weight_block_c=128),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
@@ -164,7 +175,8 @@ _FP32_SM90: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "many taps"): LaunchConfig(32, 16, 32, 4, 2),
     ("bn_relu_conv_backward", "taps"): _weight_32(4, 1),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 1),
-    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
+    ("bn_relu_conv_backward", "lazy many taps"): _weight_32(4, 2),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 8, 1, weight_block_m=16, weight_block_c=32),
 }
 _FP32_SM100: _Table = _FP32_SM90 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
@@ -172,7 +184,7 @@ _FP32_SM100: _Table = _FP32_SM90 | {
 }
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
-    key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group)
+    key: replace(config, block_m=128, block_c=64, group=9 if "taps" in key[1] else config.group, programs_per_sm=2)
     for key, config in _SM80.items()
 }
 
@@ -220,6 +232,37 @@ def _variant(op: str, shape: Shape) -> str:
     return lazy + ("many " if shape.taps > 9 else narrow) + "taps"
 
 
+def _for_all_multiprocessors(config: LaunchConfig, shape: Shape, sm_count: int) -> LaunchConfig:
+    """A forward tile of fewer rows or output channels where a map is so small that multiprocessors would be idle.
+
+    Fewer channels mean that features are normalised once more for every column: taken only if the model says that it is
+    a tenth faster. The rows count rounded up to four bits: an epoch's last batch, smaller by an image, gets the same.
+    """
+    places, shifts = sm_count * config.resident, 3 if shape.taps > 1 else 1
+    bits = max(shape.m.bit_length() - 4, 0)
+    rows = (-(-shape.m >> bits)) << bits
+
+    def time(tile: tuple[int, int]) -> int:
+        work = Work(-(-rows // (tile[0] - shifts + 1)), -(-shape.writes // tile[1]))
+        normalise, products = NORMALISE * shape.window, shifts * tile[1]
+        return (_time(places, [work], share(places, work)) - 1) * tile[0] * (normalise + products)
+
+    whole = config.block_m, config.block_k
+    if -(-rows // whole[0]) * -(-shape.writes // whole[1]) >= sm_count:
+        return config
+    least_m, least_k = min(whole[0], 64), min(whole[1], 16 if shape.taps > 1 else 32)
+    smaller = [(m, k) for m in _halves(whole[0], least_m) for k in _halves(whole[1], least_k)]
+    best = min(smaller, key=lambda tile: (time(tile), -tile[0] * tile[1]))
+    if 10 * time(best) > 9 * time(whole):
+        return config
+    return replace(config, block_m=best[0], block_k=best[1])
+
+
+def _halves(size: int, least: int) -> list[int]:
+    """``size``, half of it, and so on down to ``least``."""
+    return [size >> n for n in range((size // least).bit_length())]
+
+
 @lru_cache(maxsize=4096)
 def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) -> LaunchConfig:
     """The configuration for one kernel on one shape: a pure function of its arguments.
@@ -246,17 +289,17 @@ def choose(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) 
     if not op.startswith("bn_relu"):
         return config
     block_k, block_c = min(config.block_k, _covering(shape.writes)), min(config.block_c, _covering(shape.reads))
-    block_m, columns = config.block_m, -(-shape.writes // block_k)
-    # Halve the rows while that still gives idle multiprocessors something to do.
-    while block_m > 64 and arch and -(-shape.m // block_m) * columns < sm_count:
-        block_m //= 2
-    return replace(config, block_m=block_m, block_c=block_c, block_k=block_k)
+    config = replace(config, block_c=block_c, block_k=block_k)
+    return _for_all_multiprocessors(config, shape, sm_count) if arch and op == "bn_relu_conv" else config
 
 
 def configuration(op: str, shape: Shape, dtype: torch.dtype, arch: int, sm_count: int) -> LaunchConfig:
     """``choose()``, or what ``override()`` says."""
     config = choose(op, shape, dtype, arch, sm_count)
-    return replace(config, **_overrides[op]) if op in _overrides else config
+    if op not in _overrides:
+        return config
+    changes = _overrides[op]
+    return replace(config, **({} if changes.keys() <= {"form"} else {"programs_per_sm": 0}) | changes)
 
 
 @contextmanager
@@ -280,12 +323,56 @@ def override(op: str, **changes: Any) -> Iterator[None]:
             _overrides[op] = before
 
 
-def share(tiles: int, columns: int, sm_count: int, at_least: int = 1) -> tuple[int, int]:
-    """How many programs share ``tiles`` of rows, and how many tiles each of them gets.
+class Work(NamedTuple):
+    """What programs of one kind share: tiles of rows, for each of ``columns``; one tile's time; a program's fewest."""
 
-    Two programs a multiprocessor, counting the ``columns`` that share no rows: what the programs leave behind to be
-    added up is then bounded by the device, whatever the number of rows. ``at_least`` so many tiles each, if there are.
+    tiles: int
+    columns: int
+    cost: int = 1
+    at_least: int = 1
+
+
+class Split(NamedTuple):
+    """``programs`` share the rows, each has ``each`` tiles; the last may have fewer."""
+
+    programs: int
+    each: int
+
+
+@lru_cache(maxsize=4096)
+def share(places: int, *kinds: Work) -> tuple[Split, ...]:
+    """How many programs of each kind share the rows of a launch, so that all are through soonest.
+
+    The device holds ``places`` programs at once; as one ends the next begins, and what counts is how many rounds of
+    ``places`` there are and how long the longest program of a round takes. So the programs are made to fill one round,
+    or two where that gives a shorter sum, and never begin another one for a few. With the device, and not with the
+    number of rows, grows what they leave behind to be added up.
+
+    Args:
+        places: multiprocessors times the programs that each holds.
+        kinds: what there is to do; kinds of one launch run side by side.
+
+    Returns:
+        For each kind, programs for every column; their tiles cover the rows, and none is without.
     """
-    wanted = max(-(-2 * sm_count // columns), 1)
-    each = max(-(-tiles // wanted), min(at_least, tiles), 1)
-    return -(-tiles // each), each
+    return min((_fill(rounds * places, kinds) for rounds in (1, 2)), key=lambda split: _time(places, kinds, split))
+
+
+def _fill(most: int, kinds: Sequence[Work]) -> tuple[Split, ...]:
+    """At most ``most`` programs, or one a column: fewer of the kind that suffers least, until they fit."""
+    counts = [min(max(most // k.columns, 1), max(-(-k.tiles // k.at_least), 1)) for k in kinds]
+    while sum(k.columns * count for k, count in zip(kinds, counts, strict=True)) > most and max(counts) > 1:
+        times = [
+            -(-k.tiles // (count - 1)) * k.cost if count > 1 else float("inf")
+            for k, count in zip(kinds, counts, strict=True)
+        ]
+        counts[times.index(min(times))] -= 1
+    each = [max(-(-k.tiles // count), min(k.at_least, k.tiles), 1) for k, count in zip(kinds, counts, strict=True)]
+    return tuple(Split(max(-(-k.tiles // tiles), 1), tiles) for k, tiles in zip(kinds, each, strict=True))
+
+
+def _time(places: int, kinds: Sequence[Work], splits: Sequence[Split]) -> int:
+    """Modelled: rounds times the longest program's tiles, and one more for how it begins and ends."""
+    programs = sum(k.columns * split.programs for k, split in zip(kinds, splits, strict=True))
+    longest = max(k.cost * split.each for k, split in zip(kinds, splits, strict=True))
+    return -(-programs // places) * (longest + max(k.cost for k in kinds))

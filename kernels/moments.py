@@ -106,7 +106,12 @@ def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, group_rows, c, C, c
     tl.store(var_ptr + c, m2 / m, mask=c_mask)
 
 
-@triton.jit(do_not_specialize=["tiles_per_program"])
+@triton.jit(
+    do_not_specialize=["m", "tiles_per_program"],
+    do_not_specialize_on_alignment=[
+        "C", "D", "H", "W", "stride_om", "stride_xn", "stride_xc", "stride_xd", "stride_xh", "stride_xw",
+    ],
+)  # fmt: skip
 def copy_with_moments_kernel(
     out_ptr, mean_ptr, var_ptr, partial_ptr, counter_ptr, x_ptr,
     m, C, D, H, W, tiles_per_program,
@@ -119,6 +124,7 @@ def copy_with_moments_kernel(
     x [N, C, D, H, W, feature dtype, any strides]; UNIT divides C and every stride but that of the channels
     Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
+    C = in_units(C, UNIT)
     program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     first_tile = program * tiles_per_program
@@ -128,7 +134,7 @@ def copy_with_moments_kernel(
         tile = first_tile + i
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         pixels = rows.to(tl.int32)
-        mask = (rows < m)[:, None] & (c < in_units(C, UNIT))[None, :]
+        mask = (rows < m)[:, None] & (c < C)[None, :]
         n, z = (pixels // (W * H * D)).to(tl.int64), (pixels // (W * H) % D).to(tl.int64)
         y, x = (pixels // W % H).to(tl.int64), (pixels % W).to(tl.int64)
         offset = n * in_units(stride_xn, UNIT) + z * in_units(stride_xd, UNIT)

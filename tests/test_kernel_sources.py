@@ -178,16 +178,6 @@ def test_an_unknown_operation_is_named() -> None:
         pass
 
 
-@pytest.mark.parametrize("tiles", [1, 31, 32, 33, 1000, 12544, 2**24])
-@pytest.mark.parametrize("columns", [1, 3, 30, 500])
-@pytest.mark.parametrize("at_least", [1, 4])
-def test_programs_share_every_tile_and_stay_bounded(tiles: int, columns: int, at_least: int) -> None:
-    count, each = launch.share(tiles, columns, 132, at_least)
-    assert (count - 1) * each < tiles <= count * each  # all tiles, and no program is idle
-    assert (count - 1) * columns < 2 * 132
-    assert each >= min(at_least, tiles)
-
-
 def test_a_form_has_a_name() -> None:
     with pytest.raises(ValueError, match=r"form must be one of rows, taps, scratch, got 'columns'"):
         LaunchConfig(64, 64, 64, form="columns")

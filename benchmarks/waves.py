@@ -1,0 +1,137 @@
+"""How well a network's launches fill a GPU: rounds of programs, and what of their places does work. Counted, not timed.
+
+    python -m benchmarks.waves [--arch 80 90 100] [--json FILE]
+
+A GPU runs as many programs at once as its multiprocessors hold, by registers, warps and shared memory; when one ends,
+the next begins. *Waves* are a launch's programs over these places: just above a whole number, the last wave is nearly
+empty and costs as much as a full one. *Filled* is the work of all tiles over what the places could do until the longest
+programs have ended, wave by wave: modelled, with tiles that take as long as they have products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import traffic
+from .compiled import SM_COUNT, Case, Launch, plan
+from .kernels import name_of
+from .runner import RESULTS
+
+RECORD = RESULTS / "compiled" / "waves.json"
+NETWORKS, BATCHES, SIZE = ("densenet121", "densenet201"), (64, 256), 224
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one kernel's launches in one block fill a device; of several layers the worst, and the fewest programs."""
+
+    arch: int
+    network: str
+    batch: int
+    side: int
+    kernel: str
+    layers: int
+    programs: int
+    places: int
+    waves: float
+    filled: float
+
+
+def waves_of(launch: Launch, sm_count: int) -> float:
+    """A launch's programs over the places that a device has for them."""
+    return launch.programs / (sm_count * launch.config.resident)
+
+
+def filled(launch: Launch, sm_count: int) -> float:
+    """Work over places times time, modelled: 1 where every place is busy until the end."""
+    a, places = launch.arguments, sm_count * launch.config.resident
+    work, longest = 0, 0
+    for tiles, columns, each, cost in _kinds(launch):
+        work += tiles * columns * cost
+        longest = max(longest, each * cost)
+    return work / (math.ceil(launch.programs / places) * places * longest) if a["m"] else 1.0
+
+
+def _kinds(launch: Launch) -> Iterator[tuple[int, int, int, int]]:
+    """``(row tiles, columns, tiles a program, products a tile)`` of each kind of program of a convolution's launch."""
+    a = launch.arguments
+    if launch.kernel.__name__ == "bn_relu_conv_kernel":
+        yield -(-a["m"] // (a["BLOCK_M"] - a["SHIFTS"] + 1)), -(-a["K"] // a["BLOCK_N"]), a["tiles_per_program"], 1
+        return
+    units = a["KD"] * a["KH"] * a["KW"] * a["K_BLOCKS"]
+    columns = -(-a["C"] // a["BLOCK_C"]) - a["first_column"]
+    yield -(-a["m"] // a["BLOCK_M"]), columns, a["tiles_per_split"], a["BLOCK_M"] * a["BLOCK_C"] * units
+    if not a["TOGETHER"] and a["NEEDS_WEIGHT"]:
+        columns = -(-a["C"] // a["WEIGHT_BLOCK_C"]) * -(-units // a["GROUP"])
+        tile = a["WEIGHT_BLOCK_M"] * a["WEIGHT_BLOCK_C"] * a["GROUP"]
+        yield -(-a["m"] // a["WEIGHT_BLOCK_M"]), columns, a["weight_tiles_per_split"], tile
+
+
+def fits(arch: int, name: str, batch: int) -> list[Fit]:
+    """Every launch of the layers of one network's blocks in bfloat16, layer by layer."""
+    network, found = traffic.NETWORKS[name], []
+    for layers, block in zip(network.layers, traffic.blocks(network, batch, SIZE), strict=True):
+        side = math.isqrt(block.m // batch)
+        for layer in range(layers):
+            reads = block.entering + layer * network.growth_rate
+            for launch in plan(Case(network.growth_rate, reads, batch, (side, side), torch.bfloat16), arch):
+                if not launch.kernel.__name__.startswith("bn_relu_conv"):
+                    continue
+                places = SM_COUNT[arch] * launch.config.resident
+                found.append(
+                    Fit(
+                        arch, name, batch, side, name_of(launch).removesuffix(" lazy"), 1, launch.programs, places,
+                        round(waves_of(launch, SM_COUNT[arch]), 2), round(filled(launch, SM_COUNT[arch]), 2),
+                    )
+                )  # fmt: skip
+    return found
+
+
+def worst(found: list[Fit]) -> list[Fit]:
+    """One row for each kernel and block: that of the layer that fills the device least."""
+    rows: dict[tuple[int, str, int, int, str], list[Fit]] = {}
+    for fit in found:
+        rows.setdefault((fit.arch, fit.network, fit.batch, fit.side, fit.kernel), []).append(fit)
+    return [
+        Fit(**asdict(min(same, key=lambda fit: fit.filled)) | {"layers": len(same)})
+        for _, same in sorted(rows.items(), key=lambda item: (*item[0][:3], item[0][4], -item[0][3]))
+    ]
+
+
+def show(rows: list[Fit], console: Console) -> None:
+    """The rows as a table."""
+    table = Table(title="each block's worst layer; counted and modelled, not measured")
+    for heading in ("sm", "network", "batch", "kernel", "map", "layers", "programs", "places", "waves", "filled"):
+        table.add_column(heading, justify="left" if heading in ("network", "kernel") else "right", no_wrap=True)
+    for row in rows:
+        cells = (row.arch, row.network, row.batch, row.kernel, f"{row.side} x {row.side}", row.layers, row.programs,
+                 row.places, f"{row.waves:.2f}", f"{row.filled:.0%}")  # fmt: skip
+        table.add_row(*map(str, cells))
+    console.print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.waves", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), default=list(ARCHITECTURES))
+    parser.add_argument("--json", type=Path, default=RECORD, help=f"every layer; default: {RECORD}")
+    options = parser.parse_args()
+    found = [fit for arch in options.arch for name in NETWORKS for batch in BATCHES for fit in fits(arch, name, batch)]
+    show(worst(found), Console(width=140))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(fit)) for fit in found) + "\n]\n")
+    print(f"record: {options.json}")
+
+
+if __name__ == "__main__":
+    main()
