@@ -50,7 +50,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Bar:
-    """One operation at one resolution, all of a training step together; ``measured`` is ``None`` where nothing ran."""
+    """One operation at one resolution, all of a training step together; ``measured`` is ``None`` where nothing ran.
+
+    ``m`` is 0 where there are no pixels: weight gradients that are added up.
+    """
 
     operation: str
     m: int
@@ -157,7 +160,7 @@ def bars(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
     found: dict[tuple[str, int], Bar] = {}
     for row in rows:
         times: int = row["times"]
-        key = row["operation"], row["m"]
+        key = row["operation"], row.get("m", 0)
         before = found.get(key, Bar(*key, 0, 0.0))
         measured = None if "timing" not in row else (before.measured or 0.0) + times * row["timing"]["median"]
         floor = before.floor + times * row.get("floor_seconds", 0.0)

@@ -98,16 +98,18 @@ class LazyGradient:
         D: direct part ``[m, C]``, in the feature dtype.
         a, b: coefficients ``[C]`` in the accumulation dtype; ``None`` where no reader uses batch statistics.
         start: the first channel of the buffer that has a gradient; slices are given in the buffer's numbering.
+        balanced: whether it sums to 0 over the pixels in every channel, as what comes through a BatchNorm alone does.
     """
 
     D: Tensor
     a: Tensor | None
     b: Tensor | None
     start: int = 0
+    balanced: bool = False
 
     def __getitem__(self, channels: slice) -> LazyGradient:
         lo = max((channels.start or 0) - self.start, 0)
         hi = channels.stop - self.start
         if self.a is None or self.b is None:
-            return LazyGradient(self.D[:, lo:hi], None, None, self.start + lo)
-        return LazyGradient(self.D[:, lo:hi], self.a[lo:hi], self.b[lo:hi], self.start + lo)
+            return LazyGradient(self.D[:, lo:hi], None, None, self.start + lo, self.balanced)
+        return LazyGradient(self.D[:, lo:hi], self.a[lo:hi], self.b[lo:hi], self.start + lo, self.balanced)

@@ -8,6 +8,7 @@ share of ``(a, b)``, linear in the two sums, by another. ``dgamma`` and ``dbeta`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,8 +160,8 @@ class SyncBackend:
             vector.add_(share) if accumulate else vector.copy_(share)
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
-        """As ``inner``."""
-        return self.inner.gradient_buffer(of)
+        """As ``inner``; what sums to 0 does so over all processes."""
+        return replace(self.inner.gradient_buffer(of), balanced=False)
 
     def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
         """As ``inner``."""

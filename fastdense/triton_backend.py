@@ -142,7 +142,7 @@ class TritonBackend:
         if of.mean is None:
             return LazyGradient(D, None, None)
         a, b = self.empty(2, channels)
-        return LazyGradient(D, a, b)
+        return LazyGradient(D, a, b, balanced=True)
 
     def moments_workspace(self, out: Features, programs: int, columns: int) -> tuple[Any, Any, Any, Any]:
         """``mean, var, partial, counter`` for kernels that end in finish_moments."""
@@ -267,7 +267,8 @@ class TritonBackend:
         self.copy_with_moments(convolve(images, Weight.of(conv).values, padding=padding), out)
 
     def resolve_rows(
-        self, grad: LazyGradient, of: Features, out: Tensor, width: int, dropout: Dropout | None = None
+        self, grad: LazyGradient, of: Features, out: Tensor, width: int, dropout: Dropout | None = None,
+        *, unbiased: bool = False,
     ) -> Tensor:
         """``out = (D + a + b*(v - mu)) * dropout's mask``, and zeros up to column ``width``."""
         channels = of.rows.shape[1]
@@ -282,7 +283,7 @@ class TritonBackend:
                 *strides,
                 *dropout_arguments(dropout),
                 LAZY=grad.a is not None and of.mean is not None, HAS_DROPOUT=dropout is not None,
-                PER_CHANNEL=dropout is not None and dropout.per_channel,
+                PER_CHANNEL=dropout is not None and dropout.per_channel, UNBIASED=unbiased,
                 UNIT=unit_of(self.dtype.itemsize, channels, width, *strides),
                 BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
             )  # fmt: skip
@@ -316,13 +317,16 @@ class TritonBackend:
             dgamma, dbeta = (torch.zeros(reads, dtype=torch.float32, device=self.device) for _ in range(2))
             return [dgamma, dbeta, torch.zeros_like(conv.weight, dtype=torch.float32)]
         lazy = grad.a is not None and output.mean is not None
-        many_taps = conv.weight.shape[2:].numel() > 1 and self.m * writes >= launch.MATERIALISE_ELEMENTS
-        padded = dropout is not None or (lazy and many_taps)
+        taps, window = conv.weight.shape[2:].numel(), math.prod(self.output_sizes(conv.pool)[1])
+        config = self.choose("bn_relu_conv_backward", reads, writes, taps, lazy=lazy, window=window)
+        written_out = lazy and (config.resolved or (taps > 1 and self.m >= launch.MATERIALISE_PIXELS))
+        padded = dropout is not None or written_out
         if padded:
+            config = self.choose("bn_relu_conv_backward", reads, writes, taps, window=window)
             g = self._buffer("gradient", writes)
-            self.resolve_rows(grad, output, g, g.stride(0), dropout)
-            grad = LazyGradient(g, None, None)
-        return ConvBackward(self, grad, output, conv, source, into, accumulate, needs_dy, padded).run()
+            self.resolve_rows(grad, output, g, g.stride(0), dropout, unbiased=lazy and self.dtype.itemsize == 2)
+            grad = LazyGradient(g, None, None, balanced=grad.balanced and dropout is None)
+        return ConvBackward(self, config, grad, output, conv, source, into, accumulate, needs_dy, padded).run()
 
     def finish(self) -> None:
         """Add up the last weight's gradient."""

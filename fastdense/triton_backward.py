@@ -30,6 +30,7 @@ class ConvBackward(NamedTuple):
     """One convolution's backward."""
 
     be: TritonBackend
+    config: LaunchConfig
     grad: LazyGradient
     output: Features
     conv: Conv
@@ -50,13 +51,11 @@ class ConvBackward(NamedTuple):
 
     def run(self) -> Gradients:
         """Launch the kernel; its weight gradient is whole after the next launch, or after ``finish``."""
-        be, conv, x, (needs_gamma, needs_beta, needs_weight) = self.be, self.conv, self.source.rows, self.conv.needs
+        be, config, conv, x = self.be, self.config, self.conv, self.source.rows
+        needs_gamma, needs_beta, needs_weight = conv.needs
         weight = Weight.of(conv)
         reads, writes, m = x.shape[1], conv.weight.shape[0], self.grad.D.shape[0]
         sizes, window = be.output_sizes(conv.pool)
-        config = be.choose(
-            "bn_relu_conv_backward", reads, writes, weight.taps, lazy=self.lazy, window=math.prod(window)
-        )
         if self.into is not None and m * math.prod(window) < be.m:  # pixels that are in no window
             self.into.D.zero_()
         blocks = -(-writes // config.block_k)
@@ -153,7 +152,7 @@ class ConvBackward(NamedTuple):
             "LAZY": lazy, "HAS_INTO": into is not None, "ACCUMULATE": self.accumulate,
             "HAS_BATCH": into is not None and into.a is not None and self.conv.norm.frozen is None,
             "NEEDS_DY": self.needs_dy, "NEEDS_WEIGHT": self.conv.needs[2], "TOGETHER": together,
-            "INPUT_PRECISION": be.precision,
+            "BALANCED": grad.balanced and itemsize == 2, "INPUT_PRECISION": be.precision,
             "X_UNIT": readable(self.source.rows),
             "D_UNIT": 1 if into is None else unit_of(itemsize, into.D.stride(0), reads, self.start),
             "G_UNIT": g_unit, "W_UNIT": weight_unit(weight.values),

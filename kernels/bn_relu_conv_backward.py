@@ -16,6 +16,7 @@ from .common import (
     row_and_column,
     source_rows,
     to_storage,
+    to_storage_unbiased,
     zero_of,
 )
 from .sums import add_up, finish_sums
@@ -57,10 +58,10 @@ def resolve_kernel(
     m, K, width, pixels,
     stride_gm, stride_Dm, stride_vm,
     layer, threshold, keep_scale,
-    LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, UNBIASED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once.
+    """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once; UNBIASED where it is to be summed.
 
     g [m, width, feature dtype, rows ``stride_gm`` apart]: 0 from column K on; D, v [m, K, feature dtype, rows apart]
     a, b, mean [K, fp32]; seed [1, int64]; UNIT divides K, ``width`` and the strides
@@ -81,7 +82,12 @@ def resolve_kernel(
     g_mask = row_mask[:, None] & (k < width)[None, :]
     stride = in_units(stride_gm, UNIT)
     g_tile = g_ptr + first_row * stride + offsets(local, k, stride)
-    tl.store(g_tile, to_storage(tl.where(mask, g, 0.0), g_ptr.dtype.element_ty), mask=g_mask)
+    g = tl.where(mask, g, 0.0)
+    if UNBIASED:
+        g = to_storage_unbiased(g, offsets(first_row.to(tl.int32) + local, k, K), g_ptr.dtype.element_ty)
+    else:
+        g = to_storage(g, g_ptr.dtype.element_ty)
+    tl.store(g_tile, g, mask=g_mask)
 
 
 @triton.jit
@@ -126,7 +132,7 @@ def _through_norm(
     D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr, so_far, AHEAD: tl.constexpr,
     first_x, source, c, x_mask, mask, start, stride_Dm, stride_xm,
     HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    BALANCED: tl.constexpr, X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Back through ReLU and BatchNorm at a tile of pixels: ``D``, the sums, the activation (added to that before).
 
@@ -150,7 +156,10 @@ def _through_norm(
                 share += tl.load(D_tile, mask=D_mask, other=0.0).to(tl.float32)
             tl.store(D_tile, to_storage(share, D_ptr.dtype.element_ty), mask=D_mask)
     if NEEDS_WEIGHT:
-        mine = tl.where(mask, relu(y), 0.0)
+        mine = relu(y)
+        if BALANCED:
+            mine -= relu(beta)[None, :]
+        mine = tl.where(mask, mine, 0.0)
         activation = mine if IS_ONLY else activation + mine
     return sum_dy, sum_centred, activation
 
@@ -163,7 +172,7 @@ def _pass_over_rows(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
-    NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, BALANCED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, DW_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +245,7 @@ def _pass_over_rows(
                 sum_dy, sum_centred, activation = _through_norm(
                     D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1, so_far, AHEAD,
                     begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,
-                    HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, X_UNIT, D_UNIT,
+                    HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, BALANCED, X_UNIT, D_UNIT,
                 )  # fmt: skip
         if NEEDS_WEIGHT:
             if PLACES > 1:
@@ -284,7 +293,7 @@ def bn_relu_conv_backward_kernel(
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAZY: tl.constexpr, HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BATCH: tl.constexpr,
     NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, TOGETHER: tl.constexpr, HAS_PENDING: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    BALANCED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     X_UNIT: tl.constexpr, D_UNIT: tl.constexpr, G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, DW_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_BLOCK_M: tl.constexpr, WEIGHT_BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -296,6 +305,8 @@ def bn_relu_conv_backward_kernel(
     G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean) if LAZY, else G, 0 up to G_UNIT
     x [values, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
     Rows of x lie over [N, XD, XH, XW], those of G over [N, D, H, W]: as many, or pooled windows of PD*PH*PW pixels.
+    BALANCED: g sums to 0 over all rows, so that dw takes ``relu(bn(x)) - relu(beta)``: roundings of g are multiplied by
+    less.
     A unit is BLOCK_K output channels of one tap. One pass over x serves data and weights TOGETHER, or else the first
     ``data_programs`` programs form the data gradient, the others GROUP units of the weight gradient each.
     Grid: (groups of units * splits of the rows * column tiles, from ``first_column`` on for data), columns fastest.
@@ -314,7 +325,7 @@ def bn_relu_conv_backward_kernel(
                 stride_Dm, stride_Gm, stride_vm,
                 stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
                 KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, NEEDS_DY,
-                NEEDS_WEIGHT and TOGETHER, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT,
+                NEEDS_WEIGHT and TOGETHER, BALANCED, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT,
                 BLOCK_M, BLOCK_C, BLOCK_K,
             )  # fmt: skip
     elif NEEDS_WEIGHT and not TOGETHER:
@@ -325,5 +336,5 @@ def bn_relu_conv_backward_kernel(
             stride_Dm, stride_Gm, stride_vm,
             stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
             KD, KH, KW, K_BLOCKS, GROUP, PD, PH, PW, LAZY, HAS_INTO, ACCUMULATE, HAS_BATCH, False, True,
-            INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
+            BALANCED, INPUT_PRECISION, X_UNIT, D_UNIT, G_UNIT, W_UNIT, DW_UNIT, WEIGHT_BLOCK_M, WEIGHT_BLOCK_C, BLOCK_K,
         )  # fmt: skip

@@ -41,6 +41,24 @@ def to_storage(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_storage_unbiased(x, index, dtype: tl.constexpr):
+    """``x``, fp32, as one of the two values of a 16-bit ``dtype`` beside it, the nearer one more often: right on average.
+
+    What is on that grid already and gets a shift far smaller than its spacing would lose all of it to the nearest value,
+    in every row alike. Which of the two, a hash of ``index`` says (Wellons' lowbias32): reruns are bit-equal.
+    """
+    LOW: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of fp32 that dtype has not
+    noise = index.to(tl.uint32)
+    noise = (noise ^ (noise >> 16)) * 0x7FEB352D
+    noise = (noise ^ (noise >> 15)) * 0x846CA68B
+    noise = ((noise ^ (noise >> 16)) >> (32 - LOW)).to(tl.int32)
+    bits = x.to(tl.int32, bitcast=True)
+    is_finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = ((bits + noise) >> LOW << LOW).to(tl.float32, bitcast=True)
+    return tl.where(is_finite, rounded, x).to(dtype)
+
+
+@triton.jit
 def row_and_column(program, columns):
     """``program // columns`` as int64, ready to meet a stride, and ``program % columns``; divided in 32 bits."""
     program = program.to(tl.int32)

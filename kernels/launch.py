@@ -25,7 +25,9 @@ FORMS = ("rows", "taps", "scratch")
 MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can hold beside its data gradient
 MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
 NORMALISE = 128  # what loading and normalising a tile costs, in output channels of its product: modelled
-MATERIALISE_ELEMENTS = 1 << 22  # from here on a lazy gradient is written out for many taps; a guess, not measured
+# From so many pixels on a lazy gradient is written out before a convolution of several taps loads it: an H100 took 2.6 ns
+# a pixel without, 1.1 with (benchmarks/results/h100), and what is summed over many pixels must be rounded without bias.
+MATERIALISE_PIXELS = 1 << 14
 
 
 class Shape(NamedTuple):
@@ -55,6 +57,7 @@ class LaunchConfig:
         group: weight gradient tiles ``[block_c, block_k]`` that a backward program holds.
         weight_block_m, weight_block_c: the tiles of backward programs that form weight gradients alone.
         programs_per_sm: how many programs a multiprocessor holds at once; 0, as many as fit whatever their registers.
+        resolved: backward, a lazy gradient is written out before the launch.
     """
 
     block_m: int
@@ -67,6 +70,7 @@ class LaunchConfig:
     weight_block_m: int = 64
     weight_block_c: int = 64
     programs_per_sm: int = 0
+    resolved: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_c", "block_k", "num_warps", "weight_block_m", "weight_block_c"):
@@ -103,7 +107,7 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=1, weight_block_c=128),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
-    ("copy", ""): LaunchConfig(32, 64, 64, 4, 1),
+    ("copy", ""): LaunchConfig(32, 64, 64, 4, 1, programs_per_sm=6),
     ("resolve", ""): LaunchConfig(64, 32, 32, 4, 1),
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
@@ -111,21 +115,22 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
     ("bn_relu_conv_backward", "many pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=2),
-    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
     ("mean", ""): LaunchConfig(64, 64, 64, 4, 1),
-    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
 }
 _SM90: _Table = _SM80 | {
-    ("bn_relu_conv", "1x1"): LaunchConfig(128, 64, 128, 8, 3),
+    ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 3),
     ("bn_relu_conv", "narrow taps"): LaunchConfig(64, 32, 16, 4, 3),
     ("bn_relu_conv", "taps"): LaunchConfig(64, 64, 32, 4, 3),
     ("bn_relu_conv", "wide taps"): LaunchConfig(64, 32, 64, 4, 3),
     ("bn_relu_conv_backward", "1x1"): LaunchConfig(64, 64, 128, 8, 3),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
-    ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1),
-    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1),
+    ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1, programs_per_sm=8),
+    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1, programs_per_sm=3),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 3, group=3, weight_block_c=128),
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 3, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
@@ -133,9 +138,10 @@ _SM100: _Table = _SM90 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
-    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1),
-    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1),
-    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
+    ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=4),
+    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
+    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=8),
 }
 _SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
 
@@ -163,7 +169,7 @@ _FP32_SM80: _Table = _SM80 | {
     ("bn_relu_conv_backward", "pooled"): _weight_32(8, 1),
     ("bn_relu_conv_backward", "many pooled"): _weight_32(8, 1),
     ("bn_relu_conv_backward", "wide pooled"): _weight_32(8, 1),
-    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1),
+    ("copy", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
 }
 _FP32_SM86: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "wide taps"): LaunchConfig(32, 16, 64, 4, 2),

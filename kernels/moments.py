@@ -86,12 +86,13 @@ def finish_moments(
         groups_ptr = partial_ptr + programs * 3 * C
         _store_slot(groups_ptr, group, origin, rest, m2, c, C, c_mask)
         if last_to_arrive(counter_ptr, groups):
-            _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows * GROUP, c, C, c_mask)
+            _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows, c, C, c_mask)
 
 
 @triton.jit
-def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, group_rows, c, C, c_mask):
+def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows, c, C, c_mask):
     """The last merge, ``GROUP`` groups at a time: one step on any GPU of today."""
+    group_rows = program_rows * GROUP
     origin, rest, m2 = _merge(groups_ptr, 0, tl.minimum(GROUP, groups), m, group_rows, c, C, c_mask)
     for begin in range(GROUP, groups, GROUP):
         end = tl.minimum(begin + GROUP, groups)

@@ -49,7 +49,7 @@ def test_layouts_with_small_tiles(layout: str, dtype: torch.dtype) -> None:
 
 
 def test_a_lazy_gradient_written_out_for_many_taps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MATERIALISE_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "MATERIALISE_PIXELS", 0)
     with tiles(16):
         check_budget((2, 7, 2, 12), (1, 7, 4, 5), F32)
 
@@ -228,6 +228,46 @@ def test_a_nan_passes_the_gradient_on() -> None:
     assert want is not None and got is not None
     assert want.isfinite().all() and want[1, 2, 3, 1] != 0
     assert_close("x.grad", got, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize(("make", "size"), [(TritonBackend, 1), (TritonBackend, 3), (TorchBackend, 1), (TorchBackend, 3)])
+def test_shifts_below_a_rounding_add_up_over_the_pixels(
+    make: Any, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``a`` of a third of the spacing of ``D`` is far more than a rounding of the weight's gradient, if it gets there."""
+    monkeypatch.setattr(launch, "MATERIALISE_PIXELS", 0)
+    n, side, reads, writes = 4, 32, 16, 8
+    m, spacing = n * side**2, torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(3)
+    x, v = (torch.randn(m, c, generator=generator).to(dtype) for c in (reads, writes))
+    half = 1 + torch.rand(m // 2, writes, generator=generator)
+    D = torch.cat((half, -half))[torch.randperm(m, generator=generator)].to(dtype)
+    a = torch.full((writes,), spacing / 3)
+    balanced = size == 1
+    if balanced:  # as behind a bottleneck
+        D[::3] += spacing
+        a = -D.double().mean(0).float()
+    weight = torch.randn(writes, size, size, reads, generator=generator).movedim(-1, 1) / 4 / size
+
+    def d_weight(make: Any, wide: torch.dtype, acc: torch.dtype) -> Tensor:
+        backend = make(torch.empty(n, reads, side, side, dtype=wide, device=DEVICE))
+        source, output = (
+            Features(rows.to(DEVICE, wide), *torch.empty(2, rows.shape[1], dtype=acc, device=DEVICE)) for rows in (x, v)
+        )
+        for features in (source, output):
+            backend.moments(features)
+        norm = Norm(torch.ones(reads, dtype=acc, device=DEVICE), torch.full((reads,), 8.0, dtype=acc, device=DEVICE), 0)
+        conv = Conv(norm, weight.to(DEVICE, wide), (False, False, True))
+        a_and_b = torch.stack((a, torch.zeros_like(a))).to(DEVICE, acc)
+        grad = LazyGradient(D.to(DEVICE, wide), *a_and_b, balanced=balanced)
+        found = backend.bn_relu_conv_backward(grad, output, conv, source, None, accumulate=False)[2]
+        backend.finish()
+        assert found is not None
+        return found.reshape(weight.shape)
+
+    want = d_weight(TorchBackend, torch.float64, torch.float64)
+    assert_close("weight", d_weight(make, dtype, F32), want, 5 * spacing)
 
 
 def test_moments_of_many_programs() -> None:

@@ -80,7 +80,7 @@ def test_a_basic_layer() -> None:
 
 
 def test_a_lazy_gradient_written_out_costs_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MATERIALISE_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "MATERIALISE_PIXELS", 0)
     assert per_layer(recompute=False, bn_size=4, weights=F16, drop=0.0) == 5
 
 
