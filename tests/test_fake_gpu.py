@@ -1,0 +1,82 @@
+"""What a GPU would compile, asked of one that computes nothing, in processes of their own: here kernels are interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+fake = pytest.importorskip("benchmarks.gpu.fake")
+ROOT = Path(__file__).parents[1]
+WITHOUT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or fake._compiler() is None, reason="needs a C compiler, and no GPU beside the fake one"
+)
+
+BEGIN = """
+import json, sys
+from pathlib import Path
+import torch
+from benchmarks import traffic
+from benchmarks.gpu import ahead, fake, launched
+from benchmarks.gpu.case import Case
+
+CANDIDATE = ("bn_relu_conv", {}, Case("forward 1x1", traffic.Shape(4096, 64, 32, 1, 2), 4, 96))
+"""
+STEPS = """
+fake.install(132, (9, 0))
+known = {}
+for name, batch, size in json.loads(sys.argv[1]):
+    work = launched.Work("", lambda: launched.network_step(launched._densenet(name, "activations"), batch, size, torch.bfloat16))
+    found = launched.requests_of([work])
+    print(len(found), len(found.keys() - known.keys()))
+    known |= found
+"""
+MAKE = """
+if __name__ == "__main__":
+    made = ahead.make(Path(sys.argv[1]), processes=1, groups=(), candidates=[CANDIDATE], say=lambda line: None)
+    print(made.kernels, len(made.failed))
+"""
+TAKE = """
+from benchmarks.gpu.requests import counting
+
+taken = ahead.take(Path(sys.argv[1]))
+fake.install(132, (9, 0))
+with counting() as count:
+    for work in launched.candidates([CANDIDATE]):
+        work.run()
+print(count.loaded, len(count.compiled), len(taken.had), len(taken.stale), len(taken.compiled()))
+"""
+
+
+def run(code: str, *arguments: Any) -> list[list[int]]:
+    """The numbers that a program prints, line by line."""
+    command = [sys.executable, "-W", "ignore", "-c", BEGIN + code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=WITHOUT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_a_step_compiles_few_kernels_and_other_sizes_none() -> None:
+    """Neither the last batch of an epoch, nor another size of the images, nor more layers."""
+    first, *others = [
+        ("densenet121", 64, 224), ("densenet121", 63, 224), ("densenet121", 64, 192), ("densenet121", 250, 224),
+        ("densenet121", 41, 256), ("densenet201", 64, 224),
+    ]  # fmt: skip
+    counts = run(STEPS, json.dumps([first, *others]))
+    assert 10 < counts[0][0] <= 24, counts
+    assert [new for _, new in counts[1:-1]] == [0] * (len(others) - 1), counts
+    assert counts[-1][1] <= 1, counts  # a wider transition
+
+
+def test_what_is_compiled_ahead_is_found_on_another_machine(tmp_path: Path) -> None:
+    assert run(MAKE, tmp_path) == [[1, 0]]
+    assert [path.name for path in tmp_path.iterdir()] == ["triton-cache.tar.xz"]
+    assert run(TAKE, tmp_path) == [[1, 0, 1, 0, 0]]
