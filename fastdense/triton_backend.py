@@ -267,8 +267,14 @@ class TritonBackend:
         self.copy_with_moments(convolve(images, Weight.of(conv).values, padding=padding), out)
 
     def resolve_rows(
-        self, grad: LazyGradient, of: Features, out: Tensor, width: int, dropout: Dropout | None = None,
-        *, unbiased: bool = False,
+        self,
+        grad: LazyGradient,
+        of: Features,
+        out: Tensor,
+        width: int,
+        dropout: Dropout | None = None,
+        *,
+        unbiased: bool = False,
     ) -> Tensor:
         """``out = (D + a + b*(v - mu)) * dropout's mask``, and zeros up to column ``width``."""
         channels = of.rows.shape[1]

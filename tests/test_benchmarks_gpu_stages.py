@@ -47,14 +47,15 @@ def small(operation: str) -> Case:
 def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_first_and_last() -> None:
     found: dict[Case, list[dict[str, Any]]] = {}
     for op, change, case in candidates.candidates():
-        assert op == PRIMITIVE[case.operation]
+        assert op == candidates.OPERATION[case.operation]
         found.setdefault(case, []).append(change)
         assert dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps
-    assert len(found) == 16
-    assert {case.operation for case in found} == {*traffic.FORWARD, *traffic.BACKWARD}
-    assert {case.spatial[0] for case in found} == {56, 28, 14, 7}
+    blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
+    assert len(blocks) == 16 and {case.spatial[0] for case in blocks} == {56, 28, 14, 7}
+    around = {traffic.MOMENTS, *traffic.MAX_POOL, *traffic.TRANSITION}
+    assert {case.operation for case in found if case not in blocks} == around and len(found) == 16 + 3 + 2 * 3
     for changes in found.values():
-        assert changes[0] == changes[-1] == {} and all(changes[1:-1]) and len(changes) > 7
+        assert changes[0] == changes[-1] == {} and all(changes[1:-1]) and len(changes) >= 6
     assert all(case.width >= case.shape.reads for case in found if case.shape.taps == 1)
 
 

@@ -1,4 +1,4 @@
-"""What a GPU would compile, asked of one that computes nothing, in processes of their own: here kernels are interpreted."""
+"""What a GPU would compile, asked of one that computes nothing, in processes of their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ STEPS = """
 fake.install(132, (9, 0))
 known = {}
 for name, batch, size in json.loads(sys.argv[1]):
-    work = launched.Work("", lambda: launched.network_step(launched._densenet(name, "activations"), batch, size, torch.bfloat16))
+    model = launched._densenet(name, "activations")
+    work = launched.Work("", lambda: launched.network_step(model, batch, size, torch.bfloat16))
     found = launched.requests_of([work])
     print(len(found), len(found.keys() - known.keys()))
     known |= found

@@ -231,11 +231,12 @@ def test_a_nan_passes_the_gradient_on() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize(("make", "size"), [(TritonBackend, 1), (TritonBackend, 3), (TorchBackend, 1), (TorchBackend, 3)])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("make", [TritonBackend, TorchBackend])
 def test_shifts_below_a_rounding_add_up_over_the_pixels(
     make: Any, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``a`` of a third of the spacing of ``D`` is far more than a rounding of the weight's gradient, if it gets there."""
+    """``a``, a third of the spacing of ``D``, is far more than a rounding of the weight's gradient if it gets there."""
     monkeypatch.setattr(launch, "MATERIALISE_PIXELS", 0)
     n, side, reads, writes = 4, 32, 16, 8
     m, spacing = n * side**2, torch.finfo(dtype).eps

@@ -17,7 +17,7 @@ from ..runner import Timing
 from .case import Case
 from .machine import measured_rates, tf32
 from .measure import host_seconds, relative_error, state, synchronize
-from .primitives import Primitive, bind, passes
+from .primitives import Bound, Primitive, bind, passes
 from .stage import Job
 
 BATCH = 64
@@ -36,37 +36,57 @@ def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: 
 
 
 # Of each operation: what is tried beside the table's own choice.
+_OUT: Change = {"resolved": True}  # the lazy gradient written out first
 CHANGES: dict[str, tuple[Change, ...]] = {
     "forward 1x1": (
-        _tile(128, 64, 128, 8, 2), _tile(128, 64, 128, 8, 3), _tile(128, 64, 128, 16, 3), _tile(64, 64, 128, 4, 2),
-        _tile(64, 64, 128, 4, 3), _tile(64, 64, 64, 4, 3), _tile(64, 32, 128, 4, 4), _tile(128, 32, 128, 8, 4),
+        _tile(64, 64, 64, 4, 3), _tile(64, 64, 64, 4, 4), _tile(64, 32, 64, 4, 3), _tile(64, 64, 128, 4, 4),
+        _tile(32, 64, 128, 4, 3), _tile(64, 32, 128, 4, 4), _tile(64, 128, 64, 4, 3), _tile(128, 64, 64, 8, 3),
     ),
     "forward 3x3": (
-        _tile(64, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(128, 32, 32, 8, 3), _tile(64, 32, 32, 4, 4),
-        _tile(64, 64, 32, 4, 3, form="taps"), _tile(128, 64, 32, 8, 3, form="taps"),
-        _tile(128, 64, 32, 4, 3, form="taps"), {"form": "scratch"},
+        _tile(64, 128, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(128, 64, 32, 4, 3), _tile(32, 64, 32, 4, 3),
+        _tile(64, 64, 32, 4, 4), _tile(32, 128, 32, 4, 3), _tile(64, 64, 16, 4, 3), {"form": "scratch"},
     ),
     "backward 1x1": (
-        _tile(64, 64, 128, 8, 2), _tile(64, 64, 128, 8, 3), _tile(64, 32, 128, 8, 3), _tile(64, 64, 128, 8, 4),
-        _tile(32, 64, 128, 8, 3), _tile(64, 128, 128, 8, 2), _tile(64, 64, 128, 16, 3),
+        _OUT, _tile(64, 64, 128, 8, 3, **_OUT), _tile(64, 64, 128, 4, 3, **_OUT), _tile(64, 64, 128, 4, 2, **_OUT),
+        _tile(128, 64, 128, 8, 2, **_OUT), _tile(64, 32, 128, 4, 3, **_OUT), _tile(32, 64, 128, 4, 3, **_OUT),
+        _tile(64, 64, 128, 8, 4),
     ),
     "backward 3x3": (
-        _tile(64, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(64, 64, 32, 8, 3), _tile(64, 128, 32, 8, 2),
-        {"group": 1}, {"group": 9}, {"weight_block_c": 64}, {"weight_block_m": 32},
+        _OUT, _tile(64, 64, 32, 4, 3, **_OUT), _tile(32, 64, 32, 4, 3, **_OUT), _tile(128, 64, 32, 8, 3, **_OUT),
+        _tile(64, 128, 32, 8, 3, **_OUT), {"weight_block_c": 64, **_OUT}, {"weight_block_m": 32, **_OUT},
+        {"weight_block_m": 128, **_OUT},
+    ),
+    traffic.MOMENTS: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (32, 64)),
+    traffic.MAX_POOL[0]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (16, 32)),
+    traffic.MAX_POOL[1]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4) for m in (16, 32)),
+    traffic.TRANSITION[0]: (
+        _tile(64, 32, 128, 8, 2), _tile(64, 64, 128, 8, 2), _tile(32, 64, 128, 4, 2), _tile(32, 64, 64, 4, 2),
+        _tile(32, 32, 64, 4, 2), _tile(16, 64, 128, 4, 1),
+    ),
+    traffic.TRANSITION[1]: (
+        _tile(32, 32, 64, 4, 2, group=4), _tile(64, 32, 64, 8, 1, group=4), _tile(32, 64, 64, 8, 1, group=2),
+        _tile(32, 32, 64, 8, 1, group=4),
     ),
 }  # fmt: skip
-OPERATION = {name: "bn_relu_conv" + "_backward" * (name in traffic.BACKWARD) for name in CHANGES}
+OPERATION = {
+    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
+    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
+    **dict(zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)),
+}
 
 
 def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
-    """Each main kernel in the middle layer of each of DenseNet-121's blocks, the largest resolution first."""
+    """Each main kernel in the middle layer of each of DenseNet-121's blocks, then what stands round the blocks."""
     network = traffic.NETWORKS["densenet121"]
     k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 1)
     for layers, block in zip(network.layers, traffic.blocks(network, batch, size), strict=True):
         reads = block.entering + layers // 2 * k
-        for name in CHANGES:
+        for name in (*traffic.FORWARD, *traffic.BACKWARD):
             shape = (reads, wide, 1) if name.endswith("1x1") else (wide, k, 9)
             yield Case(name, traffic.Shape(block.m, *shape, DTYPE.itemsize), batch, block.leaving)
+    for name, _, around, _ in traffic.around(network, batch, size, DTYPE.itemsize):
+        if name in CHANGES:
+            yield Case(name, around, batch, around.reads)
 
 
 def candidates() -> Iterator[tuple[str, Change, Case]]:
@@ -93,7 +113,7 @@ def measure(job: Job) -> None:
     if job.rehearsal:
         small = Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32)
         todo = [("bn_relu_conv", change, small) for change in REHEARSED]
-    bound: dict[Case, list[Primitive]] = {}
+    bound: dict[Case, list[Bound]] = {}
     truths: dict[Case, dict[str, torch.Tensor]] = {}
     for number, (op, change, case) in enumerate(todo):
         if job.seconds_left() < SECONDS_A_ROW:
@@ -116,15 +136,14 @@ def measure(job: Job) -> None:
     job.result["after"] = state(job.device)
 
 
-def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, torch.Tensor]]:
+def _bound(case: Case, job: Job) -> tuple[list[Bound], dict[str, torch.Tensor]]:
     """The primitive on as many sets of tensors as no cache can hold, and what the first one must find."""
     dtype = torch.float16 if job.rehearsal else DTYPE  # which the interpreter has no arithmetic for
     count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / floor(case).bytes) + 1)
-    sets: list[Primitive] = []
+    sets: list[Bound] = []
     found: dict[str, torch.Tensor] = {}
     for _ in range(count):
         primitive, truth = bind(case, dtype, job.device, "triton")
-        assert isinstance(primitive, Primitive)
         if not sets:
             with tf32(False):
                 truth()
@@ -133,10 +152,11 @@ def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, torch.Tenso
     return sets, found
 
 
-def _row(sets: list[Primitive], truth: dict[str, torch.Tensor], job: Job) -> dict[str, Any]:
+def _row(sets: list[Bound], truth: dict[str, torch.Tensor], job: Job) -> dict[str, Any]:
     """Errors of a run on the first set; if they are small enough, the time of a launch."""
     primitive = sets[0]
-    primitive.restore()
+    if isinstance(primitive, Primitive):
+        primitive.restore()
     primitive.poison()
     primitive()
     errors = {name: relative_error(got, truth[name]) for name, got in primitive.results().items()}
@@ -147,7 +167,7 @@ def _row(sets: list[Primitive], truth: dict[str, torch.Tensor], job: Job) -> dic
     return row
 
 
-def _graph_timing(sets: list[Primitive], device: torch.device) -> Timing:
+def _graph_timing(sets: list[Bound], device: torch.device) -> Timing:
     """Seconds of one call, from replays of a graph of many: the host takes no part."""
     if device.type != "cuda":
         return Timing.of([host_seconds(sets[0], device)])

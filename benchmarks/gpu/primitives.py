@@ -72,15 +72,17 @@ class Tensors:
         bottleneck = writes if taps == 1 else reads
 
         size = math.isqrt(taps)
+        grad_Z = normal(device, m, bottleneck, scale=1e-2).to(dtype)
         weight = normal(device, writes, reads, size, size, scale=math.sqrt(2 / (reads * taps)))
         return cls(
             X=normal(device, m, case.width, shift=0.5).to(dtype),
             Z=normal(device, m, bottleneck, shift=-0.5).to(dtype),
             grad_X=normal(device, m, case.width, scale=1e-2).to(dtype),
-            grad_Z=normal(device, m, bottleneck, scale=1e-2).to(dtype),
+            grad_Z=grad_Z,
             gamma=torch.rand(reads, device=device) + 0.5,
             beta=torch.rand(reads, device=device) - 0.5,
-            a=normal(device, writes, scale=1e-3),
+            # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
+            a=-grad_Z.float().mean(0) if taps == 1 else normal(device, writes, scale=1e-3),
             b=normal(device, writes, scale=1e-3),
             weight=weight.to(dtype).contiguous(memory_format=torch.channels_last),
         )
@@ -112,7 +114,7 @@ class Primitive:
         of_bottleneck = self.be.gradient_buffer(bottleneck).D
         of_bottleneck.copy_(tensors.grad_Z)
         arriving, into = (of_bottleneck, of_features) if pointwise else (of_features, of_bottleneck)
-        self.grad = LazyGradient(arriving, tensors.a, tensors.b)
+        self.grad = LazyGradient(arriving, tensors.a, tensors.b, balanced=pointwise)
         self.into = LazyGradient(into, *torch.zeros(2, reads, device=into.device))
         self._start: Tensor | None = None
         self.gradients: list[Tensor | None] = []
