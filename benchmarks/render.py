@@ -3,7 +3,8 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``deeper``, ``deeper-train``, ``curves``, ``first-step``, ``flow``, ``compiled`` and ``host``.
+``depth``, ``deeper``, ``deeper-train``, ``curves``, ``first-step``, ``flow``, ``compiled``, ``host``, ``gpu`` and
+``gpu-kernels``.
 Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that picture of
 ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a table is not
 what its record says.
@@ -22,13 +23,14 @@ from typing import Any
 from .curves_report import curves_table, deeper_table, deeper_train_table, first_step_table
 from .depth_report import depth_table
 from .flow import flow_table
+from .roofline import bars, of_profile
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 _RENDERED = ("kernels", "memory", "depth", "deeper", "curves", "gradient-flow", "compatibility")
 PAGES = (README, *(DOCS / f"{name}.md" for name in _RENDERED))
-_KINDS = "figures|memory|depth|deeper|deeper-train|curves|first-step|flow|compiled|host"
+_KINDS = "figures|memory|depth|deeper|deeper-train|curves|first-step|flow|compiled|host|gpu-kernels|gpu"
 _TABLE = re.compile(
     rf"(<!-- (?P<kind>{_KINDS}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)",
     re.DOTALL,
@@ -107,6 +109,56 @@ def compiled_table(record: list[dict[str, Any]], file: str) -> str:
     return "\n".join(["", *lines, "", conditions, ""])
 
 
+def _machine(made: dict[str, Any]) -> str:
+    versions = f"PyTorch {made['torch']}, Triton {made['triton']}"
+    return f"{made['device']}, {versions}, commit {made['commit']}, {made['date'][:10]}"
+
+
+def gpu_table(record: dict[str, Any], file: str) -> str:
+    """The training steps of a record of ``benchmarks.gpu`` as a Markdown table, with its conditions."""
+    stages, made = record["stages"], record["environment"]
+    found = [stages[name]["result"] for name in ("batch64", "batch256") if name in stages]
+    heads = [f"batch {one['batch']} | x | images/s | peak memory" for one in found]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * 4 * len(found)}"]
+    for label in found[0]["rows"]:
+        cells = []
+        for one in found:
+            row, base = one["rows"].get(label, {}), one["rows"]["torchvision, eager"]["step"]["median"]
+            if "step" not in row:
+                break
+            seconds, peak = row["step"]["median"], row.get("peak_bytes")
+            cells += [f"{seconds * 1e3:.1f} ms", f"{base / seconds:.2f}x", f"{row['images_per_second']:,.0f}"]
+            cells.append("" if peak is None else f"{peak / 1e9:.2f} GB")
+        else:
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    one = found[0]
+    conditions = (
+        f"{one['network']}, images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: forward, "
+        "cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one CUDA "
+        f"graph, whose memory is not told apart. {_machine(made)}; medians of interleaved steps. Reproduce: "
+        f"`python -m benchmarks.gpu`. Record: [{file}](benchmarks/results/{file})."
+    )
+    return "\n".join([*lines, "", conditions, ""])
+
+
+def gpu_kernels_table(record: dict[str, Any], file: str) -> str:
+    """Where the device's time goes in a step of a record of ``benchmarks.gpu``: operations, the longest first."""
+    name, made = "fastdense activations, batch 64", record["environment"]
+    found = record["stages"]["layers"]["result"][name]
+    lines = ["| kernel | pixels | times a step | measured | modelled floor | of the floor's rate |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for bar in bars(of_profile(found))[:16]:
+        assert bar.measured is not None
+        cells = f"{bar.measured * 1e3:.2f} ms | {bar.floor * 1e3:.2f} ms | {bar.floor / bar.measured:.0%}"
+        lines.append(f"| {bar.operation} | {bar.m:,} | {bar.times} | {cells} |")
+    ours, everything = found["ours_seconds"] * 1e3, found["device_seconds"] * 1e3
+    conditions = (
+        f"{found['network']}, {name}, images of 224 x 224: {ours:.1f} ms in these kernels, {everything:.1f} ms in all, "
+        f"by PyTorch's profiler. {_machine(made)}. Record: [{file}](../benchmarks/results/{file})."
+    )
+    return "\n".join(["", *lines, "", conditions, ""])
+
+
 def host_table(record: dict[str, Any], file: str) -> str:
     """A record of ``benchmarks.host`` as a Markdown table."""
     settings, results = record["settings"], record["results"]
@@ -141,6 +193,8 @@ _TABLES: dict[str, Callable[[Any, str], str]] = {
     "flow": flow_table,
     "compiled": compiled_table,
     "host": host_table,
+    "gpu": gpu_table,
+    "gpu-kernels": gpu_kernels_table,
 }
 
 

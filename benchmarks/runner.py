@@ -157,14 +157,16 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """What git says, or ``FASTDENSE_COMMIT`` where the checkout came without its history; a release has a version."""
+    """``FASTDENSE_COMMIT``, for a checkout that came without its history, or what git says; a release has a version."""
+    if "FASTDENSE_COMMIT" in os.environ:
+        return os.environ["FASTDENSE_COMMIT"]
     if not CHECKOUT:
         return _version("fastdense") or "unknown"
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTDENSE_COMMIT", "unknown")
+        return "unknown"
 
 
 def _sources() -> str:

@@ -61,7 +61,7 @@ def resolve_kernel(
     LAZY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PER_CHANNEL: tl.constexpr, UNBIASED: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once; UNBIASED where it is to be summed.
+    """``g = (D + a + b*(v - mean)) * dropout's mask``: the lazy gradient, formed once; UNBIASED if it is to be summed.
 
     g [m, width, feature dtype, rows ``stride_gm`` apart]: 0 from column K on; D, v [m, K, feature dtype, rows apart]
     a, b, mean [K, fp32]; seed [1, int64]; UNIT divides K, ``width`` and the strides

@@ -42,10 +42,10 @@ def to_storage(x, dtype: tl.constexpr):
 
 @triton.jit
 def to_storage_unbiased(x, index, dtype: tl.constexpr):
-    """``x``, fp32, as one of the two values of a 16-bit ``dtype`` beside it, the nearer one more often: right on average.
+    """``x``, fp32, as one of the two values of a 16-bit ``dtype`` beside it, the nearer one more often: no bias.
 
-    What is on that grid already and gets a shift far smaller than its spacing would lose all of it to the nearest value,
-    in every row alike. Which of the two, a hash of ``index`` says (Wellons' lowbias32): reruns are bit-equal.
+    What is on that grid already and gets a shift far smaller than its spacing would lose all of it to the nearest
+    value, in every row alike. Which of the two, a hash of ``index`` says (Wellons' lowbias32): reruns are bit-equal.
     """
     LOW: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of fp32 that dtype has not
     noise = index.to(tl.uint32)

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks import runner, schema
 
-OTHER_FORMS = ("compiled/kernels.json", "cpu/micro.json")  # rows of the compile report; pytest-benchmark's
+# Rows of the compile report and of the count of waves; pytest-benchmark's; the stages of a GPU run.
+OTHER_FORMS = ("compiled/kernels.json", "compiled/waves.json", "cpu/micro.json", "h100/gpu.json")
 RECORDS = [
     path
     for path in sorted(runner.RESULTS.glob("*/*.json"))

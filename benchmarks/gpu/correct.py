@@ -21,13 +21,14 @@ from fastdense.reference import ConcatDenseBlock, ConcatTransition
 from ..runner import ROOT
 from .machine import tf32
 from .measure import relative_error
-from .stage import ERROR_CHARACTERS, Job
+from .stage import Job
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MODES = ("activations", "bottlenecks")
 RERUNS = 20
-KEPT_FAILURES = 20
+KEPT_FAILURES = 100
+REASON_CHARACTERS = 400
 # What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
 _ONE_STAGE = {op: {"num_stages": 1} for op in ("bn_relu_conv", "bn_relu_conv_backward")}
 SIMPLER: dict[str, dict[str, dict[str, Any]]] = {
@@ -168,6 +169,12 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
+def reason(traceback: str) -> str:
+    """What a failed test's traceback comes to: the lines that pytest marks, or its last one."""
+    marked = [line[1:].strip() for line in traceback.splitlines() if line.startswith("E ")]
+    return "\n".join(marked or traceback.strip().splitlines()[-1:])[:REASON_CHARACTERS]
+
+
 class _Recorder:
     """Keeps each test's outcome as it comes, so that a run which is stopped has told what it knew."""
 
@@ -191,7 +198,7 @@ class _Recorder:
             self.job.result[report.outcome] += 1
         failures = self.job.result["failures"]
         if report.failed and len(failures) < KEPT_FAILURES:
-            failures[f"{report.nodeid} ({report.when})"] = report.longreprtext[-ERROR_CHARACTERS:]
+            failures[f"{report.nodeid} ({report.when})"] = reason(report.longreprtext)
         if report.when == "teardown":
             self.job.save()
 

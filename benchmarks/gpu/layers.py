@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdense.kernels.launch import LaunchConfig
 from fastdense.triton_backend import TritonBackend
 
 from ..compiled import Launch
@@ -103,6 +104,11 @@ def traced(step: Step, device: torch.device) -> list[dict[str, Any]]:
     return [{"name": event["name"], "seconds": event["dur"] / 1e6} for event in kernels]
 
 
+def _short(config: LaunchConfig) -> str:
+    """Tile, warps and stages: ``128x64x128 w8 s3``."""
+    return f"{config.block_m}x{config.block_c}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+
+
 def _rows(launches: list[Launch], kernels: list[dict[str, Any]], job: Job) -> Iterator[dict[str, Any]]:
     """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
     rates = measured_rates(job, DTYPE)
@@ -112,7 +118,7 @@ def _rows(launches: list[Launch], kernels: list[dict[str, Any]], job: Job) -> It
         row = rows.setdefault(
             (name_of(launch), *shape.items(), launch.programs),
             {"operation": name_of(launch), **shape, "programs": launch.programs, "times": 0, "seconds": 0.0,
-             "config": str(launch.config), "bytes": moved.bytes, "flops": moved.flops},
+             "config": _short(launch.config), "bytes": moved.bytes, "flops": moved.flops},
         )  # fmt: skip
         row["times"] += 1
         row["seconds"] += kernel["seconds"]
