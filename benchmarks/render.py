@@ -104,7 +104,7 @@ def compiled_table(record: list[dict[str, Any]], file: str) -> str:
     conditions = (
         f"Compiled for sm_90 in bfloat16 by Triton {rows[0]['triton']}, 64 images of 56 x 56 pixels. Both times are "
         "*modelled*: issuing the inner loops' instructions at 70 % of an H100's rate, and moving the floor's bytes at "
-        f"3.0 TB/s. Nothing here was measured on a GPU. Record: [{file}](../benchmarks/results/{file})."
+        f"3.0 TB/s. Nothing in this table was measured. Record: [{file}](../benchmarks/results/{file})."
     )
     return "\n".join(["", *lines, "", conditions, ""])
 
@@ -133,8 +133,8 @@ def gpu_table(record: dict[str, Any], file: str) -> str:
             lines.append(f"| {label} | {' | '.join(cells)} |")
     one = found[0]
     conditions = (
-        f"{one['network']}, images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: forward, "
-        "cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one CUDA "
+        f"{one['network']}, images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
+        "forward, cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one CUDA "
         f"graph, whose memory is not told apart. {_machine(made)}; medians of interleaved steps. Reproduce: "
         f"`python -m benchmarks.gpu`. Record: [{file}](benchmarks/results/{file})."
     )

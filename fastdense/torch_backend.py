@@ -351,7 +351,8 @@ class TorchBackend:
             v, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="centred")
             read = activation if conv.pool is None else self._average(activation, conv.pool, piece.spatial)
             if self.dtype.itemsize == 2 and grad.balanced:
-                read = torch.sub(read, reader.beta.relu(), out=self._buffer("operand", *read.shape, self.dtype))
+                operand = self._buffer("operand", read.shape[0], read.shape[1], self.dtype)
+                read = torch.sub(read, reader.beta.relu(), out=operand)
             elif self.dtype.itemsize == 2 and grad.a is not None:
                 g = self._unbiased(g)
             g, operand = self._operand("output gradient", g), self._operand("operand", read)

@@ -105,6 +105,7 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 4, 2, group=4),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
+    ("bn_relu_conv_backward", "many taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=1, weight_block_c=128),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
     ("copy", ""): LaunchConfig(32, 64, 64, 4, 1, programs_per_sm=6),
@@ -112,7 +113,7 @@ _SM80: _Table = {
     ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
-    ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(64, 32, 64, 8, 1, group=4),
     ("bn_relu_conv_backward", "many pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=2),
     ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
@@ -128,22 +129,25 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
     ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1, programs_per_sm=8),
-    ("pool_backward", ""): LaunchConfig(32, 64, 64, 4, 1, programs_per_sm=3),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 3, group=3, weight_block_c=128),
-    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 3, group=3),
+    ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 2, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=3, weight_block_c=128),
 }
 _SM100: _Table = _SM90 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 64, 128, 4, 2),
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 64, 64, 4, 2),
+    ("bn_relu_conv", "dropout"): LaunchConfig(64, 32, 32, 4, 1),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=2),
+    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(64, 32, 64, 8, 1, group=2),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
     ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=4),
-    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=8),
 }
-_SM86: _Table = _SM80 | {("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 1, group=4)}
+_SM86: _Table = _SM80 | {
+    ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1, group=4),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(32, 32, 64, 4, 1, group=4),
+}
 
 
 def _weight_32(num_warps: int, num_stages: int) -> LaunchConfig:
@@ -179,14 +183,16 @@ _FP32_SM90: _Table = _FP32_SM80 | {
     ("bn_relu_conv", "1x1"): LaunchConfig(64, 16, 64, 4, 2),
     ("bn_relu_conv", "taps"): LaunchConfig(32, 16, 32, 4, 2),
     ("bn_relu_conv", "many taps"): LaunchConfig(32, 16, 32, 4, 2),
-    ("bn_relu_conv_backward", "taps"): _weight_32(4, 1),
-    ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 1),
+    ("bn_relu_conv_backward", "1x1"): LaunchConfig(16, 32, 128, 8, 2),
+    ("bn_relu_conv_backward", "taps"): _weight_32(4, 2),
+    ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 2),
     ("bn_relu_conv_backward", "lazy many taps"): _weight_32(4, 2),
-    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 8, 1, weight_block_m=16, weight_block_c=32),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
+    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
 }
 _FP32_SM100: _Table = _FP32_SM90 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
-    ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 1),
+    ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 2),
 }
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {
