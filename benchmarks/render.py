@@ -134,8 +134,8 @@ def gpu_table(record: dict[str, Any], file: str) -> str:
     one = found[0]
     conditions = (
         f"{one['network']}, images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
-        "forward, cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one CUDA "
-        f"graph, whose memory is not told apart. {_machine(made)}; medians of interleaved steps. Reproduce: "
+        "forward, cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one "
+        f"CUDA graph, whose memory is not told apart. {_machine(made)}; medians of interleaved steps. Reproduce: "
         f"`python -m benchmarks.gpu`. Record: [{file}](benchmarks/results/{file})."
     )
     return "\n".join([*lines, "", conditions, ""])

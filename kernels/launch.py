@@ -167,6 +167,7 @@ _FP32_SM80: _Table = _SM80 | {
     ("bn_relu_conv_backward", "wide"): LaunchConfig(32, 32, 64, 8, 1, group=4),
     ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "many taps"): _weight_32(8, 2),
     ("bn_relu_conv_backward", "lazy many taps"): _weight_32(8, 1),
     ("bn_relu_conv_backward", "wide taps"): _weight_32(8, 2),
     ("bn_relu_conv_backward", "lazy wide taps"): _weight_32(8, 1),

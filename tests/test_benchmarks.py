@@ -155,6 +155,23 @@ def test_speed_times_what_is_right_and_nothing_else(candidates: tuple[str, ...],
     assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
 
 
+def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it lies in somebody else's repository."""
+    monkeypatch.setenv("FASTDENSE_COMMIT", "abc")
+    assert runner.environment()["commit"] == "abc"
+
+
+def test_a_gpus_tables_name_what_was_not_captured() -> None:
+    record = json.loads((runner.RESULTS / "h100" / "gpu.json").read_text())
+    table = render.gpu_table(record, "h100/gpu.json")
+    assert "| torchvision, eager | 66.5 ms | 1.00x | 962 | 4.28 GB | 103.9 ms |" in table
+    assert "| fastdense activations, graph | 17.0 ms | 3.91x | 3,758 |  | 54.5 ms |" in table
+    assert "memory_efficient, graph" not in table
+    assert "| bn_relu_conv_backward 1x1 | 12,544 | 24 | 1.68 ms | 0.43 ms | 26% |" in render.gpu_kernels_table(
+        record, ""
+    )
+
+
 def test_an_interrupted_run_keeps_what_was_measured(candidates: tuple[str, ...]) -> None:
     def watch(record: dict[str, Any]) -> None:
         if "step" in record["results"].get("right", {}):

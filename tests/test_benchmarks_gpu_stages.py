@@ -115,6 +115,13 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
     assert name.endswith("backward") or any(math.isnan(e) for e in errors.values()), "what nobody wrote is NaN"
 
 
+def test_a_failed_tests_reason_is_what_pytest_marks() -> None:
+    traceback = "def test() -> None:\n>   assert x == 2\nE   assert 1 == 2\nE    +  where\n\ntest.py:3: AssertionError"
+    assert correct.reason(traceback) == "assert 1 == 2\n+  where"
+    assert correct.reason("worker 'gw1' crashed") == "worker 'gw1' crashed"
+    assert len(correct.reason("E " + "x" * 9999)) == correct.REASON_CHARACTERS
+
+
 def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     real = candidates._row
 

@@ -110,8 +110,8 @@ def test_tiles_stay_the_same_as_a_batch_shrinks_by_an_image(name: str, batch: in
 def test_a_small_map_gives_every_multiprocessor_something() -> None:
     whole = launch.choose("bn_relu_conv", Shape(64 * 56 * 56, 512, 128, 1), BF16, 90, 132)
     small = launch.choose("bn_relu_conv", Shape(64 * 7 * 7, 512, 128, 1), BF16, 90, 132)
-    assert (whole.block_m, whole.block_k) == (128, 128)
-    assert (small.block_m, small.block_k) == (64, 64)
+    assert (whole.block_m, whole.block_k) == (64, 128)
+    assert (small.block_m, small.block_k) == (64, 32)
 
 
 def test_a_changed_tile_is_not_believed_to_fit_as_often() -> None:
