@@ -188,12 +188,13 @@ _FP32_SM90: _Table = _FP32_SM80 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(4, 2),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(4, 2),
     ("bn_relu_conv_backward", "lazy many taps"): _weight_32(4, 2),
-    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
-    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=16, weight_block_c=32),
+    ("bn_relu_conv_backward", "pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=32, weight_block_c=32),
+    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(16, 16, 16, 4, 1, weight_block_m=32, weight_block_c=32),
 }
 _FP32_SM100: _Table = _FP32_SM90 | {
     ("bn_relu_conv_backward", "taps"): _weight_32(8, 2),
     ("bn_relu_conv_backward", "lazy taps"): _weight_32(8, 2),
+    ("bn_relu_conv_backward", "many pooled"): LaunchConfig(16, 32, 32, 4, 1, weight_block_m=32, weight_block_c=32),
 }
 # The interpreter pays for each step of a loop, not for each element.
 _INTERPRETER: _Table = {

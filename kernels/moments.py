@@ -86,19 +86,18 @@ def finish_moments(
         groups_ptr = partial_ptr + programs * 3 * C
         _store_slot(groups_ptr, group, origin, rest, m2, c, C, c_mask)
         if last_to_arrive(counter_ptr, groups):
-            _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows, c, C, c_mask)
+            _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows * GROUP, c, C, c_mask)
 
 
 @triton.jit
-def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, program_rows, c, C, c_mask):
+def _finish_groups(mean_ptr, var_ptr, groups_ptr, groups, m, group_rows, c, C, c_mask):
     """The last merge, ``GROUP`` groups at a time: one step on any GPU of today."""
-    group_rows = program_rows * GROUP
     origin, rest, m2 = _merge(groups_ptr, 0, tl.minimum(GROUP, groups), m, group_rows, c, C, c_mask)
     for begin in range(GROUP, groups, GROUP):
         end = tl.minimum(begin + GROUP, groups)
         next_origin, next_rest, next_m2 = _merge(groups_ptr, begin, end, m, group_rows, c, C, c_mask)
         before = (begin * group_rows).to(tl.float32)
-        count = tl.minimum(m - begin * group_rows, GROUP * group_rows).to(tl.float32)
+        count = tl.minimum(m - begin * group_rows, group_rows * GROUP).to(tl.float32)
         away = (next_origin - origin) + (next_rest - rest)
         share = count / (before + count)
         m2 += next_m2 + away * away * before * share
