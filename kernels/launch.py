@@ -129,6 +129,7 @@ _SM90: _Table = _SM80 | {
     ("bn_relu_conv_backward", "wide"): LaunchConfig(64, 32, 64, 8, 2, group=4),
     ("bn_relu_conv_backward", "wide pooled"): LaunchConfig(64, 64, 64, 8, 1, group=4),
     ("max_pool", ""): LaunchConfig(16, 32, 32, 4, 1, programs_per_sm=8),
+    ("pool_backward", ""): LaunchConfig(16, 64, 64, 4, 1, programs_per_sm=6),
     ("bn_relu_conv_backward", "taps"): LaunchConfig(64, 64, 32, 4, 3, group=3, weight_block_c=128),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 2, group=3),
     ("bn_relu_conv_backward", "wide taps"): LaunchConfig(64, 64, 64, 4, 2, group=3),
@@ -142,6 +143,7 @@ _SM100: _Table = _SM90 | {
     ("bn_relu_conv_backward", "many pooled"): LaunchConfig(64, 32, 64, 8, 1, group=2),
     ("bn_relu_conv_backward", "lazy taps"): LaunchConfig(64, 64, 32, 4, 1, group=3),
     ("max_pool", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=4),
+    ("pool_backward", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=6),
     ("copy", ""): LaunchConfig(32, 32, 32, 4, 1, programs_per_sm=8),
 }
 _SM86: _Table = _SM80 | {
