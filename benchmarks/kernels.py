@@ -202,10 +202,11 @@ def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None
         count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * own
     else:
         units = taps * a["K_BLOCKS"]
-        data = next((loop for loop in loops if loop[1]), None)
-        weight = max((loop for loop in loops if not loop[1]), default=None)
-        if data is None or weight is None:  # the compiler unrolled one of them
+        if len(loops) != 2:  # the compiler unrolled one of them
             return None
+        data, weight = (
+            loops if loops[0][1] or not loops[1][1] else loops[::-1]
+        )  # where taps are unrolled, data is first
         count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * (data[0] + units * sum(data[1]))
         groups = -(-units // a["GROUP"])
         count += tiles(a["WEIGHT_BLOCK_M"], a["WEIGHT_BLOCK_C"], a["C"]) * groups * weight[0]

@@ -29,7 +29,7 @@ from .traffic import NETWORKS
 PAGE = Path(__file__).parents[1] / "docs" / "schedules.md"
 SHOWN = ("densenet121", "densenet201")
 GROUPS = (1, 2, 4, 8)
-COUNTED = ("3.9.0", "01431a609debb3e1")  # Triton and kernels of those instructions that the record does not hold
+COUNTED = ("3.9.0", "17508a901237fbc9")  # Triton and kernels of those instructions that the record does not hold
 L2_BYTES = 50e6  # an H100's
 ITEMSIZE = 2
 PARTIAL = 2  # a sum kept in fp32 takes as much as so many elements
@@ -40,26 +40,25 @@ ISSUE_RATE = SM_COUNT[90] * ISSUE * CLOCK[90]  # warp instructions a second, of 
 class Loops(NamedTuple):
     """Instructions of the loops of a layer with ``k = 32``, by each warp, for one tile (sm_90, bfloat16).
 
-    The first eight are the compile report's. It holds no rows for the others. Those before ``pair_tile`` are the same
+    The first seven are the compile report's. It holds no rows for the others. Those before ``pair_tile`` are the same
     launches compiled with ``LAZY``, ``HAS_INTO``, ``NEEDS_WEIGHT``, ``NEEDS_DY`` or ``HAS_MOMENTS`` off. The rest are
     prototypes that were compiled and not kept: a backward for two layers, which spills 240 bytes, and :func:`fused` for
     8 x 16 pixels with their halo, 8 warps, which spills 104 bytes (8 without shifts).
     """
 
-    forward_tile: int  # 1x1: 128 rows, 8 warps
+    forward_tile: int  # 1x1: 64 rows, 4 warps
     forward_step: int  # its 64 input channels
     spatial_tile: int  # 3x3: 62 rows, 4 warps
     spatial_step: int  # its 64 input channels for one row of taps
     backward_tile: int  # 1x1 backward: 64 rows of 64 input channels, 8 warps
-    spatial_data: int  # 3x3 backward, data gradient: 64 rows of 64 input channels, 4 warps
-    spatial_tap: int  # its taps
+    spatial_data: int  # 3x3 backward, data gradient with all its taps: 64 rows of 64 input channels, 4 warps
     spatial_weight: int  # 3x3 backward, weight gradient of three taps: 64 rows of 128 input channels, 4 warps
-    plain_tile: int = 692  # backward_tile where the gradient of Z is written out: not LAZY
-    pull_tile: int = 612  # and nothing is added to D: nor HAS_INTO
-    pull_data: int = 439  # of that the data gradient alone
-    pull_weight: int = 331  # of that the weight gradient alone
-    bare_tile: int = 350  # forward_tile without moments
-    bare_spatial_tile: int = 637  # spatial_tile without moments
+    plain_tile: int = 772  # backward_tile where the gradient of Z is written out: not LAZY
+    pull_tile: int = 679  # and nothing is added to D: nor HAS_INTO
+    pull_data: int = 472  # of that the data gradient alone
+    pull_weight: int = 387  # of that the weight gradient alone
+    bare_tile: int = 543  # forward_tile without moments
+    bare_spatial_tile: int = 793  # spatial_tile without moments
     pair_tile: int = 571  # plain_tile, each of two layers that share X and D
     fused_step: int = 322  # 64 input channels of the 1x1
     fused_tile: int = 3561  # everything else, nine products shifted by tl.gather
@@ -77,8 +76,8 @@ def loops() -> Loops:
         if (row["arch"], row["dtype"], row["growth_rate"], row["shape"].get("m")) == wanted
     }
     (tile, step), (spatial, row_of_taps) = found["bn_relu_conv 1x1"][0], found["bn_relu_conv 3x3"][0]
-    (data, tap), (weight,) = found["bn_relu_conv_backward 3x3"]
-    return Loops(tile, step, spatial, row_of_taps, found["bn_relu_conv_backward 1x1"][0][0], data, tap, weight)
+    (data,), (weight,) = found["bn_relu_conv_backward 3x3"]
+    return Loops(tile, step, spatial, row_of_taps, found["bn_relu_conv_backward 1x1"][0][0], data, weight)
 
 
 class Pass(NamedTuple):
@@ -144,8 +143,8 @@ def columns(channels: int) -> int:
 
 
 def forward_slots(tile: int, channels: int) -> float:
-    """The 1x1 forward: a tile of 128 rows, its steps over the input channels, 8 warps."""
-    return (tile + loops().forward_step * columns(channels)) * 8 / 128
+    """The 1x1 forward: a tile of 64 rows, its steps over the input channels, 4 warps."""
+    return (tile + loops().forward_step * columns(channels)) * 4 / 64
 
 
 def backward_slots(tile: int, channels: float) -> float:
@@ -164,7 +163,7 @@ def spatial_forward(block: Block, *, moments: bool = True) -> Pass:
 def spatial_backward(block: Block) -> Pass:
     """A 3x3's backward: ``2B + 2k`` elements."""
     at, B = loops(), block.bottleneck
-    slots = columns(B) * (at.spatial_data + 9 * at.spatial_tap) + -(-B // 128) * 3 * at.spatial_weight
+    slots = columns(B) * at.spatial_data + -(-B // 128) * 3 * at.spatial_weight
     return Pass("3x3", 2 * B + 2 * block.k, slots * 4 / 64)
 
 

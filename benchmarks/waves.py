@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,11 @@ def fits(arch: int, name: str, batch: int) -> list[Fit]:
     return found
 
 
+def together(found: list[Fit]) -> list[Fit]:
+    """Layers whose launches are alike as one row."""
+    return [replace(fit, layers=layers) for fit, layers in Counter(found).items()]
+
+
 def worst(found: list[Fit]) -> list[Fit]:
     """One row for each kernel and block: that of the layer that fills the device least."""
     rows: dict[tuple[int, str, int, int, str], list[Fit]] = {}
@@ -124,12 +130,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waves", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), default=list(ARCHITECTURES))
-    parser.add_argument("--json", type=Path, default=RECORD, help=f"every layer; default: {RECORD}")
+    parser.add_argument("--json", type=Path, default=RECORD, help=f"every layer, like ones together; default: {RECORD}")
     options = parser.parse_args()
     found = [fit for arch in options.arch for name in NETWORKS for batch in BATCHES for fit in fits(arch, name, batch)]
     show(worst(found), Console(width=140))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(fit)) for fit in found) + "\n]\n")
+    options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(fit)) for fit in together(found)) + "\n]\n")
     print(f"record: {options.json}")
 
 
