@@ -5,8 +5,8 @@
 compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, for each: registers, spilled bytes,
 shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; and two
 *modelled* times, the floor that these imply on an H100 and the time to issue the inner loops' instructions. Without
-options: every row for sm_80 and sm_90 in bfloat16, and one row of each kernel for other dtypes and architectures; with
-``--all`` every row (of sm_86 those in 16 bit). Ends with 1 if a row breaks a rule (:func:`defects`).
+options: each kernel once for every architecture and dtype; with ``--all`` every row (of sm_86 those in 16 bit).
+Ends with 1 if a row breaks a rule (:func:`defects`).
 """
 
 from __future__ import annotations
@@ -265,13 +265,13 @@ def precisions(arch: int) -> list[str]:
     return [name for name, (dtype, _) in PRECISIONS.items() if arch != 86 or dtype.itemsize == 2]
 
 
-def jobs(archs: list[int], *, everything: bool) -> Iterator[tuple[int, str, bool, int]]:
+def jobs(archs: list[int], dtypes: list[str], *, every: bool) -> Iterator[tuple[int, str, bool, int]]:
     """What to compile, as ``_job`` takes it."""
     for arch in archs:
         for precision in precisions(arch):
-            every = everything or (precision == "bf16" and arch in (80, 90))
-            for index in range(len(launches(arch, precision, every=every))):
-                yield arch, precision, every, index
+            if precision in dtypes:
+                for index in range(len(launches(arch, precision, every=every))):
+                    yield arch, precision, every, index
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -295,14 +295,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), help="default: all of them")
-    parser.add_argument("--all", action="store_true", help="every row of every architecture and dtype (long)")
+    parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="default: all")
+    parser.add_argument("--all", action="store_true", help="every row, where else each kernel is compiled once")
     parser.add_argument("--json", type=Path, help=f"where to write the rows; with --all by default {RECORD}")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 interprets kernels, this compiles them: unset it")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    todo = list(jobs(options.arch or sorted(SM_COUNT), everything=options.all))
+    todo = list(jobs(options.arch or sorted(SM_COUNT), options.dtype, every=options.all))
     rows: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(_job, todo):

@@ -25,20 +25,18 @@ def record() -> list[kernels.Row]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_row_compiles_and_keeps_the_rules(tmp_path: Path) -> None:
-    """sm_80 and sm_90 in bfloat16; of other dtypes and architectures each kernel once. In a process of its own: here
-    the kernels are interpreted."""
+def test_kernels_compile_to_what_the_record_says(record: list[kernels.Row], tmp_path: Path) -> None:
+    """Each once for every architecture, in bfloat16. In a process of its own: here the kernels are interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--json", str(tmp_path / "rows.json")]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--dtype", "bf16"]
+    command += ["--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = [kernels.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
-    assert {row.arch for row in rows} == set(kernels.SM_COUNT)
-    assert {row.dtype for row in rows} == set(kernels.PRECISIONS)
+    assert {row.arch for row in rows} == set(kernels.SM_COUNT) and len(rows) > 60
     assert not any(kernels.defects(row) for row in rows)
-    full = [row for row in rows if row.arch in (80, 90) and row.dtype == "bf16"]
-    assert {row.growth_rate for row in full} == {12, 24, 32, 40, 48}
-    assert len(full) > 50
+    if rows[0].triton == record[0].triton:
+        assert [row for row in rows if row not in record] == []
 
 
 @pytest.mark.slow
