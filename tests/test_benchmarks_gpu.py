@@ -7,8 +7,11 @@ import json
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import networks, steps
-from benchmarks.gpu.run import LOG, PICTURE, RECORD, Run, _variables
+from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, _Process, _variables
 from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
 
@@ -44,6 +47,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
 def entries(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text(), parse_constant=pytest.fail)["stages"]
+
+
+def test_a_stage_may_begin_long_after_its_process(tmp_path: Path) -> None:
+    process = _Process.__new__(_Process)
+    first, second = stage("finish"), stage("hang", 5.0)
+    process.stages, process.out, process.patience = [first, second], tmp_path, 1.0
+    process.process = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+    process.idle_since = time.time() - 10 * START_SECONDS
+    (tmp_path / "finish.stage.json").write_text('{"status": "ok", "seconds": 1.0, "until": 0.0, "result": {}}')
+    assert process.wait(first)
+    entry = '{"status": "ok", "seconds": 0.2, "until": 0.0, "result": {}}'
+    threading.Timer(0.3, (tmp_path / "hang.stage.json").write_text, [entry]).start()
+    found = process.wait(second)
+    assert found is not None and found["status"] == "ok"
 
 
 @pytest.mark.slow

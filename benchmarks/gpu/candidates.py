@@ -56,7 +56,10 @@ CHANGES: dict[str, tuple[Change, ...]] = {
         _tile(64, 128, 32, 8, 3, **_OUT), {"weight_block_c": 64, **_OUT}, {"weight_block_m": 32, **_OUT},
         {"weight_block_m": 128, **_OUT},
     ),
-    traffic.MOMENTS: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (32, 64)),
+    traffic.MOMENTS: (
+        *({"programs_per_sm": n, "block_m": m} for n in (2, 8) for m in (32, 64)),
+        *({"programs_per_sm": n, "block_m": 128, "num_warps": 8} for n in (2, 4)),
+    ),
     traffic.MAX_POOL[0]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (16, 32)),
     traffic.MAX_POOL[1]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4) for m in (16, 32)),
     traffic.TRANSITION[0]: (

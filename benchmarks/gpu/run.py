@@ -25,7 +25,7 @@ from .stage import ERROR_CHARACTERS, Stage
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 5.0
 LEAST_SECONDS = 2.0  # with less there is no use in beginning a stage
-START_SECONDS = 60.0  # until a process has begun its first stage: importing PyTorch over a slow disk takes long
+START_SECONDS = 60.0  # until a process has begun a stage: importing PyTorch over a slow disk takes long
 REHEARSAL_PATIENCE = 10.0  # times as long: a rehearsal is about what runs, on however busy a machine
 POLL_SECONDS = 0.05
 LOG_BYTES = 1 << 20  # kept of what the stages printed
@@ -42,7 +42,7 @@ class _Process:
         names = [f"{stage.name}={stage.target}={stage.seconds * self.patience}" for stage in stages]
         command = [sys.executable, "-m", "benchmarks.gpu.stage", str(out.resolve()), "--until", str(until)]
         self.log = (out / f"{stages[0].name}.part.log").open("w+b")
-        self.started = time.time()
+        self.idle_since = time.time()
         self.process = subprocess.Popen(
             [*command, *["--rehearse"] * rehearsal, *names],
             cwd=ROOT,
@@ -63,14 +63,15 @@ class _Process:
                 entry |= json.loads(path.read_text())
             if gone and "until" not in entry and stage is not self.stages[0]:
                 return None
-            until = entry.pop("until", self.started + START_SECONDS)
+            until = entry.pop("until", self.idle_since + START_SECONDS)
             if entry["status"] != "running":  # it said itself how it ended
+                self.idle_since = time.time()
                 return entry
             if gone or time.time() > until:
                 break
             time.sleep(POLL_SECONDS)
         self.kill()
-        entry["seconds"] = round(time.time() - max(self.started, until - stage.seconds * self.patience), 1)
+        entry["seconds"] = round(time.time() - max(self.idle_since, until - stage.seconds * self.patience), 1)
         if not gone:
             return entry | {"status": "timed out", "error": "stopped: its time was up"}
         code = self.process.returncode
