@@ -117,8 +117,8 @@ def _machine(made: dict[str, Any]) -> str:
 def gpu_table(record: dict[str, Any], file: str) -> str:
     """The training steps of a record of ``benchmarks.gpu`` as a Markdown table, with its conditions."""
     stages, made = record["stages"], record["environment"]
-    found = [stages[name]["result"] for name in ("batch64", "batch256") if name in stages]
-    heads = [f"batch {one['batch']} | x | images/s | peak memory" for one in found]
+    found = [stages[name]["result"] for name in ("batch64", "batch256", "densenet201", "batch1") if name in stages]
+    heads = [f"{one['network']}, batch {one['batch']} | x | images/s | peak memory" for one in found]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * 4 * len(found)}"]
     for label in found[0]["rows"]:
         cells = []
@@ -133,12 +133,12 @@ def gpu_table(record: dict[str, Any], file: str) -> str:
             lines.append(f"| {label} | {' | '.join(cells)} |")
     one = found[0]
     conditions = (
-        f"{one['network']}, images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
+        f"Images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
         "forward, cross-entropy and backward. *x*: times as fast as torchvision, eager. *graph*: the whole step as one "
         f"CUDA graph, whose memory is not told apart. {_machine(made)}; medians of interleaved steps. Reproduce: "
-        f"`python -m benchmarks.gpu`. Record: [{file}](benchmarks/results/{file})."
+        f"`python -m benchmarks.gpu`. Record: `benchmarks/results/{file}`."
     )
-    return "\n".join([*lines, "", conditions, ""])
+    return "\n".join(["", *lines, "", conditions, ""])
 
 
 def gpu_kernels_table(record: dict[str, Any], file: str) -> str:

@@ -164,10 +164,10 @@ def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.Monke
 def test_a_gpus_tables_name_what_was_not_captured() -> None:
     record = json.loads((runner.RESULTS / "h100" / "gpu.json").read_text())
     table = render.gpu_table(record, "h100/gpu.json")
-    assert "| torchvision, eager | 66.5 ms | 1.00x | 962 | 4.28 GB | 103.9 ms |" in table
-    assert "| fastdense activations, graph | 17.0 ms | 3.91x | 3,758 |  | 54.5 ms |" in table
+    assert "| torchvision, eager | 74.6 ms | 1.00x | 858 | 4.28 GB | 104.7 ms |" in table
+    assert "| fastdense activations, graph | 15.7 ms | 4.75x | 4,074 |  | 51.4 ms |" in table
     assert "memory_efficient, graph" not in table
-    assert "| bn_relu_conv_backward 1x1 | 12,544 | 24 | 1.68 ms | 0.43 ms | 26% |" in render.gpu_kernels_table(
+    assert "| bn_relu_conv_backward 1x1 | 12,544 | 24 | 1.71 ms | 0.43 ms | 25% |" in render.gpu_kernels_table(
         record, ""
     )
 

@@ -13,7 +13,14 @@ import pytest
 from benchmarks import runner, schema
 
 # Rows of the compile report and of the count of waves; pytest-benchmark's; the stages of a GPU run.
-OTHER_FORMS = ("compiled/kernels.json", "compiled/waves.json", "cpu/micro.json", "h100/gpu.json")
+OTHER_FORMS = (
+    "compiled/kernels.json",
+    "compiled/waves.json",
+    "cpu/micro.json",
+    "h100/first.json",
+    "h100/gpu.json",
+    "h100/again.json",
+)
 RECORDS = [
     path
     for path in sorted(runner.RESULTS.glob("*/*.json"))

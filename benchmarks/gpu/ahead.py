@@ -181,7 +181,7 @@ class Taken:
 
     def report(self) -> str:
         """What was there, and what had to be compiled after all."""
-        names = self.compiled()
+        names = ["of torch.compile's" if name.startswith("triton_") else name for name in self.compiled()]
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         listed = ", ".join(f"{count} {name}" for name, count in counts.items())
         lines = [f"cache: {len(self.had)} kernels brought along, {len(names)} compiled after all"]

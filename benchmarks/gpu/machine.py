@@ -13,7 +13,7 @@ from ..runner import query_gpu
 from .measure import device_timing, state
 from .stage import Job
 
-FIELDS = ("name", "uuid", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode")
+FIELDS = ("name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode")
 CLOCKS = ("clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
