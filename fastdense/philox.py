@@ -1,4 +1,4 @@
-"""Dropout masks from a counter-based generator: recomputed where they are needed, never stored.
+"""A counter-based generator: dropout masks, recomputed where they are needed and never stored, and unbiased roundings.
 
 The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Its key is
 the 64-bit seed, its counter ``(index // 4 low, index // 4 high, layer, 0)``, and element ``index`` takes word
@@ -49,3 +49,24 @@ def keep_mask(seed: Tensor, layer: int, start: int, count: int, p: float) -> Ten
     counter = torch.arange(first, last, device=seed.device, dtype=torch.int64)
     words = philox_4x32(seed, counter, layer).view(-1)[start - 4 * first :][:count]
     return words >= round(p * 2**32)
+
+
+def rounding_noise(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each of ``count`` places as many random bits as float32 has beyond a 16-bit ``dtype``, int32 ``[count]``."""
+    counter = torch.arange(-(-count // 4), device=device)
+    words = philox_4x32(counter.new_zeros(1), counter, 0).view(-1)[:count]
+    return words.bitwise_right_shift(32 - _bits_beyond(dtype)).int()
+
+
+def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """``x``, dense float32, as one of the two values of a 16-bit ``dtype`` beside it, the nearer more often: no bias.
+
+    What is on that grid already and gets a shift far smaller than its spacing would lose all of it to the nearest
+    value, in every row alike. ``noise`` [elements of x], of ``rounding_noise``, decides.
+    """
+    bits = torch.add(x.view(torch.int32), noise.view_as(x)).bitwise_and_(-1 << _bits_beyond(dtype))
+    return torch.where(x.isfinite(), bits.view(x.dtype), x).to(dtype)
+
+
+def _bits_beyond(dtype: torch.dtype) -> int:
+    return 16 if dtype is torch.bfloat16 else 13

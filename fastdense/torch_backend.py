@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .aten import Convolution, MaxPool
 from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
-from .philox import keep_mask
+from .philox import keep_mask, rounded, rounding_noise
 from .pieces import Piece, of_images, of_rows
 from .primitives import Conv, Dropout, Gradients, Norm, Pool
 
@@ -89,8 +89,7 @@ class TorchBackend:
         D = self._buffer("D", self.m, channels, self.dtype)
         if of.mean is None:
             return LazyGradient(D, None, None)
-        a, b = torch.empty(2, channels, dtype=self.acc, device=self.device)
-        return LazyGradient(D, a, b, balanced=True)
+        return LazyGradient(D, *torch.empty(2, channels, dtype=self.acc, device=self.device), balanced=True)
 
     def _buffer(self, name: str, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised scratch ``[rows, channels]`` that the next request under the same name overwrites."""
@@ -310,17 +309,10 @@ class TorchBackend:
         return torch.addcmul(grad.a, g, grad.b, out=g).add_(D)
 
     def _unbiased(self, g: Tensor) -> Tensor:
-        """``g``, fp32, as one of the two values of the 16-bit dtype beside it, the nearer one more often.
-
-        What is on that grid already and gets a shift far smaller than its spacing would lose all of it to the nearest
-        value, in every row alike. Which of the two, a hash of the place says: reruns are bit-equal.
-        """
-        low = 16 if self.dtype is torch.bfloat16 else 13  # bits of fp32 that the dtype has not
-        noise = self._scratch.get("noise")
-        if noise is None or noise.numel() < g.numel():
-            noise = self._scratch["noise"] = _hashed(g.numel(), self.device).bitwise_right_shift(32 - low).int()
-        bits = torch.add(g.view(torch.int32), noise[: g.numel()].view_as(g)).bitwise_and_(-1 << low)
-        return torch.where(g.isfinite(), bits.view(g.dtype), g)
+        """``g`` rounded to the feature dtype without bias: see ``philox.rounded``."""
+        if self._scratch.get("noise", g[:0]).numel() < g.numel():
+            self._scratch["noise"] = rounding_noise(g.numel(), self.dtype, self.device)
+        return rounded(g, self.dtype, self._scratch["noise"][: g.numel()])
 
     def bn_relu_conv_backward(
         self,
@@ -353,7 +345,7 @@ class TorchBackend:
             if self.dtype.itemsize == 2 and grad.balanced:
                 operand = self._buffer("operand", read.shape[0], read.shape[1], self.dtype)
                 read = torch.sub(read, reader.beta.relu(), out=operand)
-            elif self.dtype.itemsize == 2 and grad.a is not None:
+            elif self.dtype.itemsize == 2 and g.dtype is self.acc:
                 g = self._unbiased(g)
             g, operand = self._operand("output gradient", g), self._operand("operand", read)
             if kernel.pointwise:
@@ -456,11 +448,3 @@ class TorchBackend:
         for chunk in self._chunks(channels):
             rows[chunk].copy_(self._resolve(grad, of, chunk))
         return out
-
-
-def _hashed(count: int, device: torch.device) -> Tensor:
-    """32 bits, as int64, that look random, of each of the first numbers: Wellons' lowbias32."""
-    x = torch.arange(count, device=device)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x.bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
-    return x.bitwise_xor_(x >> 16)

@@ -26,7 +26,7 @@ MAX_UNITS = 4  # weight gradient tiles that a program of a 1x1's backward can ho
 MIN_TILES_PER_SPLIT = 4  # a split of the rows leaves a whole weight gradient behind: worth it for some tiles only
 NORMALISE = 128  # what loading and normalising a tile costs, in output channels of its product: modelled
 # From so many pixels on a lazy gradient is written out before a convolution of several taps loads it: an H100 took
-# 2.6 ns a pixel without, 1.3 with (benchmarks/results/h100), and what is summed over many pixels must have no bias.
+# 2.5 ns a pixel without, 1.3 with (benchmarks/results/h100), and what is summed over many pixels must have no bias.
 MATERIALISE_PIXELS = 1 << 14
 
 

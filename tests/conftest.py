@@ -19,7 +19,8 @@ else:
 @pytest.fixture
 def fresh_memory_is_nan() -> Iterator[None]:
     """Fill newly allocated memory with NaN, so that an element that nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch's own 3D pooling has none on a GPU
+    # On a GPU PyTorch's own 3D pooling has no deterministic algorithm.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)

@@ -161,15 +161,19 @@ def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.Monke
     assert runner.environment()["commit"] == "abc"
 
 
-def test_a_gpus_tables_name_what_was_not_captured() -> None:
+def test_a_gpus_tables_are_of_its_record() -> None:
     record = json.loads((runner.RESULTS / "h100" / "gpu.json").read_text())
     table = render.gpu_table(record, "h100/gpu.json")
-    assert "| torchvision, eager | 74.6 ms | 1.00x | 858 | 4.28 GB | 104.7 ms |" in table
-    assert "| fastdense activations, graph | 15.7 ms | 4.75x | 4,074 |  | 51.4 ms |" in table
-    assert "memory_efficient, graph" not in table
-    assert "| bn_relu_conv_backward 1x1 | 12,544 | 24 | 1.71 ms | 0.43 ms | 25% |" in render.gpu_kernels_table(
-        record, ""
-    )
+    row = record["stages"]["batch64"]["result"]["rows"]["fastdense activations, graph"]
+    row["step"]["median"], row["images_per_second"] = 0.0123, 5203.0
+    assert "12.3 ms" not in table and "memory_efficient, graph" not in table
+    changed = render.gpu_table(record, "h100/gpu.json")
+    (line,) = set(changed.splitlines()) - set(table.splitlines())
+    assert line.startswith("| fastdense activations, graph | 12.3 ms | ") and "x | 5,203 |" in line
+    kernels = render.gpu_kernels_table(record, "h100/gpu.json")
+    record["stages"]["layers"]["result"]["fastdense activations, batch 64"]["rows"][0]["seconds"] = 1.0
+    (line,) = [line for line in render.gpu_kernels_table(record, "").splitlines() if "1000.00 ms" in line]
+    assert line not in kernels
 
 
 def test_an_interrupted_run_keeps_what_was_measured(candidates: tuple[str, ...]) -> None:

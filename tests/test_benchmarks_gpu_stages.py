@@ -47,7 +47,7 @@ def small(operation: str) -> Case:
 def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_first_and_last() -> None:
     found: dict[Case, list[dict[str, Any]]] = {}
     for op, change, case in candidates.candidates():
-        assert op == candidates.OPERATION[case.operation]
+        assert op == {**PRIMITIVE, **OF_TABLE}[case.operation]
         found.setdefault(case, []).append(change)
         assert dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps
     blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
@@ -55,7 +55,8 @@ def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_fi
     around = {traffic.MOMENTS, *traffic.MAX_POOL, *traffic.TRANSITION}
     assert {case.operation for case in found if case not in blocks} == around and len(found) == 16 + 3 + 2 * 3
     for changes in found.values():
-        assert changes[0] == changes[-1] == {} and all(changes[1:-1]) and len(changes) >= 6
+        assert changes[0] == changes[-1] == {} and all(changes[1:-1])
+    assert all(len(found[case]) > 7 for case in blocks)
     assert all(case.width >= case.shape.reads for case in found if case.shape.taps == 1)
 
 
@@ -71,6 +72,8 @@ PRIMITIVE = {
     **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
     **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
 }
+# The launch table's operation behind those that have no method of its name.
+OF_TABLE = {traffic.MOMENTS: "copy", traffic.MAX_POOL[0]: "max_pool", traffic.MAX_POOL[1]: "pool_backward"}
 RESULTS = {
     **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), 6),
     traffic.MAX_POOL[1]: 5, traffic.MEAN[1]: 5, traffic.MEAN[0]: 1, traffic.RESOLVE: 1, traffic.MOMENTS: 2,
@@ -113,6 +116,13 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
     _, errors = primitives.check(case, dtype, CPU, "wrong")
     assert not primitives.passes(errors, dtype)
     assert name.endswith("backward") or any(math.isnan(e) for e in errors.values()), "what nobody wrote is NaN"
+
+
+def test_a_maximum_is_checked_against_values_that_were_rounded_before() -> None:
+    """The variance of rounded values is off by a percent from that of unrounded ones."""
+    case = Case(traffic.MAX_POOL[0], traffic.Shape(2 * 112 * 112, 16, 16, 1, 2), 2, 16)
+    _, errors = primitives.check(case, torch.bfloat16, CPU, "torch")
+    assert primitives.passes(errors, torch.bfloat16), errors
 
 
 def test_a_failed_tests_reason_is_what_pytest_marks() -> None:

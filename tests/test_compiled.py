@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,18 @@ def record() -> list[kernels.Row]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_kernels_compile_to_what_the_record_says(record: list[kernels.Row], tmp_path: Path) -> None:
-    """Each once for every architecture, in bfloat16. In a process of its own: here the kernels are interpreted."""
+@pytest.mark.parametrize(("archs", "dtypes"), [((80, 86, 90, 100), ("bf16",)), ((90,), ("fp16", "fp32", "tf32"))])
+def test_kernels_compile_to_what_the_record_says(
+    archs: tuple[int, ...], dtypes: tuple[str, ...], record: list[kernels.Row], tmp_path: Path
+) -> None:
+    """Each once. In a process of its own: here the kernels are interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--dtype", "bf16"]
-    command += ["--json", str(tmp_path / "rows.json")]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--json", str(tmp_path / "rows.json")]
+    command += ["--arch", *map(str, archs), "--dtype", *dtypes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = [kernels.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
-    assert {row.arch for row in rows} == set(kernels.SM_COUNT) and len(rows) > 60
+    assert {(row.arch, row.dtype) for row in rows} == set(product(archs, dtypes)) and len(rows) > 60
     assert not any(kernels.defects(row) for row in rows)
     if rows[0].triton == record[0].triton:
         assert [row for row in rows if row not in record] == []

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-fake = pytest.importorskip("benchmarks.gpu.fake")
+from benchmarks.gpu import fake
+
 ROOT = Path(__file__).parents[1]
 WITHOUT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 

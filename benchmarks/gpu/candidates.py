@@ -35,8 +35,8 @@ def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: 
     return {**tile, "num_warps": num_warps, "num_stages": num_stages, **more}
 
 
-# Of each operation: what is tried beside the table's own choice.
 _OUT: Change = {"resolved": True}  # the lazy gradient written out first
+# Of each operation: what is tried beside the table's own choice.
 CHANGES: dict[str, tuple[Change, ...]] = {
     "forward 1x1": (
         _tile(64, 64, 64, 4, 3), _tile(64, 64, 64, 4, 4), _tile(64, 32, 64, 4, 3), _tile(64, 64, 128, 4, 4),

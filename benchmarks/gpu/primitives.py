@@ -167,7 +167,9 @@ def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tup
     """The primitive on fresh random values, and the torch backend's in fp32 on the same ones."""
     if case.operation in traffic.AROUND:
         around = AroundTensors.random(case, dtype, device)
-        return Around(case, around, impl), Around(case, around.widened(), "torch")
+        # A maximum is taken of rounded values.
+        exact = around if case.operation == traffic.MAX_POOL[0] else around.widened()
+        return Around(case, around, impl), Around(case, exact, "torch")
     tensors = Tensors.random(case, dtype, device)
     truth = Primitive(case, tensors.widened(), "torch")  # first: a run changes what is not widened
     return Primitive(case, tensors, impl), truth
