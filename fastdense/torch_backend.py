@@ -89,7 +89,8 @@ class TorchBackend:
         D = self._buffer("D", self.m, channels, self.dtype)
         if of.mean is None:
             return LazyGradient(D, None, None)
-        return LazyGradient(D, *torch.empty(2, channels, dtype=self.acc, device=self.device), balanced=True)
+        a, b = torch.empty(2, channels, dtype=self.acc, device=self.device)
+        return LazyGradient(D, a, b, balanced=True)
 
     def _buffer(self, name: str, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised scratch ``[rows, channels]`` that the next request under the same name overwrites."""
