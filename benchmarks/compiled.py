@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdense import pool_ops, schedule
-from fastdense.features import Features, LazyGradient, as_rows, empty_features, row_stride
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core import schedule
+from fastdense.core.features import Features, LazyGradient, as_rows, empty_features, row_stride
+from fastdense.core.primitives import Conv, Dropout, Layer, Norm, Pool
 from fastdense.kernels.launch import LaunchConfig
-from fastdense.primitives import Conv, Dropout, Layer, Norm, Pool
-from fastdense.triton_backend import TritonBackend
+from fastdense.ops import bn_relu_pool
 
 SM_COUNT = {80: 108, 86: 84, 90: 132, 100: 148}  # A100, RTX 3090, H100, B200
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program can have
@@ -124,9 +125,9 @@ def plan_around(case: Case, arch: int) -> list[Launch]:
         moments = (None, None) if pool.kind == "mean" else (torch.empty(writes, **meta), torch.empty(writes, **meta))
         backend = Planned(x, arch, SM_COUNT[arch], case.precision)
         backend.moments(source)
-        pool_ops.forward(backend, source, norm, conv, pool, Features(y, *moments))
+        bn_relu_pool.forward(backend, source, norm, conv, pool, Features(y, *moments))
         into = LazyGradient(torch.empty_like(source.rows), torch.empty(channels, **meta), torch.empty(channels, **meta))
-        pool_ops.backward(backend, y, source, norm, conv, pool, (True, True, True), into)
+        bn_relu_pool.backward(backend, y, source, norm, conv, pool, (True, True, True), into)
         backend.resolve(into, source, out=torch.empty_like(x))
         found += backend.launches
     return found

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastdense.blocks import dense_blocks
+from fastdense.conversion.blocks import dense_blocks
 from fastdense.inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from fastdense.inspect_plots import flow_picture, reuse_picture
 from fastdense.plain import without_dense_connections

@@ -27,14 +27,16 @@ from rich.table import Table
 from torch import Tensor
 
 import fastdense
-from fastdense import backends, functional, ops, pool_ops, pooling
-from fastdense.triton_backend import TritonBackend
+from fastdense import functional, pooling
+from fastdense.backends import select
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.ops import bn_relu_pool, dense_block
 
 from .compiled import SM_COUNT
 from .runner import RESULTS, Timing, environment, interleave, write_record
 
-FORWARD = (ops.dense_block, pool_ops.bn_relu_pool)
-BACKWARD = (ops.dense_block_backward, pool_ops.bn_relu_pool_backward)
+FORWARD = (dense_block.dense_block, bn_relu_pool.bn_relu_pool)
+BACKWARD = (dense_block.dense_block_backward, bn_relu_pool.bn_relu_pool_backward)
 ARCH = 90
 SIZE = 64  # pixels; the last block of a DenseNet needs two
 
@@ -84,7 +86,7 @@ def host_side(spent: Spent | None = None) -> Iterator[Spent]:
     """
     spent = Spent() if spent is None else spent
     backend = silent(spent)
-    before: list[tuple[Any, str, Any]] = [(backends, "create", backends.create)]
+    before: list[tuple[Any, str, Any]] = [(select, "create", select.create)]
     for name, operators in (("forward operators", FORWARD), ("backward operators", BACKWARD)):
         for operator in operators:
             before.append((operator, "_abstract_fn", operator._abstract_fn))
@@ -95,7 +97,7 @@ def host_side(spent: Spent | None = None) -> Iterator[Spent]:
         update: Any = vars(module)["update_running_statistics"]
         before.append((module, "update_running_statistics", update))
         vars(module)["update_running_statistics"] = spent.timed("running statistics", update)
-    vars(backends)["create"] = lambda name, x: backend(x)
+    vars(select)["create"] = lambda name, x: backend(x)
     try:
         yield spent
     finally:

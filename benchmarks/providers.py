@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from fastdense import backends
+from fastdense.backends import select
 from fastdense.reference import ConcatDenseBlock, ConcatDenseLayer
 
 from .peers import torchvision_densenet
@@ -242,7 +242,7 @@ def _all() -> list[Provider]:
                 f"fastdense-{recompute}" + ("-triton" if impl == "triton" else ""),
                 f"fastdense {recompute} {impl}",
                 partial(_fastdense, recompute=recompute, impl=impl),
-                backends.triton_obstacle if impl == "triton" else lambda device: None,
+                select.triton_obstacle if impl == "triton" else lambda device: None,
                 exact=impl == "torch",
             )
             for impl in ("torch", "triton")

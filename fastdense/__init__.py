@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, memory, reference
-from .convert import convert, revert
+from .conversion.api import convert, revert
+from .conversion.plan import plan
 from .functional import dense_block
 from .inspect import feature_reuse, gradient_flow
 from .nn import (
@@ -17,7 +18,6 @@ from .nn import (
     densenet201,
     densenet264,
 )
-from .planning import plan
 
 try:
     __version__ = version("fastdense")

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .automatic import in_words
 from .events import FlowEvent
+from .recompute import in_words
 from .train import CheckEvent, EpochEvent, Event, Experiment, Run, Summary
 
 __all__ = [

@@ -11,7 +11,8 @@ import torch
 
 import fastdense
 
-from . import backends, checks
+from .backends import select
+from .core import checks
 
 __all__ = ["choose_impl", "environment", "versions"]
 
@@ -44,8 +45,8 @@ def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
     """
     wanted = checks.impl_name(impl)
     if wanted == "auto":
-        return backends.explain(device)
-    name = wanted if wanted == "reference" else backends.resolve(wanted, device)
+        return select.explain(device)
+    name = wanted if wanted == "reference" else select.resolve(wanted, device)
     return name, f"FASTDENSE_IMPL is {wanted}" if impl == "auto" else "as asked for"
 
 

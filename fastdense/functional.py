@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import backends, checks, memory, ops, reference, trial
-from .features import accumulation_dtype
-from .statistics import update_running_statistics
-from .supported import why_reference
-from .sync import group_of
+from . import memory, reference
+from .backends import select, self_test
+from .backends.sync_batchnorm import group_of
+from .core import checks
+from .core.features import accumulation_dtype
+from .ops.dense_block import NOT_TWICE, autocasts
+from .ops.running_stats import update_running_statistics
+from .ops.support import why_reference
 
 __all__ = ["dense_block"]
 
@@ -152,10 +155,10 @@ def backend_name(impl: str, x: Tensor) -> str:
 
 @_while_tracing
 def _backend_name(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    name = backends.resolve(impl, device, dtype)
+    name = select.resolve(impl, device, dtype)
     if impl != "auto" or name != "triton" or is_in_torch_dispatch_mode() or _is_capturing(device):
         return name  # under a mode (fake tensors, a counter) the trial would try something else
-    if (reason := trial.failure(name, device, dtype)) is not None:
+    if (reason := self_test.failure(name, device, dtype)) is not None:
         say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
         return "torch"
     return name
@@ -299,7 +302,7 @@ def check_input(x: Tensor, layers: Sequence[Any]) -> None:
 
 
 def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = ops.autocasts(x.device.type)
+    autocast = autocasts(x.device.type)
     channels = x.shape[1]
     stages = len(_convolutions(layers[0]))
     for i, layer in enumerate(layers):
@@ -346,7 +349,7 @@ def check_moments(x: Tensor, moments: Any) -> None:
 
 def autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if ops.autocasts(device) and x.dtype != torch.float64:
+    if autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -357,7 +360,7 @@ def refuse_transforms(x: Tensor) -> None:
     transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     if dual or (transforms is not None and transforms()):
-        raise RuntimeError(ops.NOT_TWICE)
+        raise RuntimeError(NOT_TWICE)
 
 
 @_while_tracing

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks, ops
-from .blocks import dense_blocks, with_dense_blocks
-from .convert import check_model
-from .converted import Converted
-from .features import Features, LazyGradient, as_rows, row_stride
+from .conversion.api import check_model
+from .conversion.blocks import dense_blocks, with_dense_blocks
+from .conversion.converted import Converted
+from .core import checks
+from .core.features import Features, LazyGradient, as_rows, row_stride
+from .core.primitives import Backend, Conv, Dropout, Gradients, Layer
+from .ops import dense_block
 from .plain import PlainBlock
-from .primitives import Backend, Conv, Dropout, Gradients, Layer
 
 __all__ = ["BlockFlow", "BlockReuse", "feature_reuse", "first_not_finite", "gradient_flow"]
 
@@ -279,11 +280,11 @@ class _Watch(TorchDispatchMode):
             self.runs.append(_Run(name, self.keep, inner, G, X, layers))
             return self.runs[-1]
 
-        token = ops.watcher.set(watch)
+        token = dense_block.watcher.set(watch)
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            ops.watcher.reset(token)
+            dense_block.watcher.reset(token)
 
 
 _PARAMS = [argument.name for argument in torch.ops.fastdense.dense_block_backward.default._schema.arguments].index(

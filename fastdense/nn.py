@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import automatic, checks, functional, pooling
+from . import functional, pooling, recompute
+from .core import checks
 from .functional import Moments
+from .ops.support import changed, process_obstacle
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
-from .supported import changed, process_obstacle
 
 __all__ = [
     "DenseBlock",
@@ -262,7 +263,7 @@ class DenseNet(nn.Module):
         """What the head hands to the classifier, ``[N, C]``; moments go from who computes them to the next reader."""
         moments: Moments | None = None
         children: list[tuple[str, Any]] = list(self.features._modules.items())
-        plan = automatic.plan(self, x)
+        plan = recompute.plan(self, x)
         while children:
             name, child = children.pop(0)
             if name == "norm0" and [follower for follower, _ in children[:2]] == ["relu0", "pool0"]:

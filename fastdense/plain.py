@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blocks import dense_blocks, with_dense_blocks
+from .conversion.blocks import dense_blocks, with_dense_blocks
 
 __all__ = ["PlainBlock", "without_dense_connections"]
 

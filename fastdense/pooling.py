@@ -13,23 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
-from .functional import (
-    Moments,
-    affine,
-    autocast,
-    backend_name,
-    check_moments,
-    refusal,
-    refuse_transforms,
-    say_once,
-)
-from .ops import autocasts
-from .pool_ops import channels_last
-from .primitives import Pool
-from .statistics import update_running_statistics
-from .supported import average_obstacle, maximum_obstacle, norm_obstacle, pools_first, process_obstacle
-from .sync import group_of
+from .backends.sync_batchnorm import group_of
+from .core import checks
+from .core.primitives import Pool
+from .functional import Moments, affine, autocast, backend_name, check_moments, refusal, refuse_transforms, say_once
+from .ops.bn_relu_pool import channels_last
+from .ops.dense_block import autocasts
+from .ops.running_stats import update_running_statistics
+from .ops.support import average_obstacle, maximum_obstacle, norm_obstacle, pools_first, process_obstacle
 
 __all__ = ["bn_relu_max_pool", "bn_relu_mean_pool", "transition"]
 

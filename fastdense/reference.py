@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from .core import checks
 
 __all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .blocks import with_dense_blocks
+from .conversion.blocks import with_dense_blocks
 from .data import open_data
 from .train_config import TrainConfig
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastdense
 
-from . import checks
+from .core import checks
 from .environment import choose_impl
 
 __all__ = ["AMP", "MACHINE", "NAMED", "Architecture", "TrainConfig", "architecture", "layers_per_block"]

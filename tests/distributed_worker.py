@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdense
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 LAYERS = 3
 IMAGES = (3, 2)  # of each process: uneven, as the last batch of an epoch

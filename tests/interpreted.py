@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdense.triton_backend import TritonBackend
+from fastdense.backends.triton_backend import TritonBackend
 
 
 @contextmanager

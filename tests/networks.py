@@ -15,7 +15,7 @@ from common import random_input, randomise
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 CLASSES = 5
 PACKAGE = Path(fastdense.__file__).parent

@@ -12,8 +12,8 @@ from torch import nn
 
 import fastdense
 from fastdense import functional, memory
-from fastdense.automatic import network_sizes
 from fastdense.memory import WORKSPACE_BYTES, BlockSize, peak_bytes, plan_recompute, planned_bytes, saved_bytes
+from fastdense.recompute import network_sizes
 
 A, B = "activations", "bottlenecks"
 PLENTY = 1 << 40
@@ -206,7 +206,7 @@ def test_nothing_is_decided_without_gradients(free: Free) -> None:
 def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
     monkeypatch.setattr("fastdense.functional.may_ask", lambda device: False)
-    monkeypatch.setattr("fastdense.automatic.may_ask", lambda device: False)
+    monkeypatch.setattr("fastdense.recompute.may_ask", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
     sizes, also_kept = network_sizes(network, x)
     with saved_bytes(network, x) as kept:

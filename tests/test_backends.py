@@ -11,10 +11,11 @@ import pytest
 import torch
 from common import block_pair, random_input
 
-from fastdense import backends, functional, trial
-from fastdense.features import Features
-from fastdense.torch_backend import TorchBackend
-from fastdense.triton_backend import TritonBackend
+from fastdense import functional
+from fastdense.backends import select, self_test
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core.features import Features
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_TRITON = "Triton cannot be used (ModuleNotFoundError: gone): install it with `pip install 'triton>=3.6'`"
@@ -24,35 +25,35 @@ NO_TRITON = "Triton cannot be used (ModuleNotFoundError: gone): install it with 
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A machine that says that it has an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    backends._warn_once.cache_clear()
+    select._warn_once.cache_clear()
     yield monkeypatch
-    backends._warn_once.cache_clear()
+    select._warn_once.cache_clear()
 
 
 def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for impl in ("auto", "triton"):
-            assert backends.resolve(impl, CUDA, dtype) == "triton"
-    assert "9.0" in backends.explain(CUDA)[1]
-    assert backends.resolve("torch", CUDA, torch.float16) == "torch"
+            assert select.resolve(impl, CUDA, dtype) == "triton"
+    assert "9.0" in select.explain(CUDA)[1]
+    assert select.resolve("torch", CUDA, torch.float16) == "torch"
 
 
 @pytest.fixture
 def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """``impl="auto"`` takes the kernels, here in the interpreter."""
-    monkeypatch.setattr(backends, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
-    trial.failure.cache_clear()
+    monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
+    self_test.failure.cache_clear()
     functional._warn.cache_clear()
     yield monkeypatch
-    trial.failure.cache_clear()
+    self_test.failure.cache_clear()
 
 
 def _ran(block: torch.nn.Module) -> list[str]:
     """The backends that one call of the block creates."""
     names: list[str] = []
-    create = backends.create
+    create = select.create
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "create", lambda name, x: names.append(name) or create(name, x))
+        patch.setattr(select, "create", lambda name, x: names.append(name) or create(name, x))
         block(random_input((2, 6, 5, 4), dtype=torch.float32))
     return names
 
@@ -91,27 +92,27 @@ def test_auto_leaves_kernels_that_do_not(
 
 def test_an_old_gpu_takes_torch(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert backends.resolve("auto", CUDA, torch.float16) == "torch"
+    assert select.resolve("auto", CUDA, torch.float16) == "torch"
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run.*7\.5.*8\.0.*impl='torch'"):
-        backends.resolve("triton", CUDA, torch.float16)
+        select.resolve("triton", CUDA, torch.float16)
 
 
 def test_float64_takes_torch(gpu: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve("auto", CUDA, torch.float64) == "torch"
+        assert select.resolve("auto", CUDA, torch.float64) == "torch"
     for device in (CUDA, CPU):
         with pytest.raises(RuntimeError, match=r"float32, not torch.float64.*impl='torch'"):
-            backends.resolve("triton", device, torch.float64)
+            select.resolve("triton", device, torch.float64)
 
 
 def test_a_broken_triton_warns_once_and_names_the_remedy(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(backends, "_broken_triton", lambda: NO_TRITON)
+    gpu.setattr(select, "_broken_triton", lambda: NO_TRITON)
     with pytest.warns(UserWarning, match=r"pip install 'triton>=3\.6'") as caught:
-        assert [backends.resolve("auto", CUDA, torch.float16) for _ in range(3)] == ["torch"] * 3
+        assert [select.resolve("auto", CUDA, torch.float16) for _ in range(3)] == ["torch"] * 3
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match=r"pip install 'triton>=3\.6'"):
-        backends.resolve("triton", CUDA, torch.float16)
+        select.resolve("triton", CUDA, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +125,15 @@ import os, sys, types, warnings
 os.environ["TRITON_INTERPRET"] = "1"
 {breakage}
 import torch
-from fastdense import backends, functional, trial
-print(backends.explain("cpu", torch.float32)[0])
+from fastdense import functional
+from fastdense.backends import select, self_test
+print(select.explain("cpu", torch.float32)[0])
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    print(backends.resolve("auto", torch.device("cuda"), torch.float32), len(caught))
+    print(select.resolve("auto", torch.device("cuda"), torch.float32), len(caught))
 try:
-    backends.resolve("triton", torch.device("cpu"), torch.float32)
+    select.resolve("triton", torch.device("cpu"), torch.float32)
 except RuntimeError as error:
     print("pip install" in str(error) and "impl='torch'" in str(error))
 """
@@ -141,22 +143,22 @@ except RuntimeError as error:
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.triton_obstacle(CPU, torch.float32) is None
-    assert backends.resolve("triton", CPU, torch.float32) == "triton"
-    name, reason = backends.explain(CPU)
-    assert name == backends.resolve("auto", CPU, torch.float32) == "torch" and "impl='triton'" in reason
+    assert select.triton_obstacle(CPU, torch.float32) is None
+    assert select.resolve("triton", CPU, torch.float32) == "triton"
+    name, reason = select.explain(CPU)
+    assert name == select.resolve("auto", CPU, torch.float32) == "torch" and "impl='triton'" in reason
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match=r"capability 8\.0.*TRITON_INTERPRET=1"):
-        backends.resolve("triton", CPU, torch.float32)
+        select.resolve("triton", CPU, torch.float32)
     with pytest.raises(RuntimeError, match="CUDA GPU"):
-        backends.resolve("triton", torch.device("meta"), torch.float32)
+        select.resolve("triton", torch.device("meta"), torch.float32)
 
 
 def test_fp32_products_follow_pytorchs_setting_old_and_new() -> None:
     """A setting made in the new way makes the old attribute unreadable: hence a fresh process."""
     code = """
 import torch
-from fastdense.triton_backend import _fp32_precision
+from fastdense.backends.triton_backend import _fp32_precision
 print(_fp32_precision())
 torch.backends.cudnn.allow_tf32 = False
 print(_fp32_precision())
@@ -171,8 +173,8 @@ print(_fp32_precision())
 
 def test_create() -> None:
     x = torch.zeros(1, 2, 3, 3)
-    assert isinstance(backends.create("torch", x), TorchBackend)
-    assert isinstance(backends.create("triton", x), TritonBackend)
+    assert isinstance(select.create("torch", x), TorchBackend)
+    assert isinstance(select.create("triton", x), TritonBackend)
 
 
 def test_float64_block_under_an_explicit_choice() -> None:

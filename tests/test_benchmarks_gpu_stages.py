@@ -21,8 +21,8 @@ from benchmarks.gpu import around, candidates, correct, counters, deepest, netwo
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.stage import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
+from fastdense.backends.torch_backend import TorchBackend
 from fastdense.kernels import launch
-from fastdense.torch_backend import TorchBackend
 
 CPU = torch.device("cpu")
 
@@ -110,9 +110,9 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
         return [*others, last * 0.9]
 
     setattr(Wrong, name, too_small if name.endswith("backward") else all_but_one)
-    create = primitives.backends.create
+    create = primitives.select.create
     for module in (primitives, around):
-        monkeypatch.setattr(module.backends, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
+        monkeypatch.setattr(module.select, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
     _, errors = primitives.check(case, dtype, CPU, "wrong")
     assert not primitives.passes(errors, dtype)
     assert name.endswith("backward") or any(math.isnan(e) for e in errors.values()), "what nobody wrote is NaN"

@@ -226,7 +226,7 @@ def test_only_the_moments_are_used() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_chunks_do_not_change_the_result(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features far larger than the scratch: many chunks of rows, a few images at a time."""
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 4096)
     reference, fast = block_pair(3, 9, 4, 5, recompute=mode)
     x = random_input((5, 9, 7, 6))
     assert_same(results(fast, x), results(reference, x))

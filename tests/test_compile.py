@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from fastdense import backends, functional, trial
+from fastdense import functional
+from fastdense.backends import select, self_test
 
 
 @pytest.fixture(autouse=True)
@@ -163,14 +164,14 @@ def test_what_falls_back_says_so_while_it_is_traced(name: str) -> None:
 @pytest.mark.parametrize("failure", [None, "all wrong"])
 def test_kernels_are_tried_while_they_are_traced(monkeypatch: pytest.MonkeyPatch, failure: str | None) -> None:
     """On a GPU, ``impl="auto"`` relies on the kernels in a compiled model, too, only where they stand their trial."""
-    monkeypatch.setattr(backends, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
+    monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
     tried: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(trial, "failure", lambda *arguments: tried.append(arguments) or failure)
+    monkeypatch.setattr(self_test, "failure", lambda *arguments: tried.append(arguments) or failure)
     _, fast = block_pair(1, 6, 4, 4, dtype=torch.float32)
     x = random_input((2, 6, 5, 4), dtype=torch.float32)
     names: list[str] = []
-    create = backends.create
-    monkeypatch.setattr(backends, "create", lambda name, x: names.append(name) or create(name, x))
+    create = select.create
+    monkeypatch.setattr(select, "create", lambda name, x: names.append(name) or create(name, x))
     run = compiled(fast)
     with networks.heard() as said:
         got = results(fast, x, forward=lambda x: run(x))

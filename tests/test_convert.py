@@ -15,7 +15,7 @@ from common import assert_close, assert_same, random_input, randomise, results
 from torch import nn
 
 import fastdense
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 
 def pair(style: str, **options: Any) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:

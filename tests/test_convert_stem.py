@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import pooling
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 SHAPES = {1: (3, 3, 23), 2: (2, 3, 13, 10), 3: (2, 3, 9, 10, 11)}
 Change = Callable[[Any], None]

@@ -14,7 +14,7 @@ from test_convert_stem import pair
 from torch import nn
 
 import fastdense
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 Change = Callable[[Any], None]
 

@@ -19,9 +19,9 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 from benchmarks import curves, runner
 from benchmarks.curves import RUNS, Options, e_folding, moved, running_maximum, train, verdict
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.core.features import Features, LazyGradient
 from fastdense.data import digits
-from fastdense.features import Features, LazyGradient
-from fastdense.torch_backend import TorchBackend
 from fastdense.train_config import TrainConfig
 
 DIGITS = digits()

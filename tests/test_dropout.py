@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from common import assert_same, block_pair, random_input, results
 from torch import Tensor, nn
 
-from fastdense import philox, reference
+from fastdense import reference
+from fastdense.backends import philox
 
 
 def test_philox_against_the_published_vectors() -> None:
@@ -97,7 +98,7 @@ def test_chunks_see_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random_input((4, 6, 5, 3))
     torch.manual_seed(2)
     want = results(fast, x)
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", 2048)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 2048)
     _, fast = block_pair(3, 6, 4, 5, drop_rate=0.3)
     torch.manual_seed(2)
     assert_same(results(fast, x), want)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
 from benchmarks.host import host_side
-from fastdense import backends, functional, sync, trial
-from fastdense.torch_backend import TorchBackend
+from fastdense import functional
+from fastdense.backends import select, self_test, sync_batchnorm
+from fastdense.backends.torch_backend import TorchBackend
 
 WAITING = (
     "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2",
@@ -60,10 +61,10 @@ def _cumulative(net: nn.Module) -> None:
 
 def share(patch: pytest.MonkeyPatch) -> None:
     """Two processes, of which the other one sends zeros."""
-    patch.setattr(sync, "_group_name", lambda norm: "both" if norm.training else "")
-    patch.setattr(sync, "_resolve", lambda group: group)
+    patch.setattr(sync_batchnorm, "_group_name", lambda norm: "both" if norm.training else "")
+    patch.setattr(sync_batchnorm, "_resolve", lambda group: group)
     for name, answer in (("get_world_size", 2), ("get_rank", 0), ("all_reduce", None)):
-        patch.setattr(sync.dist, name, lambda *arguments, answer=answer, **named: answer)
+        patch.setattr(sync_batchnorm.dist, name, lambda *arguments, answer=answer, **named: answer)
 
 
 CHANGES = {"plain": lambda net: None, "dropout": _drop, "momentum=None": _cumulative, "SyncBatchNorm": lambda net: None}
@@ -156,9 +157,9 @@ def test_nothing_of_the_generator_is_read_while_a_graph_is_captured(monkeypatch:
     monkeypatch.setattr(functional, "_is_capturing", lambda device: True)
     monkeypatch.setattr(torch, "get_rng_state", forbidden)
     monkeypatch.setattr(torch, "set_rng_state", forbidden)
-    monkeypatch.setattr(trial, "failure", forbidden)
-    monkeypatch.setattr(backends, "explain", lambda device, dtype=None: ("triton", "a GPU would"))
-    monkeypatch.setattr(backends, "create", lambda name, x: TorchBackend(x))
+    monkeypatch.setattr(self_test, "failure", forbidden)
+    monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "a GPU would"))
+    monkeypatch.setattr(select, "create", lambda name, x: TorchBackend(x))
     drawn: list[Any] = []
     randint = torch.randint
     monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn.append(k["device"]) or randint(*a, **k))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import inspect
-from fastdense.blocks import dense_blocks
-from fastdense.features import as_rows
+from fastdense.conversion.blocks import dense_blocks
+from fastdense.core.features import as_rows
 from fastdense.inspect import BlockFlow, feature_reuse, first_not_finite, gradient_flow
 from fastdense.plain import PlainBlock, without_dense_connections
 

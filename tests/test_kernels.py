@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.features import Features, LazyGradient
+from fastdense.backends.philox import keep_mask
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core.features import Features, LazyGradient
+from fastdense.core.primitives import Conv, Dropout, Norm
 from fastdense.kernels import launch
-from fastdense.philox import keep_mask
-from fastdense.primitives import Conv, Dropout, Norm
-from fastdense.torch_backend import TorchBackend
-from fastdense.triton_backend import TritonBackend
 
 Results = dict[str, Tensor | None]
 

@@ -9,10 +9,12 @@ import torch
 from common import randomise
 from interpreted import LaunchCounter
 
-from fastdense import DenseBlock, ops, schedule
-from fastdense.features import Features, LazyGradient, as_rows, empty_features
+from fastdense import DenseBlock
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core import schedule
+from fastdense.core.features import Features, LazyGradient, as_rows, empty_features
 from fastdense.kernels import launch
-from fastdense.triton_backend import TritonBackend
+from fastdense.ops import dense_block
 
 F16, F32 = torch.float16, torch.float32
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +40,7 @@ def launches(
     stages = 1 if bn_size is None else 2
     count = layers * stages
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan = ops.build_layers(
+    plan = dense_block.build_layers(
         params, [], seed if drop else None, [1e-5] * count, [False] * count, [drop] * layers, False, stages == 2
     )
     channels, m = 8 + 4 * layers, 2 * 5 * 4

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
 from fastdense import functional
+from fastdense.backends.torch_backend import TorchBackend
 from fastdense.reference import ConcatDenseBlock
-from fastdense.torch_backend import TorchBackend
 
 F64 = torch.float64
 SHAPE = (3, 3, 37, 33)

@@ -15,7 +15,7 @@ from interpreted import LaunchCounter
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.converted import Converted
+from fastdense.conversion.converted import Converted
 
 DIMS3 = (9, 17, 14)
 

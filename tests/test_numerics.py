@@ -10,8 +10,8 @@ import torch
 from common import block_pair, random_input, relative_error, results
 from torch import Tensor, nn
 
-from fastdense.features import Features
-from fastdense.torch_backend import TorchBackend
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.core.features import Features
 
 LOW = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # about one rounding of a result
 INPUTS = 8

@@ -129,13 +129,13 @@ def test_nothing_runs_below_the_first_layer_that_learns(monkeypatch: pytest.Monk
     for name, parameter in fast.named_parameters():
         parameter.requires_grad_(name.startswith("denselayer4"))
     visited: list[tuple[int, int]] = []
-    original = fastdense.torch_backend.TorchBackend.bn_relu_conv_backward
+    original = fastdense.backends.torch_backend.TorchBackend.bn_relu_conv_backward
 
     def spy(self: Any, grad: Any, output: Any, conv: Any, *rest: Any, **flags: Any) -> Any:
         visited.append(tuple(conv.weight.shape[:2]))
         return original(self, grad, output, conv, *rest, **flags)
 
-    monkeypatch.setattr(fastdense.torch_backend.TorchBackend, "bn_relu_conv_backward", spy)
+    monkeypatch.setattr(fastdense.backends.torch_backend.TorchBackend, "bn_relu_conv_backward", spy)
     fast(random_input((2, 6, 3, 3)).detach()).square().sum().backward()
     assert visited == [(4, 16), (16, 22), (4, 16), (16, 18)]  # layer 5: 3x3, 1x1; layer 4: 3x3, 1x1
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import fastdense
 from fastdense import pooling
-from fastdense.pieces import of_images, of_rows
-from fastdense.primitives import Pool
+from fastdense.backends.tiling import of_images, of_rows
+from fastdense.core.primitives import Pool
 
 POOLS = {
     "none": None,
@@ -60,7 +60,7 @@ def test_scratch_is_respected_where_it_can_be() -> None:
 @pytest.fixture(params=[600, 3000])
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch for a line or a few of the images below, and never for a whole one."""
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", request.param)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
@@ -82,7 +82,7 @@ def test_dropout_by_lines(per_channel: bool, monkeypatch: pytest.MonkeyPatch) ->
         return results(fast, random_input((2, 6, 13, 5)))
 
     got = run()
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", 1 << 22)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 1 << 22)
     assert_same(got, run())
 
 

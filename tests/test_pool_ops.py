@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdense
 from fastdense import pooling
-from fastdense.torch_backend import TorchBackend
+from fastdense.backends.torch_backend import TorchBackend
 
 F32, F64 = torch.float32, torch.float64
 OP = torch.ops.fastdense.bn_relu_pool
@@ -295,7 +295,7 @@ def test_a_failed_call_changes_nothing(kind: str, primitive: str, monkeypatch: p
 def test_reruns_are_bit_equal(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, fresh_memory_is_nan: None
 ) -> None:
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 5000)
     case = small(kind, 24)
     (_, fast), (_, again) = pair(case, dtype=dtype), pair(case, dtype=dtype)
     first, second = (results(stage, random_input(case.shape, dtype=dtype)) for stage in (fast, again))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pooled import CASES, KINDS, LAYOUTS, Case, Stage, pair, rolled, small
 from torch import Tensor, nn
 
-from fastdense.torch_backend import TorchBackend
+from fastdense.backends.torch_backend import TorchBackend
 
 
 def _two_steps(fast: Stage, textbook: Stage, x: Tensor, tolerance: float = 1e-9) -> None:
@@ -235,7 +235,7 @@ def test_chunks_do_not_change_the_result(
     name: str, size: int, training: bool, monkeypatch: pytest.MonkeyPatch, fresh_memory_is_nan: None
 ) -> None:
     """A few images, or rows, at a time, whose moments are merged."""
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", size)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
     case = CASES[name]
     case = case._replace(shape=(5, *case.shape[1:]))
     merged: list[int] = []
@@ -259,7 +259,7 @@ def test_the_moments_of_what_comes_out(kind: str, monkeypatch: pytest.MonkeyPatc
     if kind == "head":
         return
     for size, dtype in itertools.product((1 << 20, 300), (torch.float64, torch.bfloat16)):
-        monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", size)
+        monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
         _, fast = pair(small(kind), dtype=dtype)
         y, moments = fast.with_moments(random_input(small(kind).shape, dtype=dtype), None, want=True)
         var, mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)

@@ -13,11 +13,11 @@ from pooled import CASES, DEVICE, KINDS, Case, Stage, check_budget, check_shape,
 from test_kernels import Guarded
 from torch import Tensor, nn
 
-from fastdense.features import Features, LazyGradient
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core.features import Features, LazyGradient
+from fastdense.core.primitives import Conv, Norm, Pool
 from fastdense.pooling import windows
-from fastdense.primitives import Conv, Norm, Pool
-from fastdense.torch_backend import TorchBackend
-from fastdense.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.usefixtures("kernels_checked")
 

@@ -41,7 +41,7 @@ def test_mean_far_larger_than_the_deviation(kind: str, layout: str) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_in_low_precision(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdense.torch_backend.CHUNK_BYTES", 700)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 700)
     check_budget(small(kind), dtype, "torch", layout="contiguous")
 
 

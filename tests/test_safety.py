@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import fastdense
 from fastdense import functional
-from fastdense.torch_backend import TorchBackend
+from fastdense.backends.torch_backend import TorchBackend
 
 
 @pytest.fixture(autouse=True)

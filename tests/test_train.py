@@ -388,7 +388,7 @@ def test_impl_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(impl: str, device: torch.device) -> str:
         raise RuntimeError(f"{impl} cannot run on {device}: no such chip")
 
-    monkeypatch.setattr("fastdense.backends.resolve", refuse)
+    monkeypatch.setattr("fastdense.backends.select.resolve", refuse)
     with pytest.raises(ValueError, match="triton cannot run on cpu: no such chip"):
         prepared(impl="triton")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdense import backends
-from fastdense.features import Features, LazyGradient, as_images, as_rows, empty_features
-from fastdense.primitives import Conv, Norm, Pool
+from fastdense.backends import select
+from fastdense.core.features import Features, LazyGradient, as_images, as_rows, empty_features
+from fastdense.core.primitives import Conv, Norm, Pool
 
 from .. import traffic
 from .case import Case, normal, with_moments
@@ -94,7 +94,7 @@ class Around:
         self.case = case
         reads, writes, device, dtype = case.shape.reads, case.shape.writes, tensors.x.device, tensors.x.dtype
         inside, outside = _sizes(case)
-        self.be = backends.create(impl, as_images(tensors.x, inside))
+        self.be = select.create(impl, as_images(tensors.x, inside))
         self.source = with_moments(tensors.x)[slice(0, reads)]
         norm = Norm(tensors.gamma, tensors.beta, 1e-5)
         self.pool = _pool(case)

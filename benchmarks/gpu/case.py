@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdense.features import Features
+from fastdense.core.features import Features
 
 from ..traffic import Shape
 

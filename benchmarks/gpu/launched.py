@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastdense
-from fastdense import backends, trial
+from fastdense.backends import select, self_test
 from fastdense.kernels import launch
 
 from ..traffic import NETWORKS
@@ -168,13 +168,13 @@ def smoke() -> Iterator[Work]:
 
 
 def _trial(dtype: torch.dtype) -> None:
-    before = dict(trial.SIZES)
-    trial.SIZES["cpu"] = trial.SIZES["cuda"]
+    before = dict(self_test.SIZES)
+    self_test.SIZES["cpu"] = self_test.SIZES["cuda"]
     try:
         with torch.no_grad():
-            trial._results(lambda x: backends.create("triton", x), CPU, dtype)
+            self_test._results(lambda x: select.create("triton", x), CPU, dtype)
     finally:
-        trial.SIZES.update(before)
+        self_test.SIZES.update(before)
 
 
 def trials() -> Iterator[Work]:

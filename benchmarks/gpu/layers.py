@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdense.backends.triton_backend import TritonBackend
 from fastdense.kernels.launch import LaunchConfig
-from fastdense.triton_backend import TritonBackend
 
 from ..compiled import Launch
 from ..kernels import name_of, traffic_of

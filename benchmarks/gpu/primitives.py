@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdense import backends
-from fastdense.features import Features, LazyGradient, as_images
-from fastdense.primitives import Backend, Conv, Norm
+from fastdense.backends import select
+from fastdense.core.features import Features, LazyGradient, as_images
+from fastdense.core.primitives import Backend, Conv, Norm
 
 from .. import traffic
 from .around import Around
@@ -105,7 +105,7 @@ class Primitive:
         self.case, self.tensors = case, tensors
         reads, writes, pointwise = case.shape.reads, case.shape.writes, case.shape.taps == 1
         self.images = as_images(tensors.X, case.spatial)
-        self.be = backends.create(impl, self.images)
+        self.be = select.create(impl, self.images)
         channels = slice(0, reads) if pointwise else slice(case.width - writes, case.width)
         features, bottleneck = with_moments(tensors.X)[channels], with_moments(tensors.Z)
         self.source, self.output = (features, bottleneck) if pointwise else (bottleneck, features)

@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastdense
 from benchmarks.peers import torchvision_densenet
-from fastdense.converted import Converted, resolve
+from fastdense.conversion.converted import Converted, resolve
 
 PARTS = 4  # two blocks, one transition, the stem
 

@@ -14,8 +14,8 @@ from common import assert_close, assert_same, random_input, randomise, results
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.converted import Converted
-from fastdense.verify import FedMasks
+from fastdense.conversion.converted import Converted
+from fastdense.conversion.verify import FedMasks
 
 Make = Callable[..., nn.Module]
 

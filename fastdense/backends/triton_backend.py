@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
-from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
-from .kernels.launch import LaunchConfig, Shape, Split, Work
-from .primitives import Conv, Dropout, Gradients, Norm, Pool
+from ..core.features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
+from ..core.primitives import Conv, Dropout, Gradients, Norm, Pool
+from ..kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
+from ..kernels.launch import LaunchConfig, Shape, Split, Work
 from .triton_backward import ConvBackward, Pending
 from .triton_keys import settle
 from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of, weight_unit

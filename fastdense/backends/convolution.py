@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import CHANNELS_LAST, as_images, as_rows
-from .pieces import Piece
-from .primitives import Pool
+from ..core.features import CHANNELS_LAST, as_images, as_rows
+from ..core.primitives import Pool
+from .tiling import Piece
 
 __all__ = ["Convolution", "MaxPool"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .kernels import activation, bn_relu_conv, bn_relu_conv_backward, bn_relu_pool, common, moments, sums
+from ..kernels import activation, bn_relu_conv, bn_relu_conv_backward, bn_relu_pool, common, moments, sums
 
 __all__ = ["settle"]
 

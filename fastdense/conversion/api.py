@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checks
-from .adapters import candidates, probe_shape, read, without_flags
+from ..core import checks
+from ..nn import DenseBlock, Transition
 from .converted import OWN, Converted, Spec, converted_class, part_of
-from .nn import DenseBlock, Transition
+from .match import candidates, probe_shape, read, without_flags
 from .trace import Unsupported
 from .verify import disagreement
 

@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backends, schedule
-from .features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
-from .primitives import Backend, Conv, Layer, Norm
+from ..core import schedule
+from ..core.features import Features, LazyGradient, accumulation_dtype, as_rows, empty_features
+from ..core.primitives import Backend, Conv, Layer, Norm
+from . import select
 
 # Relative 2-norm, some roundings (float32 may multiply in TF32): a right kernel is off by one, a wrong one by far more.
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -28,8 +29,8 @@ def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend ``name`` should not be used on ``device`` for ``dtype``; ``None`` if it does what it should."""
     try:
         with torch.no_grad():
-            got = _results(lambda x: backends.create(name, x), device, dtype)
-            want = _results(lambda x: backends.create("torch", x), device, torch.float64)
+            got = _results(lambda x: select.create(name, x), device, dtype)
+            want = _results(lambda x: select.create("torch", x), device, torch.float64)
     except torch.OutOfMemoryError:  # says nothing of the kernels, and is not remembered
         raise
     except Exception as error:  # whatever a compiler or a driver raises

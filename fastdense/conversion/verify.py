@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..backends.philox import keep_mask
 from .converted import BlockSpec, Converted, Spec, converted_class
-from .philox import keep_mask
 from .trace import Unsupported, kind_of, quiet, shadow, still_norms, summary
 
 __all__ = ["disagreement"]

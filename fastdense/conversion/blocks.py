@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .convert import convert
+from ..nn import DenseBlock
+from .api import convert
 from .converted import BlockSpec, Converted, block_layers
-from .nn import DenseBlock
 
 __all__ = ["dense_blocks", "with_dense_blocks"]
 

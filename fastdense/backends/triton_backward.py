@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .features import Features, LazyGradient
-from .kernels import bn_relu_conv_backward, launch
-from .kernels.launch import LaunchConfig, Split, Work
-from .primitives import Conv, Gradients
+from ..core.features import Features, LazyGradient
+from ..core.primitives import Conv, Gradients
+from ..kernels import bn_relu_conv_backward, launch
+from ..kernels.launch import LaunchConfig, Split, Work
 from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of, weight_unit
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .features import Features
-from .primitives import Conv, Dropout, Norm
+from ..core.features import Features
+from ..core.primitives import Conv, Dropout, Norm
 
 NO_DROPOUT = (0, 0, 0.0)  # layer, threshold, scale
 

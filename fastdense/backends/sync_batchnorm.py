@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .features import Features, LazyGradient
-from .primitives import Backend, Conv, Dropout, Gradients, Norm, Pool
+from ..core.features import Features, LazyGradient
+from ..core.primitives import Backend, Conv, Dropout, Gradients, Norm, Pool
 
 __all__ = ["SyncBackend", "group_of"]
 

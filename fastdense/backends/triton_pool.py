@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .features import Features, LazyGradient
-from .kernels import bn_relu_pool
-from .kernels.launch import Work
-from .primitives import Gradients, Norm, Pool
+from ..core.features import Features, LazyGradient
+from ..core.primitives import Gradients, Norm, Pool
+from ..kernels import bn_relu_pool
+from ..kernels.launch import Work
 from .triton_operands import reader, three, unit_of
 
 if TYPE_CHECKING:

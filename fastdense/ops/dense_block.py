@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, schedule
-from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
-from .primitives import Backend, Conv, Dropout, Layer, Norm
-from .sync import SyncBackend
+from ..backends import select
+from ..backends.sync_batchnorm import SyncBackend
+from ..core import schedule
+from ..core.features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
+from ..core.primitives import Backend, Conv, Dropout, Layer, Norm
 
 NOT_TWICE = (
     "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
@@ -114,7 +115,7 @@ def _outputs(
 
 def backend_of(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
     """The backend for one call; the last of ``z_var`` is a group's number of values per channel."""
-    backend = backends.create(impl, x)
+    backend = select.create(impl, x)
     return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
 
 

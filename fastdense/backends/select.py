@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .primitives import Backend
+from ..core.primitives import Backend
 from .torch_backend import TorchBackend
 
 MIN_CAPABILITY = (8, 0)
@@ -21,7 +21,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def _broken_triton() -> str | None:
     """Why the kernels cannot be imported; ``None`` if they can."""
     try:
-        importlib.import_module("fastdense.triton_backend")
+        importlib.import_module("fastdense.backends.triton_backend")
     except Exception as error:  # a broken installation may raise anything
         return (
             f"Triton cannot be used ({type(error).__name__}: {error}): install it with `pip install 'triton>=3.6'`, "
@@ -81,7 +81,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -
     """The backend's name for ``impl`` (``"auto"``, ``"triton"`` or ``"torch"``) on ``device``.
 
     Warns once, under ``"auto"``, if only a missing or broken Triton keeps a GPU from running the kernels. Whether they
-    do what they should on this very device is for :mod:`fastdense.trial` to say.
+    do what they should on this very device is for :mod:`fastdense.backends.self_test` to say.
 
     Raises:
         RuntimeError: for ``impl="triton"`` where the kernels cannot run, with the reason and the remedy.

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from .reference import ConcatDenseLayer
-from .sync import group_of
+from ..backends.sync_batchnorm import group_of
+from ..reference import ConcatDenseLayer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

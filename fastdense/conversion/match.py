@@ -18,6 +18,8 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..nn import DenseBlock, DenseNet, Transition
+from ..ops.support import convolution_obstacle, maximum_obstacle, pools_first
 from .converted import (
     BlockSpec,
     Converted,
@@ -32,8 +34,6 @@ from .converted import (
     converted_class,
     geometry,
 )
-from .nn import DenseBlock, DenseNet, Transition
-from .supported import convolution_obstacle, maximum_obstacle, pools_first
 from .trace import INPUT, Label, Operation, Trace, Unsupported, trace
 
 __all__ = ["candidates", "probe_shape", "read", "without_flags"]

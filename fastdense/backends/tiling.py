@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .primitives import Pool
+from ..core.primitives import Pool
 
 __all__ = ["Piece", "of_images", "of_rows"]
 

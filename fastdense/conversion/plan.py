@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .convert import Finding, check_model, find
+from ..core import checks
+from ..ops.bn_relu_pool import channels_last
+from .api import Finding, check_model, find
 from .converted import BlockSpec, Converted, StemSpec, converted_class, part_of
-from .pool_ops import channels_last
 from .trace import on_meta, quiet, shadow, still_norms
 
 __all__ = ["PlanEntry", "plan"]

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aten import Convolution, MaxPool
-from .features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
+from ..core.features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features
+from ..core.primitives import Conv, Dropout, Gradients, Norm, Pool
+from .convolution import Convolution, MaxPool
 from .philox import keep_mask, rounded, rounding_noise
-from .pieces import Piece, of_images, of_rows
-from .primitives import Conv, Dropout, Gradients, Norm, Pool
+from .tiling import Piece, of_images, of_rows
 
 CHUNK_BYTES = 4 << 20
 MOST_GROUPS = 32  # of rows whose moments are taken apart, then together

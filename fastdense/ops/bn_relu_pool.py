@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import CHANNELS_LAST, Features, LazyGradient, accumulation_dtype, as_rows, empty_features
-from .ops import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
-from .primitives import Backend, Conv, Gradients, Norm, Pool
+from ..core.features import CHANNELS_LAST, Features, LazyGradient, accumulation_dtype, as_rows, empty_features
+from ..core.primitives import Backend, Conv, Gradients, Norm, Pool
+from .dense_block import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
 
 __all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
 

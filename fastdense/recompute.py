@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import memory
 from .functional import may_ask, say_choice
 from .memory import BlockSize
-from .ops import autocasts
+from .ops.dense_block import autocasts
 from .pooling import windows
 from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks, functional, pooling
-from .supported import (
+from .. import functional, pooling
+from ..core import checks
+from ..ops.support import (
     average_obstacle,
     changed,
     convolution_obstacle,
