@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fastdense
-from fastdense import functional, pooling
+from fastdense import functional
 from fastdense.backends import select
 from fastdense.backends.triton_backend import TritonBackend
 from fastdense.ops import bn_relu_pool, dense_block
@@ -93,7 +93,7 @@ def host_side(spent: Spent | None = None) -> Iterator[Spent]:
             before.append((operator, "_backend_fns", operator._backend_fns))
             body = spent.timed(name, operator._init_fn)
             vars(operator).update(_abstract_fn=body, _backend_fns=dict.fromkeys(operator._backend_fns, body))
-    for module in (functional, pooling):
+    for module in (functional,):
         update: Any = vars(module)["update_running_statistics"]
         before.append((module, "update_running_statistics", update))
         vars(module)["update_running_statistics"] = spent.timed("running statistics", update)

@@ -1,30 +1,37 @@
-"""The door to the operators: argument checks, the choice of implementation, running statistics, dropout's seed."""
+"""The functions behind the modules: a DenseBlock, and the stem's pooling, the transition and the head around it.
+
+Each call is resolved once (its input, what runs it, whose moments are known) and handed to one operator of
+``fastdense.ops``. Batch moments go from hand to hand: what writes a channel computes them, so no channel's are computed
+twice. ``run_*`` take and return them, and fall back on the reference path; ``fused_*`` are for what is known to run
+fused.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import memory, reference
-from .backends import select, self_test
+from . import recompute as planner
+from . import reference
+from .backends.select import backend_for
 from .backends.sync_batchnorm import group_of
 from .core import checks
 from .core.features import accumulation_dtype
-from .ops.dense_block import NOT_TWICE, autocasts
+from .core.primitives import Pool
+from .ops import support, validate
+from .ops.bn_relu_pool import channels_last
+from .ops.common import autocast
+from .ops.dense_block import call
 from .ops.running_stats import update_running_statistics
-from .ops.support import why_reference
+from .reference import stages
 
-__all__ = ["dense_block"]
+__all__ = ["bn_relu_max_pool", "bn_relu_mean_pool", "dense_block", "transition"]
 
 Moments = tuple[Tensor, Tensor]
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def dense_block(
@@ -78,6 +85,71 @@ def dense_block(
     return output, *(known or _moments(output))
 
 
+def transition(
+    x: Tensor, norm: nn.Module, relu: nn.Module, conv: nn.Module, pool: nn.Module, *, impl: str = "auto"
+) -> Tensor:
+    """DenseNet's transition, BN-ReLU-Conv1x1-AvgPool, with the pooling done first where that changes nothing.
+
+    An average without padding and a 1x1 convolution commute, so pooling first gives the same result for a quarter of
+    the convolution's work (an eighth in 3D). Any other pooling or convolution keeps its place.
+
+    Args:
+        x: ``[N, C, *spatial]``, one to three spatial dimensions, any floating dtype. Under autocast it is cast to
+            autocast's dtype. For backward it is kept, and nothing else.
+        norm, relu, conv, pool: the transition's modules. Where one is no plain ``nn.BatchNorm``, ``nn.ReLU``,
+            ``nn.Conv`` or ``nn.AvgPool`` (or carries a hook) each is called, once.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[N, C_out, *(spatial // 2)]``, channels last.
+
+    Raises:
+        ValueError: ``x`` does not fit the modules; the message names the value and what is allowed.
+        RuntimeError: ``impl`` asks for what cannot run here.
+
+    Equivalent to ``pool(conv(relu(norm(x))))``. Source: arXiv 1608.06993, section 3, "Pooling layers".
+    """
+    return run_transition(x, norm, relu, conv, pool, impl)[0]
+
+
+def bn_relu_max_pool(x: Tensor, norm: nn.Module, relu: nn.Module, pool: nn.Module, *, impl: str = "auto") -> Tensor:
+    """What follows the stem's convolution: BN-ReLU-MaxPool.
+
+    Args:
+        x: ``[N, C, *spatial]``. For backward it is kept, and nothing else: mask and arg-max are computed again.
+        norm, relu, pool: plain ``nn.BatchNorm``, ``nn.ReLU`` and ``nn.MaxPool``; others are called one after another.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[N, C, *pooled]``, channels last. The first maximum of a window gets its gradient, as in ``F.max_pool2d``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`transition`.
+
+    Equivalent to ``pool(relu(norm(x)))``. Source: arXiv 1608.06993, table 1, "Pooling".
+    """
+    return run_stem(x, norm, relu, pool, impl)[0]
+
+
+def bn_relu_mean_pool(x: Tensor, norm: nn.Module, *, impl: str = "auto") -> Tensor:
+    """The head up to the classifier: BN-ReLU and the mean over all pixels.
+
+    Args:
+        x: ``[N, C, *spatial]``. For backward it is kept, and nothing else.
+        norm: a plain ``nn.BatchNorm``; another is called.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[N, C]``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`transition`.
+
+    Equivalent to ``F.relu(norm(x)).flatten(2).mean(2)``. Source: arXiv 1608.06993, table 1, "Classification Layer".
+    """
+    return run_head(x, norm, impl)
+
+
 def run_block(
     x: Tensor,
     layers: Sequence[Any],
@@ -92,30 +164,85 @@ def run_block(
     """The block's output, and its moments if they are wanted and known; ``moments`` are those of ``x``.
 
     Where moments cannot be handed in or out (SyncBatchNorm) they are computed where they are needed, or if ``strict``
-    the reference path runs. ``picked`` is told what ``recompute="auto"`` came to.
+    the reference path runs. ``picked`` is told what ``recompute="auto"`` resolved to.
     """
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
-    check_input(x, layers)
-    if impl != "reference" and (reason := why_reference(layers, moments=strict)):
-        say_once(refusal(impl, reason))
-        impl = "reference"
-    if impl == "reference":
+    validate.block_input(x, layers)
+    if impl == "reference" or support.falls_back(impl, support.why_reference(layers, moments=strict)):
         return reference.dense_block(x, layers), None
     return fused_block(x, layers, recompute, impl, moments, want_moments, picked)
 
 
-def _moments(features: Tensor) -> Moments:
-    axes = [0, *range(2, features.dim())]
-    var, mean = torch.var_mean(features.to(accumulation_dtype(features.dtype)), dim=axes, correction=0)
-    return mean, var
+def run_transition(
+    x: Tensor,
+    norm: Any,
+    relu: Any,
+    conv: Any,
+    pool: Any,
+    impl: str,
+    moments: Moments | None = None,
+    want_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """:func:`transition`, and its output's moments if they are wanted and known; ``moments`` are those of ``x``."""
+    reason = support.norm_obstacle(norm, relu) or support.average_obstacle(conv, pool)
+    if support.runs_by_modules(impl, "transition", reason):
+        x = norm(x) if relu is None else relu(norm(x))
+        return (conv(pool(x)) if support.pools_first(conv, pool) else pool(conv(x))), None
+    return fused_transition(x, norm, conv, pool, impl, moments, want_moments)
 
 
-def refusal(impl: str, reason: str) -> str:
-    """The warning with which a block goes to the reference path; raises where ``impl`` leaves no choice."""
-    if impl != "auto":
-        raise RuntimeError(f"impl={impl!r} cannot run this block: {reason}; use impl='auto' or impl='reference'")
-    return f"fastdense runs the reference path (slower, more memory): {reason}"
+def run_stem(
+    x: Tensor, norm: Any, relu: Any, pool: Any, impl: str, want_moments: bool = False
+) -> tuple[Tensor, Moments | None]:
+    """:func:`bn_relu_max_pool`, and the moments of its output if they are wanted and known."""
+    if support.runs_by_modules(impl, "stem", support.norm_obstacle(norm, relu) or support.maximum_obstacle(pool)):
+        return pool(norm(x) if relu is None else relu(norm(x))), None
+    return fused_stem(x, norm, pool, impl, want_moments)
+
+
+def run_head(x: Tensor, norm: Any, impl: str, moments: Moments | None = None) -> Tensor:
+    """:func:`bn_relu_mean_pool`; ``moments`` are those of ``x``."""
+    if support.runs_by_modules(impl, "head", support.norm_obstacle(norm, None)):
+        return F.relu(norm(x)).flatten(2).mean(2)
+    return _fused_pool(x, norm, None, Pool("mean"), impl, moments)[0]
+
+
+def fused_transition(
+    x: Tensor, norm: Any, conv: Any, pool: Any, impl: str, moments: Moments | None = None, want_moments: bool = False
+) -> tuple[Tensor, Moments | None]:
+    """:func:`run_transition` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
+    return _fused_pool(x, norm, conv.weight, validate.windows("average", pool), impl, moments, want_moments)
+
+
+def fused_stem(x: Tensor, norm: Any, pool: Any, impl: str, want_moments: bool = False) -> tuple[Tensor, Moments | None]:
+    """:func:`run_stem` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
+    return _fused_pool(x, norm, None, validate.windows("maximum", pool), impl, None, want_moments)
+
+
+class _Call(NamedTuple):
+    """What a call resolved to."""
+
+    x: Tensor  # as it is computed with
+    moments: Moments | None  # of x, if they are known and asked for
+    frozen: list[bool]  # which of the norms use their running statistics
+    group: str  # the process group that batch statistics are shared with, or ""
+    m: int  # values per channel
+    backend: str
+
+    @classmethod
+    def of(cls, x: Tensor, moments: Moments | None, norms: Sequence[Any], impl: str, *, casts: bool) -> _Call:
+        """``casts``: whether a convolution is part of it, whose input autocast casts."""
+        validate.differentiable_once(x)
+        if casts and (cast := autocast(x)) is not x:
+            x, moments = cast, None  # they were those of other values
+        validate.moments(x, moments)
+        frozen = [not (norm.training or norm.running_mean is None) for norm in norms]
+        group = group_of(norms) or ""
+        if group:
+            moments = None  # they would be this process's alone
+        m = x.shape[0] * x.shape[2:].numel() if group or all(frozen) else validate.values_per_channel(x)
+        return cls(x, moments, frozen, group, m, backend_for(checks.impl_name(impl), x.device, x.dtype))
 
 
 def fused_block(
@@ -128,141 +255,88 @@ def fused_block(
     picked: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """``run_block`` for layers that are known to run fused, with ``x`` checked already."""
-    refuse_transforms(x)
-    if moments is not None and autocast(x) is not x:
-        moments = None  # they were those of other values
-    x = autocast(x)
-    _check_layers(x, layers)
-    check_moments(x, moments)
-    if recompute == "auto":
-        recompute = _pick_alone(x, layers, moments, picked)
-    return _fused(x, layers, recompute, backend_name(impl, x), moments, want_moments)
-
-
-def _while_tracing(function: _F) -> _F:
-    """torch.compile calls ``function`` while it traces, and takes its result for a constant.
-
-    That is ``torch.compiler.assume_constant_result`` without an import that takes seconds.
-    """
-    vars(function)["_dynamo_marked_constant"] = True
-    return function
-
-
-def backend_name(impl: str, x: Tensor) -> str:
-    """The backend's name; ``"auto"`` takes the kernels where they have shown that they are right."""
-    return _backend_name(impl, x.device, x.dtype)
-
-
-@_while_tracing
-def _backend_name(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    name = select.resolve(impl, device, dtype)
-    if impl != "auto" or name != "triton" or is_in_torch_dispatch_mode() or _is_capturing(device):
-        return name  # under a mode (fake tensors, a counter) the trial would try something else
-    if (reason := self_test.failure(name, device, dtype)) is not None:
-        say_once(f"fastdense runs in plain PyTorch (slower): {reason}; please report it")
-        return "torch"
-    return name
-
-
-def may_ask(device: torch.device) -> bool:
-    """Whether the device may be asked something: not while a compiler traces or a CUDA graph is captured."""
-    return not (torch.compiler.is_compiling() or _is_capturing(device))
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _pick_alone(x: Tensor, layers: Sequence[Any], moments: Moments | None, picked: Callable[[str], None] | None) -> str:
-    """What ``recompute="auto"`` comes to for a block that does not know the others; ``"bottlenecks"`` unasked."""
-    convs = [pair for layer in layers for pair in _convolutions(layer)]
-    per_layer = len(convs) // len(layers)
-    params = [tensor for norm, conv in convs for tensor in (norm.weight, norm.bias, conv.weight)]
-    first = _first_gradient(x, moments, params, 3 * per_layer)
-    if first == len(layers) or not may_ask(x.device):
-        return "bottlenecks"  # without a gradient nothing is kept in any case
-    channels = sum(layer.conv1.out_channels for layer in layers[first:]) if per_layer == 2 else 0
-    size = x.numel() // x.shape[1] * channels * x.element_size()
-    free = memory.free_bytes(x.device)
-    mode = memory.choose_recompute(size, free)
-    say_choice(
-        f"{mode!r} for a block by itself", f"its bottlenecks have {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-    )
-    if picked is not None:
-        picked(mode)
-    return mode
-
-
-def _fused(
-    x: Tensor, layers: Sequence[Any], recompute: str, impl: str, moments: Moments | None, want_moments: bool
-) -> tuple[Tensor, Moments | None]:
-    convs = [pair for layer in layers for pair in _convolutions(layer)]
+    validate.block_layers(x, layers)
+    convs = [pair for layer in layers for pair in stages(layer)]
     norms = [norm for norm, _ in convs]
-    params = [tensor for norm, conv in convs for tensor in (*affine(norm, x), conv.weight)]
-    frozen = [not (norm.training or norm.running_mean is None) for norm in norms]
+    x, moments, frozen, group, m, backend = _Call.of(x, moments, norms, impl, casts=True)
+    params = [tensor for norm, conv in convs for tensor in (*_affine(norm, x), conv.weight)]
     per_layer = len(convs) // len(layers)
-    group = group_of(norms) or ""
-    if group:
-        moments, want_moments = None, False  # they would be this process's alone
-    tracked = want_moments or not all(frozen[::per_layer])
-    m = x.shape[0] * x.shape[2:].numel()
-    if m == 1 and not all(frozen) and not group:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    drop_rates = [float(layer.drop_rate) if layer.training else 0.0 for layer in layers]
-
-    rng = _rng_state(x.device) if any(drop_rates) else None
-    try:
-        X, mean, var, _, z_mean, z_var = torch.ops.fastdense.dense_block(
-            x,
-            *(moments or (None, None)),
-            params,
-            [
-                stat
-                for norm, fixed in zip(norms, frozen, strict=True)
-                if fixed
-                for stat in (norm.running_mean, norm.running_var)
-            ],
-            torch.randint(2**63 - 1, (1,), device=x.device) if any(drop_rates) else None,
-            [norm.eps for norm in norms],
-            frozen,
-            drop_rates,
-            bool(getattr(layers[0], "drop_channels", False)),
-            per_layer == 2,
-            tracked,
-            _first_gradient(x, moments, params, 3 * per_layer),
-            recompute == "bottlenecks",
-            impl,
-            group,
-        )
-    except BaseException:
-        _restore_rng(x.device, rng)
-        raise
-    count = z_var[-1] if group else m
-    update_running_statistics(_batch_moments(norms, per_layer, (mean, var), (z_mean, z_var)), count)
+    first = _first_gradient(x, moments, [(norm.weight, norm.bias, conv.weight) for norm, conv in convs], per_layer)
+    if recompute == "auto":
+        recompute = planner.for_block(x, layers[first:], picked)
+    want_moments = want_moments and not group
+    X, mean, var, _, z_mean, z_var = call(
+        x,
+        moments,
+        params,
+        [
+            stat
+            for norm, fixed in zip(norms, frozen, strict=True)
+            if fixed
+            for stat in (norm.running_mean, norm.running_var)
+        ],
+        [norm.eps for norm in norms],
+        frozen,
+        [float(layer.drop_rate) if layer.training else 0.0 for layer in layers],
+        bool(getattr(layers[0], "drop_channels", False)),
+        per_layer == 2,
+        want_moments or not all(frozen[::per_layer]),
+        first,
+        recompute == "bottlenecks",
+        backend,
+        group,
+    )
+    update_running_statistics(_batch_moments(norms, per_layer, (mean, var), (z_mean, z_var)), z_var[-1] if group else m)
     return X, (mean, var) if want_moments else None
 
 
-def _convolutions(layer: Any) -> list[tuple[Any, Any]]:
-    pairs = [(layer.norm1, layer.conv1)]
-    if "conv2" in layer._modules:
-        pairs.append((layer.norm2, layer.conv2))
-    return pairs
+def _fused_pool(
+    x: Tensor,
+    norm: Any,
+    weight: Tensor | None,
+    pool: Pool,
+    impl: str,
+    moments: Moments | None = None,
+    want_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    validate.pool_input(x, norm, weight, pool)
+    x, moments, (frozen,), group, m, backend = _Call.of(x, moments, [norm], impl, casts=weight is not None)
+    moments = None if frozen else moments
+    want_moments = want_moments and not group
+    y, y_mean, y_var, mean, var = torch.ops.fastdense.bn_relu_pool(
+        channels_last(x),
+        *(moments or (None, None)),
+        *_affine(norm, x),
+        weight,
+        [norm.running_mean, norm.running_var] if frozen else [],
+        norm.eps,
+        *pool,
+        want_moments,
+        backend,
+        group,
+    )
+    if not frozen:
+        batch = moments or (mean, var[: mean.shape[0]])
+        update_running_statistics([(norm, *batch)], var[-1] if group else m)
+    return y, (y_mean, y_var) if want_moments else None
 
 
-def affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     def filled(value: float) -> Tensor:
         return torch.full((norm.num_features,), value, dtype=accumulation_dtype(x.dtype), device=x.device)
 
     return filled(1.0) if norm.weight is None else norm.weight, filled(0.0) if norm.bias is None else norm.bias
 
 
-def _first_gradient(x: Tensor, moments: Moments | None, params: Sequence[Tensor | None], per_layer: int) -> int:
+def _first_gradient(
+    x: Tensor, moments: Moments | None, params: Sequence[tuple[Tensor | None, ...]], per_layer: int
+) -> int:
     """The first layer whose parameters or inputs need a gradient; the number of layers if none does."""
     if torch.is_grad_enabled():
         if x.requires_grad or any(moment.requires_grad for moment in moments or ()):
             return 0
-        for i, param in enumerate(params):
-            if param is not None and param.requires_grad:
+        for i, group in enumerate(params):
+            if any(param is not None and param.requires_grad for param in group):
                 return i // per_layer
     return len(params) // per_layer
 
@@ -281,120 +355,7 @@ def _batch_moments(
             yield norm, mean[start : start + norm.num_features], var[start : start + norm.num_features]
 
 
-def check_input(x: Tensor, layers: Sequence[Any]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if not layers:
-        raise ValueError("layers must hold at least one layer, got none")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor (float16, bfloat16, float32 or float64), got {x.dtype}")
-    weight = getattr(getattr(layers[0], "conv1", None), "weight", None)
-    if isinstance(weight, Tensor) and x.dim() != weight.dim():
-        raise ValueError(
-            f"x must have {weight.dim()} dimensions [N, C, {weight.dim() - 2} spatial], as the layers' convolutions, "
-            f"got shape {tuple(x.shape)}"
-        )
-    expected = getattr(getattr(layers[0], "norm1", None), "num_features", None)
-    if expected is not None and x.shape[1] != expected:
-        raise ValueError(f"x must have {expected} channels, as the first layer reads, got shape {tuple(x.shape)}")
-    if 0 in x.shape[2:]:
-        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
-
-
-def _check_layers(x: Tensor, layers: Sequence[Any]) -> None:
-    autocast = autocasts(x.device.type)
-    channels = x.shape[1]
-    stages = len(_convolutions(layers[0]))
-    for i, layer in enumerate(layers):
-        checks.probability(f"drop_rate of layer {i}", layer.drop_rate)
-        reads = channels
-        pairs = _convolutions(layer)
-        if len(pairs) != stages:
-            raise ValueError(f"layers must all have a bottleneck or all have none; layer {i} differs from layer 0")
-        for number, (norm, conv) in enumerate(pairs, 1):
-            if norm.num_features != reads or conv.in_channels != reads:
-                raise ValueError(
-                    f"layer {i} (counted from 0) must read {reads} channels in norm{number} and conv{number}, got "
-                    f"{norm.num_features} and {conv.in_channels}"
-                )
-            reads = conv.out_channels
-            weight = conv.weight
-            for name, tensor in (("conv", weight), ("norm", norm.weight), ("norm", norm.running_mean)):
-                if tensor is not None and tensor.device != x.device:
-                    raise ValueError(
-                        f"x is on device {str(x.device)!r}, but {name}{number} of layer {i} is on "
-                        f"{str(tensor.device)!r}: move one of them with .to()"
-                    )
-            if weight.dtype != x.dtype and not autocast:
-                raise ValueError(
-                    f"x is {x.dtype}, but conv{number} of layer {i} is {weight.dtype}: convert one of them with .to(), "
-                    "or use torch.autocast"
-                )
-        channels += reads
-
-
-def check_moments(x: Tensor, moments: Any) -> None:
-    if moments is None:
-        return
-    if not (isinstance(moments, tuple) and len(moments) == 2 and all(map(torch.is_tensor, moments))):
-        raise ValueError(f"moments must be a pair of tensors (mean, var) or None, got {moments!r}")
-    expected = accumulation_dtype(x.dtype)
-    for name, moment in zip(("mean", "var"), moments, strict=True):
-        if moment.shape != x.shape[1:2] or moment.dtype != expected or moment.device != x.device:
-            raise ValueError(
-                f"moments must be (mean, var), each [{x.shape[1]}] {expected} on {str(x.device)!r}; {name} is "
-                f"{list(moment.shape)} {moment.dtype} on {str(moment.device)!r}"
-            )
-
-
-def autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    if autocasts(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def refuse_transforms(x: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-    if dual or (transforms is not None and transforms()):
-        raise RuntimeError(NOT_TWICE)
-
-
-@_while_tracing
-def say_once(message: str) -> None:
-    """Warn, the first time that there is this to say."""
-    _warn(message)
-
-
-@lru_cache(maxsize=256)
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)
-
-
-_choices: set[str] = set()
-
-
-def say_choice(choice: str, figures: str) -> None:
-    """Say what ``recompute="auto"`` picked, once for each choice: the figures vary from step to step."""
-    if choice not in _choices:
-        _choices.add(choice)
-        warnings.warn(f"fastdense: recompute='auto' picked {choice}: {figures}", UserWarning, stacklevel=4)
-
-
-def _rng_state(device: torch.device) -> Tensor | None:
-    """The state to return to if the call fails; ``None`` where it cannot be read (while a CUDA graph is captured)."""
-    if not may_ask(device):
-        return None
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _restore_rng(device: torch.device, state: Tensor | None) -> None:
-    if state is None:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def _moments(features: Tensor) -> Moments:
+    axes = [0, *range(2, features.dim())]
+    var, mean = torch.var_mean(features.to(accumulation_dtype(features.dtype)), dim=axes, correction=0)
+    return mean, var

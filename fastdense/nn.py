@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional, pooling, recompute
+from . import functional, recompute
 from .core import checks
 from .functional import Moments
 from .ops.support import changed, process_obstacle
-from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
+from .reference import BATCH_NORM, CONV, CONVOLUTIONS, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
 
 __all__ = [
     "DenseBlock",
@@ -28,8 +28,6 @@ __all__ = [
     "densenet201",
     "densenet264",
 ]
-
-_CONVS = tuple(CONV.values())
 
 
 class DenseLayer(ConcatDenseLayer):
@@ -124,7 +122,7 @@ class DenseBlock(ConcatDenseBlock):
 
 
 def _convolutions(module: nn.Module) -> Iterator[Any]:
-    return (child for child in module.modules() if isinstance(child, _CONVS))
+    return (child for child in module.modules() if isinstance(child, CONVOLUTIONS))
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -158,7 +156,7 @@ class Transition(ConcatTransition):
         if checks.impl_name(self.impl) == "reference":
             return super().forward(x), None
         parts = self.norm, self.relu, self.conv, self.pool
-        return pooling.run_transition(x, *parts, self.impl, moments, want_moments)
+        return functional.run_transition(x, *parts, self.impl, moments, want_moments)
 
 
 class DenseNet(nn.Module):
@@ -173,7 +171,7 @@ class DenseNet(nn.Module):
         num_classes: width of the classifier.
         memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
         in_channels: channels of the input.
-        small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and pooling.
+        small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and functional.
         recompute, impl: see :class:`DenseBlock`. ``recompute="auto"`` plans each training step for the whole network:
             ``memory.plan_recompute`` with nine tenths of the free memory.
         spatial_dims: 1, 2 or 3.
@@ -268,13 +266,13 @@ class DenseNet(nn.Module):
             name, child = children.pop(0)
             if name == "norm0" and [follower for follower, _ in children[:2]] == ["relu0", "pool0"]:
                 (_, relu), (_, pool) = children.pop(0), children.pop(0)
-                x, moments = pooling.run_stem(x, child, relu, pool, self.impl, _wants_moments(children))
+                x, moments = functional.run_stem(x, child, relu, pool, self.impl, _wants_moments(children))
             elif type(child) is DenseBlock and not _changed(child):
                 x, moments = child._run(x, moments, _wants_moments(children), plan.get(name))
             elif type(child) is Transition and not _changed(child):
                 x, moments = child._run(x, moments, _wants_moments(children))
             elif name == "norm5" and not children:
-                return pooling.run_head(x, child, self.impl, moments)
+                return functional.run_head(x, child, self.impl, moments)
             else:
                 x, moments = child(x), None
         return F.relu(x).flatten(2).mean(2)

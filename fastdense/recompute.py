@@ -1,26 +1,51 @@
-"""``recompute="auto"`` of a whole network: its sizes, from the shape of an input, for ``memory.plan_recompute``."""
+"""``recompute="auto"``: of a block by itself, and of a whole network, whose sizes follow from the shape of an input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import memory
-from .functional import may_ask, say_choice
+from .backends.select import may_query
+from .core.warn import say_once
 from .memory import BlockSize
-from .ops.dense_block import autocasts
-from .pooling import windows
-from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition
+from .ops.common import autocasts
+from .ops.validate import windows
+from .reference import BATCH_NORM, CONVOLUTIONS, ConcatDenseBlock, ConcatTransition, stages
 
-__all__ = ["in_words", "network_sizes", "plan"]
+__all__ = ["for_block", "in_words", "network_sizes", "plan"]
 
 USABLE = 0.9  # of the free memory: allocators round sizes up, and leave gaps
 
-_CONVS, _NORMS = tuple(CONV.values()), tuple(BATCH_NORM.values())
+_NORMS = tuple(BATCH_NORM.values())
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | None = None) -> str:
+    """The mode of a block that does not know the others, said once and told to ``picked``.
+
+    Args:
+        x: what enters the block.
+        layers: those whose parameters or inputs need a gradient. Without any nothing is saved in either mode; then, and
+            where the device cannot be asked, it is ``"bottlenecks"``.
+    """
+    if not layers or not may_query(x.device):
+        return "bottlenecks"
+    channels = sum(layer.conv1.out_channels for layer in layers if len(stages(layer)) == 2)
+    size, free = x.numel() // x.shape[1] * channels * x.element_size(), memory.free_bytes(x.device)
+    mode = memory.choose_recompute(size, free)
+    _say(f"{mode!r} for a block by itself", f"its bottlenecks have {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
+    if picked is not None:
+        picked(mode)
+    return mode
+
+
+def _say(choice: str, figures: str) -> None:
+    """Once for each choice: the figures vary from step to step."""
+    say_once(f"fastdense: recompute='auto' picked {choice}: {figures}", key=choice)
 
 
 def plan(network: Any, x: Any) -> dict[str, str]:
@@ -33,7 +58,7 @@ def plan(network: Any, x: Any) -> dict[str, str]:
     blocks = [child for child in network.features.children() if isinstance(child, ConcatDenseBlock)]
     if not blocks or any(block.recompute != "auto" for block in blocks) or not torch.is_grad_enabled():
         return {}
-    if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point() or not may_ask(x.device):
+    if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point() or not may_query(x.device):
         return {}
     sizes, also_kept = network_sizes(network, x)
     if not sizes:
@@ -42,7 +67,7 @@ def plan(network: Any, x: Any) -> dict[str, str]:
     modes = memory.plan_recompute(list(sizes.values()), int(USABLE * free), also_kept)
     kept, peak = memory.planned_bytes(list(sizes.values()), modes, also_kept)
     figures = f"keeps {kept / 1e6:.1f} MB, needs {peak / 1e6:.1f} MB at its peak, {free / 1e6:.1f} MB are free"
-    say_choice(in_words(dict(zip(sizes, modes, strict=True))), figures)
+    _say(in_words(dict(zip(sizes, modes, strict=True))), figures)
     return dict(zip(sizes, modes, strict=True))
 
 
@@ -77,7 +102,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
         learns = learns or any(parameter.requires_grad for parameter in child.parameters())
         if type(child) in _NORMS and name != "norm5":
             also_kept += learns * pixels * channels * itemsize
-        elif type(child) in _CONVS:
+        elif type(child) in CONVOLUTIONS:
             channels = child.out_channels
             steps = zip(spatial, child.padding, child.dilation, child.kernel_size, child.stride, strict=True)
             spatial = tuple((n + 2 * pad - dil * (size - 1) - 1) // step + 1 for n, pad, dil, size, step in steps)
@@ -93,11 +118,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
 
 
 def _leaving(layers: Sequence[Any]) -> int:
-    return layers[0].conv1.in_channels + sum(_last(layer).out_channels for layer in layers)
-
-
-def _last(layer: Any) -> Any:
-    return layer.conv2 if "conv2" in layer._modules else layer.conv1
+    return layers[0].conv1.in_channels + sum(stages(layer)[-1][1].out_channels for layer in layers)
 
 
 def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool) -> BlockSize | None:
@@ -108,5 +129,5 @@ def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool)
             return None
         layers = layers[learning[0] :]
     reads = tuple(layer.conv1.in_channels for layer in layers)
-    bottlenecks = tuple(layer.conv1.out_channels for layer in layers if "conv2" in layer._modules)
+    bottlenecks = tuple(layer.conv1.out_channels for layer in layers if len(stages(layer)) == 2)
     return BlockSize(pixels, _leaving(layers), reads, bottlenecks, itemsize)

@@ -19,10 +19,22 @@ from torch import Tensor, nn
 
 from .core import checks
 
-__all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block"]
+__all__ = [
+    "BATCH_NORM",
+    "CONV",
+    "CONVOLUTIONS",
+    "NORMS",
+    "ConcatDenseBlock",
+    "ConcatDenseLayer",
+    "ConcatTransition",
+    "dense_block",
+    "stages",
+]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS = tuple(CONV.values())
+NORMS = (*BATCH_NORM.values(), nn.SyncBatchNorm)
 AVG_POOL: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _CHANNEL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
@@ -77,7 +89,7 @@ class ConcatDenseLayer(nn.Module):
         """New features ``[N, k, *spatial]`` from all earlier ones (a list, or already concatenated)."""
         h = features if isinstance(features, Tensor) else torch.cat(list(features), dim=1)
         h = self.conv1(self.relu1(self.norm1(h)))
-        if "conv2" in self._modules:
+        if len(stages(self)) == 2:
             h = self.conv2(self.relu2(self.norm2(h)))
         if self.drop_rate > 0:
             drop = _CHANNEL_DROPOUT[h.dim()] if self.drop_channels else F.dropout
@@ -92,6 +104,12 @@ class ConcatDenseLayer(nn.Module):
                 kind, number, leaf = match.groups()
                 state_dict[f"{prefix}{kind}{number}.{leaf}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def stages(layer: Any) -> list[tuple[Any, Any]]:
+    """``(norm, conv)`` of each BN-ReLU-Conv of ``layer``, in the order of their execution: two with a bottleneck."""
+    pairs = [(layer.norm1, layer.conv1)]
+    return [*pairs, (layer.norm2, layer.conv2)] if "conv2" in layer._modules else pairs
 
 
 def dense_block(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:

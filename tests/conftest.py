@@ -48,14 +48,14 @@ def _one_thread_and_a_seed() -> None:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that entered the fused stem."""
-    from fastdense import pooling
+    from fastdense import functional
 
     seen: list[tuple[int, ...]] = []
-    original = pooling.fused_stem
+    original = functional.fused_stem
 
     def spy(x: torch.Tensor, *rest: Any) -> Any:
         seen.append(tuple(x.shape))
         return original(x, *rest)
 
-    monkeypatch.setattr(pooling, "fused_stem", spy)
+    monkeypatch.setattr(functional, "fused_stem", spy)
     return seen

@@ -11,7 +11,7 @@ import torch
 from common import random_input, randomise, results
 from torch import Tensor, nn
 
-from fastdense import pooling
+from fastdense import functional
 from fastdense.reference import AVG_POOL, BATCH_NORM, CONV
 
 MAX_POOL: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -57,20 +57,20 @@ class Stage(nn.Module):
                 return self.pool(y.float()).to(y.dtype)
             return self.pool(y)
         if self.kind == "head":
-            return pooling.bn_relu_mean_pool(x, self.norm, impl=self.impl)
+            return functional.bn_relu_mean_pool(x, self.norm, impl=self.impl)
         if self.kind == "stem":
-            return pooling.bn_relu_max_pool(x, self.norm, self.relu, self.pool, impl=self.impl)
-        return pooling.transition(x, self.norm, self.relu, self.conv, self.pool, impl=self.impl)
+            return functional.bn_relu_max_pool(x, self.norm, self.relu, self.pool, impl=self.impl)
+        return functional.transition(x, self.norm, self.relu, self.conv, self.pool, impl=self.impl)
 
     def with_moments(self, x: Tensor, moments: Any, want: bool = False) -> tuple[Tensor, Any]:
         """As ``fastdense.DenseNet`` calls it: with its input's moments, for its output's if they are wanted."""
         if self.kind == "head":
-            return pooling.run_head(x, self.norm, self.impl, moments), None
+            return functional.run_head(x, self.norm, self.impl, moments), None
         if self.kind == "transition":
             parts = self.norm, self.relu, self.conv, self.pool
-            return pooling.run_transition(x, *parts, self.impl, moments, want)
+            return functional.run_transition(x, *parts, self.impl, moments, want)
         # The stem reads a convolution's output, whose moments nobody has.
-        return pooling.run_stem(x, self.norm, self.relu, self.pool, self.impl, want)
+        return functional.run_stem(x, self.norm, self.relu, self.pool, self.impl, want)
 
 
 def pair(

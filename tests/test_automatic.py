@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import fastdense
-from fastdense import functional, memory
+from fastdense import memory
+from fastdense.backends import select
+from fastdense.core import warn
 from fastdense.memory import WORKSPACE_BYTES, BlockSize, peak_bytes, plan_recompute, planned_bytes, saved_bytes
 from fastdense.recompute import network_sizes
 
@@ -40,9 +42,9 @@ class Free:
 def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Free]:
     answer = Free()
     monkeypatch.setattr(memory, "free_bytes", answer)
-    functional._choices.clear()
+    warn._said.clear()
     yield answer
-    functional._choices.clear()
+    warn._said.clear()
 
 
 def small(**named: Any) -> fastdense.DenseNet:
@@ -205,8 +207,8 @@ def test_nothing_is_decided_without_gradients(free: Free) -> None:
 
 def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
-    monkeypatch.setattr("fastdense.functional.may_ask", lambda device: False)
-    monkeypatch.setattr("fastdense.recompute.may_ask", lambda device: False)
+    monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
+    monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
     sizes, also_kept = network_sizes(network, x)
     with saved_bytes(network, x) as kept:
@@ -231,8 +233,8 @@ def test_a_compiled_network_asks_nothing(free: Free) -> None:
 def test_may_ask_knows_a_cuda_graph_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert functional.may_ask(torch.device("cuda")) is not capturing
-    assert functional.may_ask(torch.device("cpu"))
+        assert select.may_query(torch.device("cuda")) is not capturing
+    assert select.may_query(torch.device("cpu"))
 
 
 def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from common import block_pair, random_input
 
-from fastdense import functional
-from fastdense.backends import select, self_test
+from fastdense.backends import select
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core import warn
 from fastdense.core.features import Features
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,9 +25,9 @@ NO_TRITON = "Triton cannot be used (ModuleNotFoundError: gone): install it with 
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A machine that says that it has an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    select._warn_once.cache_clear()
+    warn._said.clear()
     yield monkeypatch
-    select._warn_once.cache_clear()
+    warn._said.clear()
 
 
 def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
@@ -42,10 +42,10 @@ def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
 def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """``impl="auto"`` takes the kernels, here in the interpreter."""
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
-    self_test.failure.cache_clear()
-    functional._warn.cache_clear()
+    select.self_test_failure.cache_clear()
+    warn._said.clear()
     yield monkeypatch
-    self_test.failure.cache_clear()
+    select.self_test_failure.cache_clear()
 
 
 def _ran(block: torch.nn.Module) -> list[str]:
@@ -58,12 +58,12 @@ def _ran(block: torch.nn.Module) -> list[str]:
     return names
 
 
-def test_auto_takes_kernels_that_stand_their_trial(kernels_by_default: pytest.MonkeyPatch) -> None:
+def test_auto_takes_kernels_that_pass_their_self_test(kernels_by_default: pytest.MonkeyPatch) -> None:
     _, block = block_pair(1, 6, 4, 4, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert _ran(block)[-1] == "triton"
-        assert _ran(block) == ["triton"], "one trial is enough"
+        assert _ran(block) == ["triton"], "one self-test is enough"
 
 
 _right = TritonBackend.bn_relu_conv
@@ -126,7 +126,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 {breakage}
 import torch
 from fastdense import functional
-from fastdense.backends import select, self_test
+from fastdense.backends import select
 print(select.explain("cpu", torch.float32)[0])
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 with warnings.catch_warnings(record=True) as caught:

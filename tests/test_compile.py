@@ -15,15 +15,15 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from fastdense import functional
-from fastdense.backends import select, self_test
+from fastdense.backends import select
+from fastdense.core import warn
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_yet() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    functional._warn.cache_clear()
+    warn._said.clear()
     yield
     torch._dynamo.reset()
 
@@ -163,10 +163,10 @@ def test_what_falls_back_says_so_while_it_is_traced(name: str) -> None:
 
 @pytest.mark.parametrize("failure", [None, "all wrong"])
 def test_kernels_are_tried_while_they_are_traced(monkeypatch: pytest.MonkeyPatch, failure: str | None) -> None:
-    """On a GPU, ``impl="auto"`` relies on the kernels in a compiled model, too, only where they stand their trial."""
+    """On a GPU, ``impl="auto"`` relies on the kernels in a compiled model, too, only after their self-test."""
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
     tried: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(self_test, "failure", lambda *arguments: tried.append(arguments) or failure)
+    monkeypatch.setattr(select, "self_test_failure", lambda *arguments: tried.append(arguments) or failure)
     _, fast = block_pair(1, 6, 4, 4, dtype=torch.float32)
     x = random_input((2, 6, 5, 4), dtype=torch.float32)
     names: list[str] = []

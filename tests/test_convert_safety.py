@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 import fastdense
 from fastdense.conversion.converted import Converted
+from fastdense.core import warn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
 
@@ -415,7 +416,7 @@ def test_onnx() -> None:
 
 
 def test_fastdense_own_block_exports_too() -> None:
-    fastdense.functional._warn.cache_clear()
+    warn._said.clear()
     block = fastdense.DenseBlock(2, 6, 4, 4, dtype=torch.float64).eval()
     x = random_input((2, 6, 5, 4)).detach()
     with pytest.warns(UserWarning, match="exported"):

@@ -18,7 +18,7 @@ from test_convert import COPIES
 from torch import Tensor, nn
 
 import fastdense
-from fastdense import pooling
+from fastdense import functional
 from fastdense.conversion.converted import Converted
 
 SHAPES = {1: (3, 3, 23), 2: (2, 3, 13, 10), 3: (2, 3, 9, 10, 11)}
@@ -178,7 +178,7 @@ def test_a_parametrized_norm_stays() -> None:
 
 @pytest.mark.parametrize("what", ["output", "statistics"])
 def test_a_wrong_stem_is_seen_by_verify(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pooling.fused_stem
+    original = functional.fused_stem
 
     def wrong(x: Tensor, norm: Any, pool: Any, impl: str) -> Any:
         y, moments = original(x, norm, pool, impl)
@@ -187,7 +187,7 @@ def test_a_wrong_stem_is_seen_by_verify(what: str, monkeypatch: pytest.MonkeyPat
         norm.running_mean += 1e-6
         return y, moments
 
-    monkeypatch.setattr(pooling, "fused_stem", wrong)
+    monkeypatch.setattr(functional, "fused_stem", wrong)
     (entry,) = [entry for entry in fastdense.plan(foreign.Features()) if entry.kind == "stem"]
     assert entry.action == "skip" and "differs in training" in entry.reason
 

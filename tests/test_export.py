@@ -7,14 +7,14 @@ import pytest
 import torch
 from common import assert_close
 
-from fastdense import functional
+from fastdense.core import warn
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("name", "training"), [*((name, False) for name in networks.NETWORKS), ("own", True)])
 def test_a_program_of_plain_operators(name: str, strict: bool, training: bool) -> None:
     """Nothing in it needs fastdense, and it is said once, not once for each block."""
-    functional._warn.cache_clear()
+    warn._said.clear()
     torch._dynamo.reset()
     reference, fast = networks.network(name)
     reference.train(training), fast.train(training)

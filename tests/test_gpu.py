@@ -9,7 +9,7 @@ import torch
 from budget import BF16, DEVICE, F16, F32, SHAPES, TOLERANCE, check_budget, check_shape
 from common import assert_close, block_pair, random_input, results
 
-from fastdense.backends import select, self_test
+from fastdense.backends import select
 from fastdense.backends.triton_backend import TritonBackend
 from fastdense.core.features import Features, LazyGradient
 from fastdense.core.primitives import Conv, Norm
@@ -80,7 +80,7 @@ def test_reruns_are_bit_equal(dtype: torch.dtype) -> None:
 def test_auto_takes_the_kernels_and_they_stand_their_trial() -> None:
     for dtype in (F32, F16, BF16):
         assert select.resolve("auto", torch.device(DEVICE), dtype) == "triton"
-        assert self_test.failure("triton", torch.device(DEVICE), dtype) is None
+        assert select.self_test_failure("triton", torch.device(DEVICE), dtype) is None
 
 
 @pytest.fixture(scope="module")

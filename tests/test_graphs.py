@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdense
 from benchmarks.host import host_side
 from fastdense import functional
-from fastdense.backends import select, self_test, sync_batchnorm
+from fastdense.backends import select, sync_batchnorm
 from fastdense.backends.torch_backend import TorchBackend
 
 WAITING = (
@@ -154,10 +154,10 @@ def test_nothing_of_the_generator_is_read_while_a_graph_is_captured(monkeypatch:
     def forbidden(*arguments: Any) -> None:
         raise AssertionError("not while a graph is captured")
 
-    monkeypatch.setattr(functional, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(select, "_is_capturing", lambda device: True)
     monkeypatch.setattr(torch, "get_rng_state", forbidden)
     monkeypatch.setattr(torch, "set_rng_state", forbidden)
-    monkeypatch.setattr(self_test, "failure", forbidden)
+    monkeypatch.setattr(select, "self_test_failure", forbidden)
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "a GPU would"))
     monkeypatch.setattr(select, "create", lambda name, x: TorchBackend(x))
     drawn: list[Any] = []

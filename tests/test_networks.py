@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
-from fastdense import functional
 from fastdense.backends.torch_backend import TorchBackend
+from fastdense.core import warn
 from fastdense.reference import ConcatDenseBlock
 
 F64 = torch.float64
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _forget_warnings() -> None:
-    functional._warn.cache_clear()
+    warn._said.clear()
 
 
 def network_pair(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[Any, Any]:

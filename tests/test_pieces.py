@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastdense
-from fastdense import pooling
+from fastdense import functional
 from fastdense.backends.tiling import of_images, of_rows
 from fastdense.core.primitives import Pool
 
@@ -107,7 +107,7 @@ def test_maximum_pooling_by_lines(kernel: int, stride: int, padding: int, height
     norm, relu, pool = nn.BatchNorm2d(5).double(), nn.ReLU(), nn.MaxPool2d(kernel, stride, padding)
     x = (random_input((2, 5, height, 9)).detach() * 2).round().requires_grad_()
     forms = {
-        "ours": lambda x: pooling.bn_relu_max_pool(x, norm, relu, pool, impl="torch"),
+        "ours": lambda x: functional.bn_relu_max_pool(x, norm, relu, pool, impl="torch"),
         "PyTorch": lambda x: pool(relu(norm(x))),
     }
     found = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from fastdense import pooling
+from fastdense import functional
 from fastdense.backends.torch_backend import TorchBackend
 
 F32, F64 = torch.float32, torch.float64
@@ -32,7 +32,7 @@ def _captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[A
             return OP(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pooling.torch.ops, "fastdense", Recorder(), raising=False)
+        patch.setattr(functional.torch.ops, "fastdense", Recorder(), raising=False)
         run()
     (arguments,) = calls
     return list(arguments)

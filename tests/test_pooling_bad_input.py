@@ -12,7 +12,7 @@ from pooled import KINDS, Case, Stage, pair, small
 from torch import nn
 
 import fastdense
-from fastdense import pooling
+from fastdense.ops import validate
 
 x = torch.zeros(3, 5, 5, 7, dtype=torch.float64)
 
@@ -54,9 +54,9 @@ ANY: dict[str, tuple[type[Exception], str, Call]] = {
     "a list": (TypeError, r"torch.Tensor, got list", lambda s: s([x])),
     "None": (TypeError, r"torch.Tensor, got NoneType", lambda s: s(None)),
     "no pixels": (ValueError, r"at least one pixel.*\(3, 5, 0, 7\)", lambda s: s(x[:, :, :0])),
-    "norm elsewhere": (ValueError, r"'cpu'.*norm's weight on 'meta'.*\.to\(\)", lambda s: _on_meta(s, "norm")),
-    "statistics elsewhere": (ValueError, r"'cpu'.*norm's statistics on 'meta'", _statistics_on_meta),
-    "x elsewhere": (ValueError, r"'meta'.*'s weight on 'cpu'", lambda s: s(x.to("meta"))),
+    "norm elsewhere": (ValueError, r"'cpu'.*norm's weight is on 'meta'.*\.to\(\)", lambda s: _on_meta(s, "norm")),
+    "statistics elsewhere": (ValueError, r"'cpu'.*norm's statistics is on 'meta'", _statistics_on_meta),
+    "x elsewhere": (ValueError, r"'meta'.*'s weight is on 'cpu'", lambda s: s(x.to("meta"))),
     "unknown impl": (ValueError, r"impl.*'reference'.*'cuda'", lambda s: _set(s, "impl", "cuda")),
     "impl of another type": (ValueError, r"impl.*got 3", lambda s: _set(s, "impl", 3)),
     "triton without kernels": (RuntimeError, r"impl='triton' cannot run.*'torch'", lambda s: _set(s, "impl", "triton")),
@@ -85,7 +85,7 @@ STEM: dict[str, tuple[type[Exception], str, Call]] = {
 
 TRANSITION: dict[str, tuple[type[Exception], str, Call]] = {
     "no window": (ValueError, r"positive sizes.*kernel_size=0", lambda s: _set(s, "pool", nn.AvgPool2d(0))),
-    "conv elsewhere": (ValueError, r"'cpu'.*conv's weight on 'meta'", lambda s: _on_meta(s, "conv")),
+    "conv elsewhere": (ValueError, r"'cpu'.*conv's weight is on 'meta'", lambda s: _on_meta(s, "conv")),
     "conv of another dtype": (ValueError, r"float64.*conv's weight is torch.float32", lambda s: _set(
         s, "conv", nn.Conv2d(5, 4, 1, bias=False))),
     "half features": (ValueError, r"float16.*torch.float64.*autocast", lambda s: s(x.half())),
@@ -184,6 +184,6 @@ def test_modules_of_its_own_raise_as_well() -> None:
 
 
 def test_the_windows_of_a_module() -> None:
-    assert pooling.windows("maximum", nn.MaxPool2d(3, 2, 1)) == ("maximum", (3, 3), (2, 2), (1, 1))
-    assert pooling.windows("average", nn.AvgPool3d((1, 2, 3))) == ("average", (1, 2, 3), (1, 2, 3), (0, 0, 0))
-    assert pooling.windows("average", nn.AvgPool1d(2)) == ("average", (2,), (2,), (0,))
+    assert validate.windows("maximum", nn.MaxPool2d(3, 2, 1)) == ("maximum", (3, 3), (2, 2), (1, 1))
+    assert validate.windows("average", nn.AvgPool3d((1, 2, 3))) == ("average", (1, 2, 3), (1, 2, 3), (0, 0, 0))
+    assert validate.windows("average", nn.AvgPool1d(2)) == ("average", (2,), (2,), (0,))

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastdense
-from fastdense import functional
 from fastdense.backends.torch_backend import TorchBackend
+from fastdense.core import warn
 
 
 @pytest.fixture(autouse=True)
 def _forget_warnings() -> None:
-    functional._warn.cache_clear()
+    warn._said.clear()
 
 
 class Failure(RuntimeError):

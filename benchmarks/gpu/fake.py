@@ -111,18 +111,17 @@ def _install_driver(capability: tuple[int, int]) -> None:
 
 def _tell_fastdense(arch: int, sm_count: int) -> None:
     """Everything by which fastdense would notice that there is no GPU, or that it computes nothing."""
-    from fastdense.backends import select, self_test, triton_backend
+    from fastdense.backends import select, triton_backend
 
     def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
         if impl != "auto":
             return impl
         return "triton" if dtype is None or dtype in select.TRITON_DTYPES else "torch"
 
-    # Any: these are functions with a cache, and what replaces them has none.
-    replaced: dict[object, tuple[str, object]] = {
-        triton_backend: ("_architecture", lambda device: (arch, sm_count)),
-        select: ("resolve", resolve),
-        self_test: ("failure", lambda name, device, dtype: None),
-    }
-    for module, (name, value) in replaced.items():
+    replaced: list[tuple[object, str, object]] = [
+        (triton_backend, "_architecture", lambda device: (arch, sm_count)),
+        (select, "resolve", resolve),
+        (select, "self_test_failure", lambda name, device, dtype: None),
+    ]
+    for module, name, value in replaced:
         setattr(module, name, value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastdense
-from fastdense.backends import select, self_test
+from fastdense.backends import select
 from fastdense.kernels import launch
 
 from ..traffic import NETWORKS
@@ -168,13 +168,13 @@ def smoke() -> Iterator[Work]:
 
 
 def _trial(dtype: torch.dtype) -> None:
-    before = dict(self_test.SIZES)
-    self_test.SIZES["cpu"] = self_test.SIZES["cuda"]
+    before = dict(select.SIZES)
+    select.SIZES["cpu"] = select.SIZES["cuda"]
     try:
         with torch.no_grad():
-            self_test._results(lambda x: select.create("triton", x), CPU, dtype)
+            select.layer_results(lambda x: select.create("triton", x), CPU, dtype)
     finally:
-        self_test.SIZES.update(before)
+        select.SIZES.update(before)
 
 
 def trials() -> Iterator[Work]:

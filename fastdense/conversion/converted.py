@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import types
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import functional, pooling
+from .. import functional
 from ..core import checks
+from ..core.warn import say_once
 from ..ops.support import (
     average_obstacle,
     changed,
@@ -22,8 +22,11 @@ from ..ops.support import (
     maximum_obstacle,
     pools_first,
     process_obstacle,
+    refusal,
     sync_obstacle,
 )
+from ..ops.validate import block_input
+from ..reference import NORMS
 
 __all__ = [
     "BlockSpec",
@@ -41,7 +44,6 @@ __all__ = [
     "part_of",
 ]
 
-_NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
 _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"))
 
 
@@ -168,8 +170,8 @@ def _same_arithmetic(cls: type[Any], expected: type[Any]) -> bool:
     """Whether a child of class ``cls`` computes what one of class ``expected`` did: BatchNorm and SyncBatchNorm do."""
     if cls is expected:
         return True
-    if expected in _NORMS:
-        return cls in _NORMS
+    if expected in NORMS:
+        return cls in NORMS
     return {f"{c.__module__}.{c.__qualname__}" for c in (cls, expected)} == _TIMM_NORMS
 
 
@@ -261,7 +263,7 @@ class Converted:
                     reason, output = _run(self, spec, impl, args[0])
                     if reason is None:
                         return output
-            _say_once(self, functional.refusal(impl, reason))
+            _say_once(self, refusal(impl, reason))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
@@ -271,7 +273,7 @@ class Converted:
     def __prepare_scriptable__(self) -> nn.Module:
         """``torch.jit.script`` compiles the original class, on the same parameters."""
         reason = "torch.jit.script compiles the model and puts its original modules back: convert it again afterwards"
-        _say_once(self, functional.refusal("auto", reason))
+        _say_once(self, refusal("auto", reason))
         original = self._fastdense_original
         module = original.__new__(original)
         module.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in OWN)
@@ -298,7 +300,7 @@ def _run(module: Any, spec: Spec, impl: str, x: Tensor) -> tuple[str | None, Any
     reason = reason or sync_obstacle([found[stage.norm] for layer in spec.layers for stage in layer.stages])
     if reason is not None:
         return reason, None
-    functional.check_input(x, layers)
+    block_input(x, layers)
     recompute = spec.recompute
     if recompute is None:
         asked = any(getattr(found[node], flag, False) for node, flag in spec.flags)
@@ -311,7 +313,7 @@ def _run_transition(found: list[Any], spec: TransitionSpec, impl: str, x: Tensor
     if not pools_first(conv, pool):
         return "its pooling and its convolution cannot change places any more", None
     if average_obstacle(conv, pool) is None:
-        return None, pooling.fused_transition(x, norm, conv, pool, impl)[0]
+        return None, functional.fused_transition(x, norm, conv, pool, impl)[0]
     x = norm(x)
     return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
 
@@ -327,7 +329,7 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
         return f"stem: {reason}", None
     for name, child in module._modules.items():
         if name == run[0]:
-            x = pooling.fused_stem(x, found[spec.norm], found[spec.pool], impl)[0]
+            x = functional.fused_stem(x, found[spec.norm], found[spec.pool], impl)[0]
         elif name not in run:
             x = child(x)
     return None, x
@@ -336,12 +338,9 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
 def _say_once(module: Any, message: str) -> None:
     """Warn once for each message and ``convert``: the modules that it converted share what was said."""
     if torch.compiler.is_dynamo_compiling():
-        functional.say_once(message)  # what else happens here would break the graph
-        return
-    said: set[str] = module.__dict__.setdefault("_fastdense_said", set())
-    if message not in said:
-        said.add(message)
-        warnings.warn(message, UserWarning, stacklevel=4)
+        say_once(message)  # what else happens here would break the graph
+    else:
+        say_once(message, said=module.__dict__.setdefault("_fastdense_said", set()))
 
 
 def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:

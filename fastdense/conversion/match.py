@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..nn import DenseBlock, DenseNet, Transition
 from ..ops.support import convolution_obstacle, maximum_obstacle, pools_first
+from ..reference import CONVOLUTIONS
 from .converted import (
     BlockSpec,
     Converted,
@@ -40,7 +41,6 @@ __all__ = ["candidates", "probe_shape", "read", "without_flags"]
 
 FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")  # of torchvision, timm, efficient_densenet_pytorch
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -189,7 +189,7 @@ def _check_child(path: str, child: nn.Module) -> None:
         raise Unsupported(f"its child {path!r} has a forward of its own, set on the instance")
     if hasattr(child, "parametrizations"):
         raise Unsupported(f"its child {path!r} has a parametrization")
-    if isinstance(child, _ConvNd) and type(child) not in _CONVS:
+    if isinstance(child, _ConvNd) and type(child) not in CONVOLUTIONS:
         raise Unsupported(f"its child {path!r} is a {type(child).__name__}, which fastdense does not know")
     if isinstance(child, _ConvNd | _BatchNorm) and not {"weight", "bias"} >= set(child._parameters):
         raise Unsupported(f"its child {path!r} has a weight that is computed from other parameters")
@@ -275,7 +275,7 @@ class _Reader:
 
     def convolution(self, operation: Operation) -> str:
         conv: Any = self.found.copy.get_submodule(operation.module)
-        if type(conv) not in _CONVS or conv.weight is not _argument(operation, 1, "weight"):
+        if type(conv) not in CONVOLUTIONS or conv.weight is not _argument(operation, 1, "weight"):
             raise Unsupported(f"it convolves in {operation.module or 'its own forward'} without an nn.Conv module")
         return operation.module
 

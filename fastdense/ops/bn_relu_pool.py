@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.features import CHANNELS_LAST, Features, LazyGradient, accumulation_dtype, as_rows, empty_features
 from ..core.primitives import Backend, Conv, Gradients, Norm, Pool
-from .dense_block import NOT_TWICE, backend_of, gradients_like, plain_arithmetic
+from .common import backend_of, gradients_like, plain_arithmetic, raise_not_twice
 
 __all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
 
@@ -244,9 +244,5 @@ def _backward_of_op(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     )
 
 
-def _raise_not_twice(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(NOT_TWICE)
-
-
 bn_relu_pool.register_autograd(_backward_of_op, setup_context=_setup_context)
-bn_relu_pool_backward.register_autograd(_raise_not_twice)
+bn_relu_pool_backward.register_autograd(raise_not_twice)

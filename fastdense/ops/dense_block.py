@@ -13,26 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import select
-from ..backends.sync_batchnorm import SyncBackend
 from ..core import schedule
 from ..core.features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
 from ..core.primitives import Backend, Conv, Dropout, Layer, Norm
-
-NOT_TWICE = (
-    "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
-    "model with impl='reference' (or set FASTDENSE_IMPL=reference)"
-)
+from .common import backend_of, generator_state, gradients_like, plain_arithmetic, raise_not_twice, restore_generator
 
 Watcher = Callable[[Backend, LazyGradient, Features, Sequence[Layer]], Backend]
-# Who wants to see a block's gradients come about, as inspect.py does, puts a backend of its own between.
+# What watches a block's gradients come about, as analysis does, puts a backend of its own between.
 watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
@@ -113,22 +106,27 @@ def _outputs(
     return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
 
 
-def backend_of(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
-    """The backend for one call; the last of ``z_var`` is a group's number of values per channel."""
-    backend = select.create(impl, x)
-    return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
-
-
-def plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast from casting inside an operator: dtypes were settled at the door."""
-    if autocasts(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def call(
+    x: Tensor,
+    moments: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    frozen_stats: Sequence[Tensor],
+    eps: Sequence[float],
+    frozen: Sequence[bool],
+    drop_rates: Sequence[float],
+    *static: Any,
+) -> Any:
+    """``dense_block`` with a fresh seed where anything drops; a call that fails leaves the generator as it was."""
+    dropping = any(drop_rates)
+    state = generator_state(x.device) if dropping else None
+    try:
+        seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropping else None
+        return torch.ops.fastdense.dense_block(
+            x, *(moments or (None, None)), params, frozen_stats, seed, eps, frozen, drop_rates, *static
+        )
+    except BaseException:
+        restore_generator(x.device, state)
+        raise
 
 
 @torch.library.custom_op("fastdense::dense_block", mutates_args=())
@@ -243,36 +241,6 @@ def dense_block_backward(
     return grad_x, grad_x_mean, grad_x_var, gradients_like(params, flat, needs)
 
 
-def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    """Each gradient with the shape, dtype and strides of its parameter: optimizers and DDP want them to agree.
-
-    Empty where there is none or nobody ``needs`` it. In 16 bit all of them are cast, in one call: one for each would be
-    more launches than everything else.
-    """
-    found: list[Tensor] = []
-    casts: list[Tensor] = []
-    sources: list[Tensor] = []
-    for param, gradient, needed in zip(params, gradients, needs, strict=True):
-        if gradient is None or not needed:
-            found.append(param.new_empty(0))
-            continue
-        same = gradient.dtype == param.dtype
-        if same and gradient.shape == param.shape and gradient.stride() == param.stride():
-            found.append(gradient)
-            continue
-        gradient = gradient.reshape(param.shape)
-        strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
-        if same and all(size == 1 or ours == theirs for size, ours, theirs in strides):
-            found.append(gradient.as_strided(param.shape, param.stride()))
-            continue
-        found.append(torch.empty_like(param))
-        casts.append(found[-1])
-        sources.append(gradient)
-    if casts:
-        torch._foreach_copy_(casts, sources)
-    return found
-
-
 def _incoming_gradient(
     grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, X: Features, images: Tensor, start: int
 ) -> LazyGradient:
@@ -345,9 +313,5 @@ def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_va
     )
 
 
-def _raise_not_twice(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(NOT_TWICE)
-
-
 dense_block.register_autograd(_backward, setup_context=_setup_context)
-dense_block_backward.register_autograd(_raise_not_twice)
+dense_block_backward.register_autograd(raise_not_twice)

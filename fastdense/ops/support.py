@@ -10,11 +10,31 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from ..backends.sync_batchnorm import group_of
-from ..reference import ConcatDenseLayer
+from ..core import checks
+from ..core.warn import say_once
+from ..reference import CONVOLUTIONS, NORMS, ConcatDenseLayer
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_KNOWN = frozenset((*_NORMS, *_CONVS, nn.ReLU))
+_KNOWN = frozenset((*NORMS, *CONVOLUTIONS, nn.ReLU))
+
+
+def refusal(impl: str, reason: str) -> str:
+    """The warning with which something goes to the reference path; raises where ``impl`` leaves no choice."""
+    if impl != "auto":
+        raise RuntimeError(f"impl={impl!r} cannot run this block: {reason}; use impl='auto' or impl='reference'")
+    return f"fastdense runs the reference path (slower, more memory): {reason}"
+
+
+def falls_back(impl: str, reason: str | None) -> bool:
+    """Whether there is a ``reason`` for the reference path; says it once, or raises where ``impl`` leaves no choice."""
+    if reason is not None:
+        say_once(refusal(impl, reason))
+    return reason is not None
+
+
+def runs_by_modules(impl: str, what: str, reason: str | None) -> bool:
+    """Whether the modules of ``what`` are to be called one by one: as ``impl`` says, or for a ``reason``, said once."""
+    impl = checks.impl_name(impl)
+    return impl == "reference" or falls_back(impl, process_obstacle() or (reason and f"{what}: {reason}"))
 
 
 def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str | None:
@@ -38,13 +58,13 @@ def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str 
             if reason := changed(child):
                 return f"layer {i}: its child {name!r} {reason}"
             shares = shares or type(child) is nn.SyncBatchNorm
-            if type(child) in _CONVS and (reason := convolution_obstacle(child, name)):
+            if type(child) in CONVOLUTIONS and (reason := convolution_obstacle(child, name)):
                 return f"layer {i}: {reason}"
         if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
             return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
     if not shares:
         return None
-    return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, _NORMS)], moments=moments)
+    return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, NORMS)], moments=moments)
 
 
 def sync_obstacle(norms: Sequence[nn.Module], *, moments: bool = False) -> str | None:
@@ -69,7 +89,7 @@ def process_obstacle() -> str | None:
 def pools_first(conv: Any, pool: Any) -> bool:
     """Whether ``conv(pool(x))`` equals ``pool(conv(x))``: a 1x1 convolution, and an average without padding."""
     return (
-        type(conv) in _CONVS
+        type(conv) in CONVOLUTIONS
         and set(conv.kernel_size) == set(conv.stride) == {1}
         and conv.padding in ((0,) * len(conv.kernel_size), "valid", "same")
         and type(pool) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -81,7 +101,7 @@ def pools_first(conv: Any, pool: Any) -> bool:
 
 def norm_obstacle(norm: Any, relu: Any) -> str | None:
     """Why BatchNorm and ReLU (``None`` if nobody calls one) cannot run fused, or ``None``."""
-    for name, module, known in (("norm", norm, _NORMS), ("ReLU", relu, (nn.ReLU,))):
+    for name, module, known in (("norm", norm, NORMS), ("ReLU", relu, (nn.ReLU,))):
         if module is None:
             continue
         if type(module) not in known:
@@ -133,7 +153,7 @@ def changed(module: Any) -> str | None:
 
 
 def _structure(children: dict[str, nn.Module | None]) -> str | None:
-    kinds = {"norm": _NORMS, "relu": (nn.ReLU,), "conv": _CONVS}
+    kinds = {"norm": NORMS, "relu": (nn.ReLU,), "conv": CONVOLUTIONS}
     last = "2" if "conv2" in children else "1"
     for name in ("norm1", "conv1", f"norm{last}", f"conv{last}"):
         if name not in children:

@@ -1,0 +1,93 @@
+"""What the operators share: backends, autocast, the random generator, and how gradients are handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..backends.sync_batchnorm import SyncBackend
+from ..core.primitives import Backend
+
+NOT_TWICE = (
+    "fastdense's fused DenseBlock is differentiable once: for double backward or torch.func transforms build the "
+    "model with impl='reference' (or set FASTDENSE_IMPL=reference)"
+)
+
+
+def backend_of(impl: str, x: Tensor, group: str, z_var: Tensor, unread: int = -1) -> Backend:
+    """The backend for one call; the last of ``z_var`` is a group's number of values per channel."""
+    backend = select.create(impl, x)
+    return SyncBackend(backend, group, z_var[-1:], unread) if group else backend
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # PyTorch raises for "meta"
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast has it: in its dtype where it is on, but for float64."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if autocasts(device) and x.dtype != torch.float64 else x
+
+
+def plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from casting inside an operator: dtypes are settled before it is called."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext()
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """The state to return to if a call fails; ``None`` where it cannot be read (while a CUDA graph is captured)."""
+    if not select.may_query(device):
+        return None
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def restore_generator(device: torch.device, state: Tensor | None) -> None:
+    """Returns the generator of ``device`` to ``state``, if there is one."""
+    if state is None:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Each gradient with the shape, dtype and strides of its parameter: optimizers and DDP want them to agree.
+
+    Empty where there is none or nobody ``needs`` it. In 16 bit all of them are cast, in one call: one for each would be
+    more launches than everything else.
+    """
+    found: list[Tensor] = []
+    casts: list[Tensor] = []
+    sources: list[Tensor] = []
+    for param, gradient, needed in zip(params, gradients, needs, strict=True):
+        if gradient is None or not needed:
+            found.append(param.new_empty(0))
+            continue
+        same = gradient.dtype == param.dtype
+        if same and gradient.shape == param.shape and gradient.stride() == param.stride():
+            found.append(gradient)
+            continue
+        gradient = gradient.reshape(param.shape)
+        strides = zip(param.shape, gradient.stride(), param.stride(), strict=True)
+        if same and all(size == 1 or ours == theirs for size, ours, theirs in strides):
+            found.append(gradient.as_strided(param.shape, param.stride()))
+            continue
+        found.append(torch.empty_like(param))
+        casts.append(found[-1])
+        sources.append(gradient)
+    if casts:
+        torch._foreach_copy_(casts, sources)
+    return found
+
+
+def raise_not_twice(ctx: Any, *grads: Any) -> Any:
+    """The gradient of a gradient."""
+    raise RuntimeError(NOT_TWICE)
