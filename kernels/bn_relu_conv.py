@@ -4,21 +4,21 @@ import triton
 import triton.language as tl
 
 from .common import (
+    assume_multiple_of,
+    divmod_pid,
     dot,
     dropout_scale,
-    in_units,
     in_window,
     load_reader,
     neighbour,
     offsets,
+    opaque_zero,
     pixel,
     relu,
-    row_and_column,
     source_rows,
     to_storage,
-    zero_of,
 )
-from .moments import add_tile, finish_moments
+from .reductions import add_tile, finish_moments
 
 
 @triton.jit
@@ -28,12 +28,12 @@ def _load_activation(
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
 ):  # fmt: skip
     """``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` of the pixels one tap away (one row of taps where ``SHIFTS > 1``)."""
-    c_mask = c < in_units(C, W_UNIT)
+    c_mask = c < assume_multiple_of(C, W_UNIT)
     dx = 0 if SHIFTS > 1 else tap % KW - KW // 2
     dz, dy = tap // (KH * KW) - KD // 2, tap // KW % KH - KH // 2
     distance, inside = neighbour(place, dz, dy, dx, m, D, H, W, KD * KH * KW)
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
-    stride = in_units(stride_xm, X_UNIT)
+    stride = assume_multiple_of(stride_xm, X_UNIT)
     x = tl.load(x_ptr + (first_row + distance) * stride + offsets(local, c, stride), mask=mask, other=0.0)
     mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
     # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
@@ -51,9 +51,9 @@ def _load_average(
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
 ):  # fmt: skip
     """The average of ``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` over the windows that begin at the ``source`` rows."""
-    c_mask = c < in_units(C, W_UNIT)
+    c_mask = c < assume_multiple_of(C, W_UNIT)
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
-    stride = in_units(stride_xm, X_UNIT)
+    stride = assume_multiple_of(stride_xm, X_UNIT)
     mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
     window = offsets(source, c, stride)
     total = tl.zeros(window.shape, tl.float32)
@@ -112,17 +112,17 @@ def bn_relu_conv_kernel(
     SHIFTS is KW: x is loaded once for each row of taps, whose products are shifted; or 1: once for each tap.
     Grid: (programs * output-channel tiles), channels fastest; a tile yields ROWS = BLOCK_M - SHIFTS + 1 rows of out.
     """
-    K = in_units(K, OUT_UNIT)
+    K = assume_multiple_of(K, OUT_UNIT)
     HALO: tl.constexpr = SHIFTS // 2
     ROWS: tl.constexpr = BLOCK_M - SHIFTS + 1
     tiles, c_blocks = tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)
-    program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(K, BLOCK_N))
+    program, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(K, BLOCK_N))
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for i in range(tl.minimum(tiles_per_program, tiles - first_tile)):
         tile = first_tile + i
-        first_row, local = tile * ROWS - HALO, tl.arange(0, BLOCK_M) + zero_of(tile)
-        k = column * BLOCK_N + tl.arange(0, BLOCK_N) + zero_of(tile)
+        first_row, local = tile * ROWS - HALO, tl.arange(0, BLOCK_M) + opaque_zero(tile)
+        k = column * BLOCK_N + tl.arange(0, BLOCK_N) + opaque_zero(tile)
         place = pixel(first_row, local, D, H, W, KD * KH * KW)
         first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
         products = ()
@@ -142,11 +142,11 @@ def bn_relu_conv_kernel(
                     x_ptr, reader_ptrs, first_row, local, place, tap, c,
                     m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
                 )  # fmt: skip
-            w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * in_units(stride_wk, W_UNIT)
-            w_mask = (c < in_units(C, W_UNIT))[:, None] & (k < K)[None, :]
+            w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * assume_multiple_of(stride_wk, W_UNIT)
+            w_mask = (c < assume_multiple_of(C, W_UNIT))[:, None] & (k < K)[None, :]
             added = ()
             for j in tl.static_range(SHIFTS):
-                w = tl.load(w_tile + (tap + j) * in_units(stride_wt, W_UNIT), mask=w_mask, other=0.0)
+                w = tl.load(w_tile + (tap + j) * assume_multiple_of(stride_wt, W_UNIT), mask=w_mask, other=0.0)
                 added += (dot(activation, w, products[j], INPUT_PRECISION),)
             products = added
         out = _add_shifted(products, place[3], W, SHIFTS, BLOCK_M, BLOCK_N)
@@ -155,9 +155,9 @@ def bn_relu_conv_kernel(
             out *= dropout_scale(seed_ptr, rows, k, K, D * H * W, layer, threshold, keep_scale, PER_CHANNEL)
         stored = to_storage(out, out_ptr.dtype.element_ty)
         mine = (local >= HALO) & (local < BLOCK_M - HALO) & (first_row + local < m)
-        out_stride = in_units(stride_om, OUT_UNIT)
+        out_stride = assume_multiple_of(stride_om, OUT_UNIT)
         out_tile = out_ptr + first_row * out_stride + offsets(local, k, out_stride)
-        out_mask = mine[:, None] & (k < in_units(K, OUT_UNIT))[None, :]
+        out_mask = mine[:, None] & (k < assume_multiple_of(K, OUT_UNIT))[None, :]
         tl.store(out_tile, stored, mask=out_mask)
         if HAS_MOMENTS:
             # Read again, in the layout of the store: its threads hold whole pieces of columns, the product's do not.
@@ -172,3 +172,33 @@ def bn_relu_conv_kernel(
             out_mean_ptr, out_var_ptr, partial_ptr, counter_ptr, sums, program, tl.cdiv(tiles, tiles_per_program),
             tiles_per_program * ROWS, m, column, k, K,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["m"], do_not_specialize_on_alignment=["C", "stride_om", "stride_xm"])
+def activation_kernel(
+    out_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    m, C, stride_om, stride_xm, eps,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out = relu((x - mean)*gamma/sqrt(var + eps) + beta)``.
+
+    out, x [m, C, feature dtype, rows apart]; mean, var, gamma, beta [C]; UNIT divides C and both strides
+    Grid: (row tiles * column tiles), columns fastest.
+    """
+    tile, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < assume_multiple_of(C, UNIT)
+    mask = (first_row + local < m)[:, None] & c_mask[None, :]
+    x_tile = (
+        x_ptr + first_row * assume_multiple_of(stride_xm, UNIT) + offsets(local, c, assume_multiple_of(stride_xm, UNIT))
+    )
+    x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
+    mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    out = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
+    out_tile = (
+        out_ptr
+        + first_row * assume_multiple_of(stride_om, UNIT)
+        + offsets(local, c, assume_multiple_of(stride_om, UNIT))
+    )
+    tl.store(out_tile, to_storage(out, out_ptr.dtype.element_ty), mask=mask)

@@ -4,22 +4,22 @@ import triton
 import triton.language as tl
 
 from .common import (
+    assume_multiple_of,
+    divmod_pid,
     dot,
     dropout_scale,
-    in_units,
     in_window,
     load_reader,
     neighbour,
     offsets,
+    opaque_zero,
     pixel,
     relu,
-    row_and_column,
     source_rows,
     to_storage,
     to_storage_unbiased,
-    zero_of,
 )
-from .sums import add_up, finish_sums
+from .reductions import add_up, finish_sums
 
 
 @triton.jit(do_not_specialize=["elements", "splits"])
@@ -67,20 +67,20 @@ def resolve_kernel(
     a, b, mean [K, fp32]; seed [1, int64]; UNIT divides K, ``width`` and the strides
     Grid: (row tiles * column tiles), columns fastest.
     """
-    K, width = in_units(K, UNIT), in_units(width, UNIT)
-    tile, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(width, BLOCK_C))
+    K, width = assume_multiple_of(K, UNIT), assume_multiple_of(width, UNIT)
+    tile, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(width, BLOCK_C))
     first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M)
     k = column * BLOCK_C + tl.arange(0, BLOCK_C)
     row_mask = first_row + local < m
     mask = row_mask[:, None] & (k < K)[None, :]
     g = _load_gradient(
         (D_ptr, v_ptr, a_ptr, b_ptr, mean_ptr), first_row, local, k, mask, K,
-        in_units(stride_Dm, UNIT), in_units(stride_vm, UNIT), tl.float32, LAZY,
+        assume_multiple_of(stride_Dm, UNIT), assume_multiple_of(stride_vm, UNIT), tl.float32, LAZY,
     ).to(tl.float32)  # fmt: skip
     if HAS_DROPOUT:
         g *= dropout_scale(seed_ptr, first_row + local, k, K, pixels, layer, threshold, keep_scale, PER_CHANNEL)
     g_mask = row_mask[:, None] & (k < width)[None, :]
-    stride = in_units(stride_gm, UNIT)
+    stride = assume_multiple_of(stride_gm, UNIT)
     g_tile = g_ptr + first_row * stride + offsets(local, k, stride)
     g = tl.where(mask, g, 0.0)
     if UNBIASED:
@@ -104,7 +104,7 @@ def _unit_gradient(
     distance, inside = neighbour(place, dz, dy, dx, m, D, H, W, KD * KH * KW)
     limit = tl.where(tap < KD * KH * KW, tl.cdiv(K, G_UNIT) * G_UNIT, 0)  # the last group may not be full
     mask = inside[:, None] & (k < limit)[None, :]
-    strides = in_units(stride_Gm, G_UNIT), in_units(stride_vm, G_UNIT)
+    strides = assume_multiple_of(stride_Gm, G_UNIT), assume_multiple_of(stride_vm, G_UNIT)
     return _load_gradient(lazy_ptrs, first_row + distance, local, k, mask, K, strides[0], strides[1], dtype, LAZY)
 
 
@@ -115,15 +115,15 @@ def _unit_weight(
 ):  # fmt: skip
     """One tap's weights ``[BLOCK_K, BLOCK_C]``."""
     k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-    offset = k[:, None] * in_units(stride_wk, W_UNIT) + c[None, :] * stride_wc
-    mask = (k < K)[:, None] & (c < in_units(C, W_UNIT))[None, :]
-    return tl.load(w_ptr + unit // K_BLOCKS * in_units(stride_wt, W_UNIT) + offset, mask=mask, other=0.0)
+    offset = k[:, None] * assume_multiple_of(stride_wk, W_UNIT) + c[None, :] * stride_wc
+    mask = (k < K)[:, None] & (c < assume_multiple_of(C, W_UNIT))[None, :]
+    return tl.load(w_ptr + unit // K_BLOCKS * assume_multiple_of(stride_wt, W_UNIT) + offset, mask=mask, other=0.0)
 
 
 @triton.jit
 def _gradient_tile(D_ptr, first_row, local, c, mask, start, stride_Dm, D_UNIT: tl.constexpr):
     """Pointers to a tile of ``D``, which begins at channel ``start``, and what of it there is."""
-    stride, first = in_units(stride_Dm, D_UNIT), in_units(start, D_UNIT)
+    stride, first = assume_multiple_of(stride_Dm, D_UNIT), assume_multiple_of(start, D_UNIT)
     return D_ptr + first_row * stride + offsets(local, c - first, stride), mask & (c >= first)[None, :]
 
 
@@ -139,7 +139,7 @@ def _through_norm(
     What ``D`` is added to has been read AHEAD, or is read here.
     """
     mean, scale, beta = reader
-    stride = in_units(stride_xm, X_UNIT)
+    stride = assume_multiple_of(stride_xm, X_UNIT)
     x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
     centred = x.to(tl.float32) - mean[None, :]
     y = centred * scale[None, :] + beta[None, :]
@@ -180,16 +180,16 @@ def _pass_over_rows(
     UNITS: tl.constexpr = KD * KH * KW * K_BLOCKS
     PLACES: tl.constexpr = PD * PH * PW
     UNROLLED: tl.constexpr = 2 if PLACES % 2 == 0 else 1
-    C = in_units(C, W_UNIT)
+    C = assume_multiple_of(C, W_UNIT)
     if LAZY:  # otherwise rows are filled up to G_UNIT
-        K = in_units(K, G_UNIT)
+        K = assume_multiple_of(K, G_UNIT)
     BOTH: tl.constexpr = NEEDS_DY and NEEDS_WEIGHT  # each output gradient serves both: then GROUP is UNITS
     AHEAD: tl.constexpr = NEEDS_DY and HAS_INTO and ACCUMULATE and PLACES * KD * KH * KW == 1
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles, column_tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(C, BLOCK_C) - first_column
     splits = tl.cdiv(tiles, tiles_per_split)
-    row, column = row_and_column(program, column_tiles)
-    group, split = row_and_column(row, splits)
+    row, column = divmod_pid(program, column_tiles)
+    group, split = divmod_pid(row, splits)
     group, split = group.to(tl.int32), split.to(tl.int32)
     columns = (first_column + column) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)  # added up over rows at the end
@@ -205,8 +205,8 @@ def _pass_over_rows(
     split = split.to(tl.int64)
     for step in range(tl.minimum(tiles_per_split, tiles - first_tile)):
         tile = (first_tile + step).to(tl.int64)
-        first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M) + zero_of(tile)
-        c = columns + zero_of(tile)
+        first_row, local = tile * BLOCK_M, tl.arange(0, BLOCK_M) + opaque_zero(tile)
+        c = columns + opaque_zero(tile)
         place = pixel(first_row, local, D, H, W, KD * KH * KW)
         so_far = 0.0
         if AHEAD:  # on its way while the products are formed
@@ -265,10 +265,10 @@ def _pass_over_rows(
         for i in tl.static_range(GROUP):
             unit = group * GROUP + i
             k = unit % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-            mask = (columns < in_units(C, DW_UNIT))[:, None] & (k < tl.where(unit < UNITS, K, 0))[None, :]
-            dw_tile = dw_ptr + split * in_units(weights, DW_UNIT) + columns[:, None] * stride_dc
-            dw_tile += k[None, :] * in_units(stride_dk, DW_UNIT)
-            tl.store(dw_tile + unit // K_BLOCKS * in_units(stride_dt, DW_UNIT), dw[i], mask=mask)
+            mask = (columns < assume_multiple_of(C, DW_UNIT))[:, None] & (k < tl.where(unit < UNITS, K, 0))[None, :]
+            dw_tile = dw_ptr + split * assume_multiple_of(weights, DW_UNIT) + columns[:, None] * stride_dc
+            dw_tile += k[None, :] * assume_multiple_of(stride_dk, DW_UNIT)
+            tl.store(dw_tile + unit // K_BLOCKS * assume_multiple_of(stride_dt, DW_UNIT), dw[i], mask=mask)
 
 
 @triton.jit(

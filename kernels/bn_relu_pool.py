@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from .common import in_units, load_reader, offsets, relu, row_and_column, to_storage, zero_of
-from .moments import add_tile, finish_moments
-from .sums import finish_sums
+from .common import assume_multiple_of, divmod_pid, load_reader, offsets, opaque_zero, relu, to_storage
+from .reductions import add_tile, finish_moments, finish_sums
 
 
 @triton.jit
@@ -31,7 +30,9 @@ def _largest(
         )
         mask = inside[:, None] & c_mask[None, :]
         row = (first + (dz * XH + dy) * XW + dx).to(tl.int64)
-        v = tl.load(x_ptr + row[:, None] * in_units(stride_xm, UNIT) + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + row[:, None] * assume_multiple_of(stride_xm, UNIT) + c[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         v = relu((v - mean[None, :]) * scale[None, :] + beta[None, :])
         v = to_storage(v, x_ptr.dtype.element_ty).to(tl.float32)
         larger = mask & ((v > best) | (v != v))
@@ -62,14 +63,14 @@ def bn_relu_max_pool_kernel(
     Windows of KD*KH*KW taps, SD, SH, SW apart, the first one OD, OH, OW before the image.
     Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
-    C = in_units(C, UNIT)
-    program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    C = assume_multiple_of(C, UNIT)
+    program, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     tiles = tl.cdiv(m, BLOCK_M)
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for i in range(tl.minimum(tiles_per_program, tiles - first_tile)):
         tile = first_tile + i
-        c = column * BLOCK_C + tl.arange(0, BLOCK_C) + zero_of(tile)
+        c = column * BLOCK_C + tl.arange(0, BLOCK_C) + opaque_zero(tile)
         rows = (tile * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
         row_mask = rows < m
         best, tap = _largest(
@@ -81,8 +82,8 @@ def bn_relu_max_pool_kernel(
             taps = tap_ptr + tile * BLOCK_M * C + offsets(tl.arange(0, BLOCK_M), c, C)
             tl.store(taps, tap.to(tl.uint8), mask=mask)
         else:
-            out_tile = out_ptr + tile * BLOCK_M * in_units(stride_om, UNIT)
-            out_tile += offsets(tl.arange(0, BLOCK_M), c, in_units(stride_om, UNIT))
+            out_tile = out_ptr + tile * BLOCK_M * assume_multiple_of(stride_om, UNIT)
+            out_tile += offsets(tl.arange(0, BLOCK_M), c, assume_multiple_of(stride_om, UNIT))
             tl.store(out_tile, to_storage(best, out_ptr.dtype.element_ty), mask=mask)
         if HAS_MOMENTS:
             count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
@@ -111,13 +112,13 @@ def bn_relu_mean_kernel(
     UNIT divides C and the strides
     Grid: (images * column tiles), columns fastest.
     """
-    C = in_units(C, UNIT)
-    image, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    C = assume_multiple_of(C, UNIT)
+    image, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    stride = in_units(stride_xm, UNIT)
+    stride = assume_multiple_of(stride_xm, UNIT)
     for tile in range(tl.cdiv(pixels, BLOCK_M)):
         local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (local < pixels)[:, None] & c_mask[None, :]
@@ -125,7 +126,11 @@ def bn_relu_mean_kernel(
         x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, relu((x - mean[None, :]) * scale[None, :] + beta[None, :]), 0.0)
     out = tl.sum(total, 0) / pixels
-    tl.store(out_ptr + image * in_units(stride_om, UNIT) + c, to_storage(out, out_ptr.dtype.element_ty), mask=c_mask)
+    tl.store(
+        out_ptr + image * assume_multiple_of(stride_om, UNIT) + c,
+        to_storage(out, out_ptr.dtype.element_ty),
+        mask=c_mask,
+    )
 
 
 @triton.jit
@@ -148,7 +153,9 @@ def _from_windows(
         mask = inside[:, None] & (c < C)[None, :]
         window = (((n * D + wz) * H + wy) * W + wx).to(tl.int64)[:, None]
         tap = tl.load(tap_ptr + window * C + c[None, :], mask=mask, other=255)
-        g = tl.load(g_ptr + window * in_units(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + window * assume_multiple_of(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         mine = (dz * KH + dy) * KW + dx
         total += tl.where(mask & (tap.to(tl.int32) == mine[:, None]), g, 0.0)
     return total
@@ -179,8 +186,8 @@ def bn_relu_pool_backward_kernel(
     x [m, C, feature dtype, rows apart]; mean, var, gamma, beta [C]; UNIT divides C and the strides
     Grid: (splits of the rows * column tiles), columns fastest; a split has ``tiles_per_split`` tiles of BLOCK_M rows.
     """
-    C = in_units(C, UNIT)
-    split, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    C = assume_multiple_of(C, UNIT)
+    split, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     tiles = tl.cdiv(m, BLOCK_M)
     columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -189,7 +196,7 @@ def bn_relu_pool_backward_kernel(
     first_tile = split * tiles_per_split
     for step in range(tl.minimum(tiles_per_split, tiles - first_tile)):
         tile = first_tile + step
-        c = columns + zero_of(tile)
+        c = columns + opaque_zero(tile)
         local = tl.arange(0, BLOCK_M)
         rows = (tile * BLOCK_M).to(tl.int32) + local
         row_mask, c_mask = rows < m, c < C
@@ -201,9 +208,9 @@ def bn_relu_pool_backward_kernel(
             )  # fmt: skip
         else:
             image = (rows // pixels).to(tl.int64)[:, None]
-            product = tl.load(g_ptr + image * in_units(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0)
+            product = tl.load(g_ptr + image * assume_multiple_of(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0)
             product = product.to(tl.float32) / pixels
-        stride = in_units(stride_xm, UNIT)
+        stride = assume_multiple_of(stride_xm, UNIT)
         x = tl.load(x_ptr + tile * BLOCK_M * stride + offsets(local, c, stride), mask=mask, other=0.0)
         mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
         centred = x.to(tl.float32) - mean[None, :]
@@ -212,7 +219,11 @@ def bn_relu_pool_backward_kernel(
         sum_dy += dy
         sum_centred += dy * centred
         if HAS_INTO:
-            D_tile = D_ptr + tile * BLOCK_M * in_units(stride_Dm, UNIT) + offsets(local, c, in_units(stride_Dm, UNIT))
+            D_tile = (
+                D_ptr
+                + tile * BLOCK_M * assume_multiple_of(stride_Dm, UNIT)
+                + offsets(local, c, assume_multiple_of(stride_Dm, UNIT))
+            )
             tl.store(D_tile, to_storage(dy * scale[None, :], D_ptr.dtype.element_ty), mask=mask)
     finish_sums(
         dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0),

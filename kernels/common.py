@@ -59,20 +59,20 @@ def to_storage_unbiased(x, index, dtype: tl.constexpr):
 
 
 @triton.jit
-def row_and_column(program, columns):
+def divmod_pid(program, columns):
     """``program // columns`` as int64, ready to meet a stride, and ``program % columns``; divided in 32 bits."""
     program = program.to(tl.int32)
     return (program // columns).to(tl.int64), program % columns
 
 
 @triton.jit
-def in_units(x, UNIT: tl.constexpr):
+def assume_multiple_of(x, UNIT: tl.constexpr):
     """``x``, a multiple of ``UNIT``, in a form from which the compiler sees that it is one: loads become wide."""
     return (x // UNIT) * UNIT
 
 
 @triton.jit
-def zero_of(tile):
+def opaque_zero(tile):
     """0, but the compiler cannot know: index arithmetic with it is done where it is used, not kept for all tiles.
 
     Hoisted out of the loop over tiles, addresses and masks of every layout would fill the registers, and spill.

@@ -158,7 +158,7 @@ def test_fp32_products_follow_pytorchs_setting_old_and_new() -> None:
     """A setting made in the new way makes the old attribute unreadable: hence a fresh process."""
     code = """
 import torch
-from fastdense.backends.triton_backend import _fp32_precision
+from fastdense.backends.triton_launcher import _fp32_precision
 print(_fp32_precision())
 torch.backends.cudnn.allow_tf32 = False
 print(_fp32_precision())

@@ -77,7 +77,7 @@ def _function_of(tree: ast.AST, call: ast.Call) -> str:
 
 
 def test_there_are_kernels_to_check() -> None:
-    assert {"common.py", "moments.py", "bn_relu_conv.py", "bn_relu_conv_backward.py"} <= {p.name for p in SOURCES}
+    assert {"common.py", "reductions.py", "bn_relu_conv.py", "bn_relu_conv_backward.py"} <= {p.name for p in SOURCES}
 
 
 def test_no_counter_but_arrivals_is_atomic() -> None:

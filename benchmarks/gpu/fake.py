@@ -111,7 +111,7 @@ def _install_driver(capability: tuple[int, int]) -> None:
 
 def _tell_fastdense(arch: int, sm_count: int) -> None:
     """Everything by which fastdense would notice that there is no GPU, or that it computes nothing."""
-    from fastdense.backends import select, triton_backend
+    from fastdense.backends import select, triton_launcher
 
     def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
         if impl != "auto":
@@ -119,7 +119,7 @@ def _tell_fastdense(arch: int, sm_count: int) -> None:
         return "triton" if dtype is None or dtype in select.TRITON_DTYPES else "torch"
 
     replaced: list[tuple[object, str, object]] = [
-        (triton_backend, "_architecture", lambda device: (arch, sm_count)),
+        (triton_launcher, "_architecture", lambda device: (arch, sm_count)),
         (select, "resolve", resolve),
         (select, "self_test_failure", lambda name, device, dtype: None),
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdense.backends.triton_backend import TritonBackend
+from fastdense.backends.triton_launcher import Launcher
 from fastdense.kernels.launch import LaunchConfig
 
 from ..compiled import Launch
@@ -76,7 +77,7 @@ def noted() -> Iterator[list[Launch]]:
     found: list[Launch] = []
     make = TritonBackend.launch
 
-    def launch(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, config: Any, **constants: Any) -> None:
+    def launch(self: Launcher, kernel: Any, programs: int, *arguments: Any, config: Any, **constants: Any) -> None:
         make(self, kernel, programs, *arguments, config=config, **constants)
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         plain = {name: "tensor" if isinstance(value, Tensor) else value for name, value in named.items()}

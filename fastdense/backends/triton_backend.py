@@ -1,115 +1,29 @@
 """The primitives as Triton kernels, on a CUDA GPU or, under ``TRITON_INTERPRET=1``, on the CPU.
 
-This is the host side: it chooses tiles, allocates what programs leave behind for each other, and launches. All
-workspaces come from PyTorch's allocator within one call, so that streams, threads and CUDA graphs see nothing shared.
+This is the host side: the arguments of each launch. How one is launched is ``triton_launcher.py``'s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.features import Features, LazyGradient, as_images, as_rows, empty_features, row_stride
+from ..core.features import Features, LazyGradient, as_images, as_rows, empty_features
 from ..core.primitives import Conv, Dropout, Gradients, Norm, Pool
-from ..kernels import activation, bn_relu_conv, bn_relu_conv_backward, launch, moments
-from ..kernels.launch import LaunchConfig, Shape, Split, Work
-from .triton_backward import ConvBackward, Pending
-from .triton_keys import settle
-from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, three, unit_of, weight_unit
+from ..kernels import bn_relu_conv, bn_relu_conv_backward, launch, reductions
+from ..kernels.launch import Work
+from .triton_backward import ConvBackward
+from .triton_launcher import Launcher
+from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, unit_of, weight_unit
 from .triton_pool import pool_backward, pool_forward
 
-COUNTERS = 1024
 
-settle()
-
-
-@lru_cache(maxsize=64)
-def _architecture(device: torch.device) -> tuple[int, int]:
-    """Compute capability times ten and the number of multiprocessors; 0 and a few for the interpreter."""
-    if device.type != "cuda":
-        return 0, 2
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
-
-
-def _fp32_precision() -> str:
-    """How fp32 products are formed, ``"tf32"`` or ``"ieee"``: PyTorch's setting for convolutions."""
-    setting = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
-    if setting is None:  # before PyTorch 2.9; where both exist, the older one may not be read once the newer is set
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if setting == "tf32" else "ieee"
-
-
-class TritonBackend:
-    """The backend for one call of one block.
-
-    Args:
-        x: features of the block's shape ``[N, *, *spatial]``, float16, bfloat16 or float32; gives batch, space, dtype
-            and device.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.spatial = tuple(x.shape[2:])
-        self.depth_height_width = three(self.spatial)
-        self.pixels = math.prod(self.spatial)
-        self.images = x.shape[0]
-        self.m = self.images * self.pixels
-        if self.m >= 2**31:
-            raise ValueError(f"batch times space must stay below 2**31 pixels, got {self.m}: split the batch")
-        self.dtype, self.device = x.dtype, x.device
-        self.arch, self.sm_count = _architecture(x.device)
-        self.precision = _fp32_precision() if x.dtype == torch.float32 else "ieee"
-        self._scratch: dict[str, Tensor] = {}
-        self._counters = torch.empty(0, dtype=torch.int32)
-        self._pending: Pending | None = None
-
-    def launch(self, kernel: Any, programs: int, *arguments: Any, config: LaunchConfig, **constants: Any) -> None:
-        """Every kernel goes through here: ``programs`` programs of ``kernel`` on this backend's device."""
-        guard: AbstractContextManager[Any] = nullcontext()
-        if self.device.type == "cuda":  # Triton launches on the current device
-            guard = torch.cuda.device(self.device)
-        with guard:
-            kernel[(programs,)](
-                *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-            )  # fmt: skip
-
-    def choose(self, op: str, reads: int, writes: int, taps: int = 1, **flags: int) -> LaunchConfig:
-        """How to launch ``op``."""
-        shape = Shape(self.m, reads, writes, taps, **flags)
-        return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
-
-    def share(self, config: LaunchConfig, work: Work) -> Split:
-        """How many programs share the rows, and how many tiles each of them has."""
-        (split,) = launch.share(self.sm_count * config.resident, work)
-        return split
-
-    def empty(self, *shape: int) -> Tensor:
-        """Uninitialised fp32."""
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def counter(self, count: int) -> Tensor:
-        """Zeros to count arrivals with: who arrives last leaves them at 0 for the next launch."""
-        if self._counters.numel() < count:
-            self._counters = torch.zeros(max(count, COUNTERS), dtype=torch.int32, device=self.device)
-        return self._counters
-
-    def _buffer(self, name: str, channels: int) -> Tensor:
-        """Uninitialised scratch ``[m, channels]`` that the next request under the same name overwrites.
-
-        Its rows are aligned to 16 bytes.
-        """
-        stride = row_stride(channels, self.dtype)
-        flat = self._scratch.get(name)
-        if flat is None or flat.numel() < self.m * stride:
-            flat = self._scratch[name] = torch.empty(self.m * stride, dtype=self.dtype, device=self.device)
-        return flat.as_strided((self.m, channels), (stride, 1))
+class TritonBackend(Launcher):
+    """The backend for one call of one block."""
 
     def prepare(self, convs: Sequence[Conv]) -> list[Conv]:
         """The convolutions with their weights in the feature dtype and in the order in which kernels read them.
@@ -138,19 +52,11 @@ class TritonBackend:
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` of a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
         channels = of.rows.shape[1]
-        D = self._buffer("D", channels)
+        D = self.buffer("D", channels)
         if of.mean is None:
             return LazyGradient(D, None, None)
         a, b = self.empty(2, channels)
         return LazyGradient(D, a, b, balanced=True)
-
-    def moments_workspace(self, out: Features, programs: int, columns: int) -> tuple[Any, Any, Any, Any]:
-        """``mean, var, partial, counter`` for kernels that end in finish_moments."""
-        if out.mean is None:
-            return None, None, None, None
-        groups = -(-programs // moments.GROUP.value)
-        partial = self.empty(programs + groups, 3, out.rows.shape[1])
-        return out.mean, out.var, partial, self.counter(columns * (1 + groups))
 
     def no_pixels(self, out: Features) -> bool:
         """Whether there is nothing to launch; the moments are zeros then."""
@@ -189,7 +95,7 @@ class TritonBackend:
         programs, each = self.share(config, Work(-(-m // config.block_m), columns))
         stride = 0 if target is None else target.stride(0)
         self.launch(
-            moments.copy_with_moments_kernel, programs * columns,
+            reductions.copy_with_moments_kernel, programs * columns,
             target, *self.moments_workspace(out, programs, columns), x,
             m, channels, *sizes, each,
             stride, *strides,
@@ -230,12 +136,6 @@ class TritonBackend:
             BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_C=config.block_c, config=config,
         )  # fmt: skip
 
-    def output_sizes(self, pool: Pool | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Depth, height and width of what pooling makes of this backend's images, and of its windows."""
-        if pool is None:
-            return self.depth_height_width, (1, 1, 1)
-        return three(pool.sizes(self.spatial)), three(pool.kernel)
-
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
         """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
         if not self.no_pixels(out):
@@ -252,10 +152,10 @@ class TritonBackend:
     def _through_scratch(self, source: Features, conv: Conv, out: Features) -> None:
         """``relu(bn(source))`` written once, and PyTorch's convolution: what the fused kernel is measured against."""
         channels = source.rows.shape[1]
-        scratch = self._buffer("activation", channels)
+        scratch = self.buffer("activation", channels)
         config = self.choose("activation", channels, channels)
         self.launch(
-            activation.activation_kernel, -(-self.m // config.block_m) * -(-channels // config.block_c),
+            bn_relu_conv.activation_kernel, -(-self.m // config.block_m) * -(-channels // config.block_c),
             scratch, source.rows, *reader(conv.norm, source),
             self.m, channels, scratch.stride(0), source.rows.stride(0), conv.norm.eps,
             UNIT=unit_of(self.dtype.itemsize, channels, scratch.stride(0), source.rows.stride(0)),
@@ -329,18 +229,18 @@ class TritonBackend:
         padded = dropout is not None or written_out
         if padded:
             config = self.choose("bn_relu_conv_backward", reads, writes, taps, window=window)
-            g = self._buffer("gradient", writes)
+            g = self.buffer("gradient", writes)
             self.resolve_rows(grad, output, g, g.stride(0), dropout, unbiased=lazy and self.dtype.itemsize == 2)
             grad = LazyGradient(g, None, None, balanced=grad.balanced and dropout is None)
         return ConvBackward(self, config, grad, output, conv, source, into, accumulate, needs_dy, padded).run()
 
     def finish(self) -> None:
         """Add up the last weight's gradient."""
-        if self._pending is not None:
-            out, partial = self._pending
+        if self.pending is not None:
+            out, partial = self.pending
             config = self.choose("add_up", 1, 1)
             self.launch(
                 bn_relu_conv_backward.add_up_kernel, -(-out.numel() // config.block_c),
                 out, partial, out.numel(), partial.shape[0], BLOCK_E=config.block_c, config=config,
             )  # fmt: skip
-            self._pending = None
+            self.pending = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,25 +11,16 @@ from ..core.features import Features, LazyGradient
 from ..core.primitives import Conv, Gradients
 from ..kernels import bn_relu_conv_backward, launch
 from ..kernels.launch import LaunchConfig, Split, Work
+from .triton_launcher import Launcher, Pending
 from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of, weight_unit
 
-if TYPE_CHECKING:
-    from .triton_backend import TritonBackend
-
-__all__ = ["ConvBackward", "Pending"]
-
-
-class Pending(NamedTuple):
-    """Partial weight gradients ``[splits, elements]`` that the next backward kernel adds up into ``out``."""
-
-    out: Tensor
-    partial: Tensor
+__all__ = ["ConvBackward"]
 
 
 class ConvBackward(NamedTuple):
     """One convolution's backward."""
 
-    be: TritonBackend
+    be: Launcher
     config: LaunchConfig
     grad: LazyGradient
     output: Features
@@ -77,7 +68,7 @@ class ConvBackward(NamedTuple):
         if dw is not None and weight_splits > 1:
             partial = be.empty(weight_splits, dw.numel())
         dgamma, dbeta = (be.empty(reads), be.empty(reads)) if self.needs_dy else (None, None)
-        pending, be._pending = be._pending, None
+        pending, be.pending = be.pending, None
         be.launch(
             bn_relu_conv_backward.bn_relu_conv_backward_kernel, data_programs + weight_programs,
             *self._pointers(weight, partial, dgamma, dbeta, splits, columns, pending),
@@ -93,7 +84,7 @@ class ConvBackward(NamedTuple):
             BLOCK_E=be.choose("add_up", 1, 1).block_c, config=config,
         )  # fmt: skip
         if dw is not None and partial is not None and partial is not dw:
-            be._pending = Pending(dw, partial)
+            be.pending = Pending(dw, partial)
         return [dgamma, dbeta, dw]
 
     def _share(self, config: LaunchConfig, columns: int, units: int, together: bool) -> tuple[Split, Split]:

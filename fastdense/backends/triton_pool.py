@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from ..core.features import Features, LazyGradient
 from ..core.primitives import Gradients, Norm, Pool
 from ..kernels import bn_relu_pool
 from ..kernels.launch import Work
+from .triton_launcher import Launcher
 from .triton_operands import reader, three, unit_of
-
-if TYPE_CHECKING:
-    from .triton_backend import TritonBackend
 
 __all__ = ["pool_backward", "pool_forward"]
 
@@ -28,7 +25,7 @@ def _windows(pool: Pool) -> tuple[int, ...]:
     return (*three(pool.kernel), *three(pool.stride), *_ZEROS[:missing], *pool.padding)
 
 
-def pool_forward(be: TritonBackend, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
+def pool_forward(be: Launcher, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
     """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
     if pool.kind == "maximum":
         _maximum(be, source, norm, pool, out, None)
@@ -47,9 +44,7 @@ def pool_forward(be: TritonBackend, source: Features, norm: Norm, pool: Pool, ou
     assert out.mean is None, "nobody normalises what the head hands on"
 
 
-def _maximum(
-    be: TritonBackend, source: Features, norm: Norm, pool: Pool, out: Features | None, taps: Tensor | None
-) -> None:
+def _maximum(be: Launcher, source: Features, norm: Norm, pool: Pool, out: Features | None, taps: Tensor | None) -> None:
     """The largest of each window into ``out``, or where it lies into ``taps`` ``[windows, C]``."""
     x, channels = source.rows, source.rows.shape[1]
     sizes = three(pool.sizes(be.spatial))
@@ -74,7 +69,7 @@ def _maximum(
 
 
 def pool_backward(
-    be: TritonBackend, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
+    be: Launcher, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
 ) -> Gradients:
     """``[dgamma, dbeta]``; ``dy = pool^T(grad) * (relu's mask)``, ``into.D = gamma*r*dy``, ``into.a``, ``into.b``."""
     x, channels = source.rows, source.rows.shape[1]

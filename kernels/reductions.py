@@ -1,15 +1,20 @@
-"""Batch moments: shifted sums while values are stored, merged by the last program to arrive; the copy into a block."""
+"""Reductions over rows: batch moments while values are stored, and BatchNorm's two sums in backward.
+
+Partial results are merged in a fixed order by the last program to arrive, or the next launch. Here too: the copy of a
+block's input, which takes its moments on the way.
+"""
 
 import triton
 import triton.language as tl
 
-from .common import in_units, last_to_arrive, row_and_column
+from .common import assume_multiple_of, divmod_pid, last_to_arrive
 
 GROUP = tl.constexpr(16)  # programs whose moments one of them merges; what is left is merged once more
+SPLITS = tl.constexpr(32)  # partial results that one step of a sum takes
 
 
 @triton.jit
-def _thin(x, BLOCK: tl.constexpr):
+def _to_thread_layout(x, BLOCK: tl.constexpr):
     """``x``, one element a thread: what a sum over rows leaves in many copies would fill the registers of a loop."""
     return tl.gather(x, tl.arange(0, BLOCK), 0)
 
@@ -28,7 +33,9 @@ def add_tile(sums, origin_ptr, values, row_mask, count, is_first, c, C, BLOCK: t
         tl.debug_barrier()
     origin = tl.load(origin_ptr + c, mask=c_mask, other=0.0)
     away = tl.where(row_mask[:, None], values - origin[None, :], 0.0)
-    return sums[0] + _thin(tl.sum(away, 0), BLOCK), sums[1] + _thin(tl.sum(away * away, 0), BLOCK)
+    return sums[0] + _to_thread_layout(tl.sum(away, 0), BLOCK), sums[1] + _to_thread_layout(
+        tl.sum(away * away, 0), BLOCK
+    )
 
 
 @triton.jit
@@ -124,8 +131,8 @@ def copy_with_moments_kernel(
     x [N, C, D, H, W, feature dtype, any strides]; UNIT divides C and every stride but that of the channels
     Grid: (programs * column tiles), columns fastest; a program has ``tiles_per_program`` tiles of BLOCK_M rows.
     """
-    C = in_units(C, UNIT)
-    program, column = row_and_column(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
+    C = assume_multiple_of(C, UNIT)
+    program, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
@@ -137,11 +144,11 @@ def copy_with_moments_kernel(
         mask = (rows < m)[:, None] & (c < C)[None, :]
         n, z = (pixels // (W * H * D)).to(tl.int64), (pixels // (W * H) % D).to(tl.int64)
         y, x = (pixels // W % H).to(tl.int64), (pixels % W).to(tl.int64)
-        offset = n * in_units(stride_xn, UNIT) + z * in_units(stride_xd, UNIT)
-        offset += y * in_units(stride_xh, UNIT) + x * in_units(stride_xw, UNIT)
+        offset = n * assume_multiple_of(stride_xn, UNIT) + z * assume_multiple_of(stride_xd, UNIT)
+        offset += y * assume_multiple_of(stride_xh, UNIT) + x * assume_multiple_of(stride_xw, UNIT)
         v = tl.load(x_ptr + offset[:, None] + c[None, :] * stride_xc, mask=mask, other=0.0)
         if out_ptr is not None:
-            tl.store(out_ptr + rows[:, None] * in_units(stride_om, UNIT) + c[None, :], v, mask=mask)
+            tl.store(out_ptr + rows[:, None] * assume_multiple_of(stride_om, UNIT) + c[None, :], v, mask=mask)
         if HAS_MOMENTS:
             count = tl.minimum(m - tile * BLOCK_M, BLOCK_M).to(tl.float32)
             origin_ptr = partial_ptr + program * 3 * C
@@ -151,3 +158,56 @@ def copy_with_moments_kernel(
             mean_ptr, var_ptr, partial_ptr, counter_ptr, sums, program, tl.cdiv(tiles, tiles_per_program),
             tiles_per_program * BLOCK_M, m, column, c, C,
         )  # fmt: skip
+
+
+@triton.jit
+def add_up(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.constexpr):
+    """``out[e] = sum_s partial[s, e]``, both dense; ``programs`` programs share the elements."""
+    for block in range(program, tl.cdiv(elements, BLOCK), programs):
+        e = block * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([SPLITS, BLOCK], tl.float32)
+        for begin in range(0, splits, SPLITS):
+            s = begin + tl.arange(0, SPLITS).to(tl.int64)
+            mask = (s < splits)[:, None] & (e < elements)[None, :]
+            total += tl.load(partial_ptr + s[:, None] * elements + e[None, :], mask=mask, other=0.0)
+        tl.store(out_ptr + e, tl.sum(total, 0), mask=e < elements)
+
+
+@triton.jit
+def finish_sums(
+    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, reader_ptrs,
+    m, C, start, eps, split, splits, column, c, HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``dbeta = sum(dy)``, ``dgamma = r*sum(dy*(x - mu))``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``.
+
+    The last program of a column tile to arrive adds up what all splits of the rows found, in their order.
+    """
+    c_mask = c < C
+    tl.store(sums_ptr + split * 2 * C + c, sum_dy, mask=c_mask)
+    tl.store(sums_ptr + (split * 2 + 1) * C + c, sum_centred, mask=c_mask)
+    if last_to_arrive(counter_ptr + column, splits):
+        total_dy = tl.zeros([SPLITS, BLOCK_C], tl.float32)
+        total_centred = tl.zeros([SPLITS, BLOCK_C], tl.float32)
+        for begin in range(0, splits, SPLITS):
+            s = begin + tl.arange(0, SPLITS).to(tl.int64)
+            mask = (s < splits)[:, None] & c_mask[None, :]
+            tile = sums_ptr + s[:, None] * 2 * C + c[None, :]
+            # .cg: from L2, where other multiprocessors' stores are.
+            total_dy += tl.load(tile, mask=mask, other=0.0, cache_modifier=".cg")
+            total_centred += tl.load(tile + C, mask=mask, other=0.0, cache_modifier=".cg")
+        r = tl.rsqrt(tl.load(reader_ptrs[1] + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
+        scale = tl.load(reader_ptrs[2] + c, mask=c_mask, other=0.0).to(tl.float32) * r
+        dbeta = tl.sum(total_dy, 0)
+        dgamma = tl.sum(total_centred, 0) * r
+        tl.store(dbeta_ptr + c, dbeta, mask=c_mask)
+        tl.store(dgamma_ptr + c, dgamma, mask=c_mask)
+        if HAS_BATCH:
+            mine = c_mask & (c >= start)
+            a = -scale * dbeta / m
+            b = -scale * r * dgamma / m
+            if ACCUMULATE:
+                a += tl.load(a_ptr + c - start, mask=mine, other=0.0)
+                b += tl.load(b_ptr + c - start, mask=mine, other=0.0)
+            tl.store(a_ptr + c - start, a, mask=mine)
+            tl.store(b_ptr + c - start, b, mask=mine)
