@@ -242,7 +242,7 @@ def _all() -> list[Provider]:
                 f"fastdense-{recompute}" + ("-triton" if impl == "triton" else ""),
                 f"fastdense {recompute} {impl}",
                 partial(_fastdense, recompute=recompute, impl=impl),
-                select.triton_obstacle if impl == "triton" else lambda device: None,
+                select.triton_unsupported_reason if impl == "triton" else lambda device: None,
                 exact=impl == "torch",
             )
             for impl in ("torch", "triton")

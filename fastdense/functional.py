@@ -169,7 +169,7 @@ def run_block(
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
     validate.block_input(x, layers)
-    if impl == "reference" or support.falls_back(impl, support.why_reference(layers, moments=strict)):
+    if impl == "reference" or support.falls_back(impl, support.unsupported_reason(layers, moments=strict)):
         return reference.dense_block(x, layers), None
     return fused_block(x, layers, recompute, impl, moments, want_moments, picked)
 
@@ -185,7 +185,7 @@ def run_transition(
     want_moments: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """:func:`transition`, and its output's moments if they are wanted and known; ``moments`` are those of ``x``."""
-    reason = support.norm_obstacle(norm, relu) or support.average_obstacle(conv, pool)
+    reason = support.norm_unsupported_reason(norm, relu) or support.average_unsupported_reason(conv, pool)
     if support.runs_by_modules(impl, "transition", reason):
         x = norm(x) if relu is None else relu(norm(x))
         return (conv(pool(x)) if support.pools_first(conv, pool) else pool(conv(x))), None
@@ -196,14 +196,16 @@ def run_stem(
     x: Tensor, norm: Any, relu: Any, pool: Any, impl: str, want_moments: bool = False
 ) -> tuple[Tensor, Moments | None]:
     """:func:`bn_relu_max_pool`, and the moments of its output if they are wanted and known."""
-    if support.runs_by_modules(impl, "stem", support.norm_obstacle(norm, relu) or support.maximum_obstacle(pool)):
+    if support.runs_by_modules(
+        impl, "stem", support.norm_unsupported_reason(norm, relu) or support.maximum_unsupported_reason(pool)
+    ):
         return pool(norm(x) if relu is None else relu(norm(x))), None
     return fused_stem(x, norm, pool, impl, want_moments)
 
 
 def run_head(x: Tensor, norm: Any, impl: str, moments: Moments | None = None) -> Tensor:
     """:func:`bn_relu_mean_pool`; ``moments`` are those of ``x``."""
-    if support.runs_by_modules(impl, "head", support.norm_obstacle(norm, None)):
+    if support.runs_by_modules(impl, "head", support.norm_unsupported_reason(norm, None)):
         return F.relu(norm(x)).flatten(2).mean(2)
     return _fused_pool(x, norm, None, Pool("mean"), impl, moments)[0]
 

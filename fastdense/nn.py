@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional, recompute
 from .core import checks
 from .functional import Moments
-from .ops.support import changed, process_obstacle
+from .ops.support import changed, process_unsupported_reason
 from .reference import BATCH_NORM, CONV, CONVOLUTIONS, ConcatDenseBlock, ConcatDenseLayer, ConcatTransition
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 class DenseLayer(ConcatDenseLayer):
     """One layer's parameters, as ordinary children ``norm1, relu1, conv1, norm2, relu2, conv2``.
 
-    A :class:`DenseBlock` reads them and runs all its layers together; called by itself, the layer is the textbook one.
+    A :class:`DenseBlock` reads them and runs all its layers together; called by itself, the layer is the reference one.
     """
 
 
@@ -57,13 +57,13 @@ class DenseBlock(ConcatDenseBlock):
         ``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``, channels last.
 
     The children are not called. Where one carries a hook, a parametrization or an unknown type the block says so once
-    and runs the textbook path. Equivalent to :class:`fastdense.reference.ConcatDenseBlock` with the same parameters.
+    and runs the reference path. Equivalent to :class:`fastdense.reference.ConcatDenseBlock` with the same parameters.
 
     Source: arXiv 1608.06993.
     """
 
     layer_type = DenseLayer
-    picked: str | None = None  # what recompute="auto" came to, the last time
+    picked: str | None = None  # what recompute="auto" resolved to, the last time
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class DenseBlock(ConcatDenseBlock):
     def _run(
         self, x: Tensor, moments: Moments | None = None, want_moments: bool = False, planned: str | None = None
     ) -> tuple[Tensor, Moments | None]:
-        """``forward`` with moments in and out; ``planned`` is what ``recompute="auto"`` came to, where it is known."""
+        """``forward`` with moments in and out; ``planned`` is what ``recompute="auto"`` resolved to, if known."""
         mode = planned or checks.recompute_mode(self.recompute, self.memory_efficient)
         if planned is not None:
             self.picked = planned
@@ -117,7 +117,7 @@ class DenseBlock(ConcatDenseBlock):
     def extra_repr(self) -> str:
         recompute = repr(checks.recompute_mode(self.recompute, self.memory_efficient))
         if self.recompute == "auto" and self.picked is not None:
-            recompute += f" (picked {self.picked!r})"
+            recompute += f" (resolved to {self.picked!r})"
         return f"recompute={recompute}, impl={self.impl!r}"
 
 
@@ -255,10 +255,10 @@ class DenseNet(nn.Module):
     def _by_modules(self) -> bool:
         """Whether ``features`` is to be called as the module that it is: it may be hooked, replaced or exported."""
         plain = type(self.features) is nn.Sequential and not _changed(self.features)
-        return not plain or checks.impl_name(self.impl) == "reference" or process_obstacle() is not None
+        return not plain or checks.impl_name(self.impl) == "reference" or process_unsupported_reason() is not None
 
     def _pooled_features(self, x: Tensor) -> Tensor:
-        """What the head hands to the classifier, ``[N, C]``; moments go from who computes them to the next reader."""
+        """What the head hands to the classifier, ``[N, C]``; moments go on to the next consumer."""
         moments: Moments | None = None
         children: list[tuple[str, Any]] = list(self.features._modules.items())
         plan = recompute.plan(self, x)

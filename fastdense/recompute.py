@@ -44,8 +44,8 @@ def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | 
 
 
 def _say(choice: str, figures: str) -> None:
-    """Once for each choice: the figures vary from step to step."""
-    say_once(f"fastdense: recompute='auto' picked {choice}: {figures}", key=choice)
+    """Once for each choice: the numbers vary from step to step."""
+    say_once(f"fastdense: recompute='auto' resolved to {choice}: {figures}", key=choice)
 
 
 def plan(network: Any, x: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The textbook DenseBlock: ``torch.cat``, BatchNorm, ReLU, convolution, differentiated by autograd.
+"""The reference DenseBlock: ``torch.cat``, BatchNorm, ReLU, convolution, differentiated by autograd.
 
 This is the ground truth that everything else is compared with, and the path that runs where fastdense cannot help. It
 does nothing clever, on purpose.
@@ -121,7 +121,7 @@ def dense_block(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
 
 
 class ConcatDenseBlock(nn.ModuleDict):
-    """The textbook block: same constructor, modules and keys as :class:`fastdense.DenseBlock`.
+    """The reference block: same constructor, modules and keys as :class:`fastdense.DenseBlock`.
 
     ``memory_efficient``, ``recompute`` and ``impl`` are checked and kept, but change nothing here.
     """

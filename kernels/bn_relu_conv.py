@@ -9,7 +9,7 @@ from .common import (
     dot,
     dropout_scale,
     in_window,
-    load_reader,
+    load_norm,
     neighbour,
     offsets,
     opaque_zero,
@@ -23,7 +23,7 @@ from .reductions import add_tile, finish_moments
 
 @triton.jit
 def _load_activation(
-    x_ptr, reader_ptrs, first_row, local, place, tap, c, m, C, D, H, W, stride_xm, eps,
+    x_ptr, norm_ptrs, first_row, local, place, tap, c, m, C, D, H, W, stride_xm, eps,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _load_activation(
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
     stride = assume_multiple_of(stride_xm, X_UNIT)
     x = tl.load(x_ptr + (first_row + distance) * stride + offsets(local, c, stride), mask=mask, other=0.0)
-    mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
     # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
     activation = relu((x.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :])
     if KD * KH * KW > 1:  # padding comes after the ReLU
@@ -47,14 +47,14 @@ def _load_activation(
 
 @triton.jit
 def _load_average(
-    x_ptr, reader_ptrs, first_source, source, inside, c, C, XH, XW, stride_xm, eps,
+    x_ptr, norm_ptrs, first_source, source, inside, c, C, XH, XW, stride_xm, eps,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
 ):  # fmt: skip
     """The average of ``relu(bn(x))`` ``[BLOCK_M, BLOCK_C]`` over the windows that begin at the ``source`` rows."""
     c_mask = c < assume_multiple_of(C, W_UNIT)
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
     stride = assume_multiple_of(stride_xm, X_UNIT)
-    mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
     window = offsets(source, c, stride)
     total = tl.zeros(window.shape, tl.float32)
     for place in tl.static_range(PD * PH * PW):
@@ -131,15 +131,15 @@ def bn_relu_conv_kernel(
         for step in range(KD * KH * KW // SHIFTS * c_blocks):
             tap = step // c_blocks * SHIFTS
             c = step % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-            reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+            norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
             if PD * PH * PW > 1:
                 activation = _load_average(
-                    x_ptr, reader_ptrs, first_source, source, first_row + local < m, c, C, XH, XW, stride_xm, eps,
+                    x_ptr, norm_ptrs, first_source, source, first_row + local < m, c, C, XH, XW, stride_xm, eps,
                     PD, PH, PW, X_UNIT, W_UNIT,
                 )  # fmt: skip
             else:
                 activation = _load_activation(
-                    x_ptr, reader_ptrs, first_row, local, place, tap, c,
+                    x_ptr, norm_ptrs, first_row, local, place, tap, c,
                     m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
                 )  # fmt: skip
             w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * assume_multiple_of(stride_wk, W_UNIT)
@@ -194,7 +194,7 @@ def activation_kernel(
         x_ptr + first_row * assume_multiple_of(stride_xm, UNIT) + offsets(local, c, assume_multiple_of(stride_xm, UNIT))
     )
     x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
-    mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    mean, scale, beta = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
     out = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
     out_tile = (
         out_ptr

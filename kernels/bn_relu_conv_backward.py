@@ -9,7 +9,7 @@ from .common import (
     dot,
     dropout_scale,
     in_window,
-    load_reader,
+    load_norm,
     neighbour,
     offsets,
     opaque_zero,
@@ -129,7 +129,7 @@ def _gradient_tile(D_ptr, first_row, local, c, mask, start, stride_Dm, D_UNIT: t
 
 @triton.jit
 def _through_norm(
-    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr, so_far, AHEAD: tl.constexpr,
+    D_ptr, x_ptr, product, norm, sum_dy, sum_centred, activation, IS_ONLY: tl.constexpr, so_far, AHEAD: tl.constexpr,
     first_x, source, c, x_mask, mask, start, stride_Dm, stride_xm,
     HAS_INTO: tl.constexpr, ACCUMULATE: tl.constexpr, NEEDS_DY: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
     BALANCED: tl.constexpr, X_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
@@ -138,7 +138,7 @@ def _through_norm(
 
     What ``D`` is added to has been read AHEAD, or is read here.
     """
-    mean, scale, beta = reader
+    mean, scale, beta = norm
     stride = assume_multiple_of(stride_xm, X_UNIT)
     x = tl.load(x_ptr + first_x * stride + offsets(source, c, stride), mask=x_mask, other=0.0)
     centred = x.to(tl.float32) - mean[None, :]
@@ -166,7 +166,7 @@ def _through_norm(
 
 @triton.jit
 def _pass_over_rows(
-    D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+    D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, lazy_ptrs, x_ptr, norm_ptrs, w_ptr,
     m, values, C, K, D, H, W, XD, XH, XW, start, first_column, tiles_per_split, program, weights,
     stride_Dm, stride_Gm, stride_vm, stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, K_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
@@ -236,14 +236,14 @@ def _pass_over_rows(
             product *= 1.0 / PLACES
         row_mask, c_mask = first_row + local < m, c < C
         x_mask = row_mask[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
-        reader = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+        norm = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
         mask = row_mask[:, None] & c_mask[None, :]
         activation = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for first_place in range(0, PLACES, UNROLLED):  # all places written out would not fit into registers
             for n in tl.static_range(UNROLLED):
                 begin = first_source + in_window(first_place + n, XH, XW, PH, PW)
                 sum_dy, sum_centred, activation = _through_norm(
-                    D_ptr, x_ptr, product, reader, sum_dy, sum_centred, activation, PLACES == 1, so_far, AHEAD,
+                    D_ptr, x_ptr, product, norm, sum_dy, sum_centred, activation, PLACES == 1, so_far, AHEAD,
                     begin, source, c, x_mask, mask, start, stride_Dm, stride_xm,
                     HAS_INTO, ACCUMULATE, NEEDS_DY, NEEDS_WEIGHT, BALANCED, X_UNIT, D_UNIT,
                 )  # fmt: skip
@@ -258,7 +258,7 @@ def _pass_over_rows(
     if NEEDS_DY:
         finish_sums(
             dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
-            tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), reader_ptrs,
+            tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), norm_ptrs,
             values, C, start, eps, split, splits, column, columns, HAS_BATCH, ACCUMULATE, BLOCK_C,
         )  # fmt: skip
     if NEEDS_WEIGHT:
@@ -313,14 +313,14 @@ def bn_relu_conv_backward_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     lazy_ptrs = (G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr)
-    reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     if HAS_PENDING:
         add_up(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
     if pid < data_programs:
         if NEEDS_DY or TOGETHER:
             _pass_over_rows(
                 D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
-                lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+                lazy_ptrs, x_ptr, norm_ptrs, w_ptr,
                 m, values, C, K, D, H, W, XD, XH, XW, start, first_column, tiles_per_split, pid, weights,
                 stride_Dm, stride_Gm, stride_vm,
                 stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,
@@ -331,7 +331,7 @@ def bn_relu_conv_backward_kernel(
     elif NEEDS_WEIGHT and not TOGETHER:
         _pass_over_rows(
             D_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr,
-            lazy_ptrs, x_ptr, reader_ptrs, w_ptr,
+            lazy_ptrs, x_ptr, norm_ptrs, w_ptr,
             m, values, C, K, D, H, W, XD, XH, XW, start, 0, weight_tiles_per_split, pid - data_programs, weights,
             stride_Dm, stride_Gm, stride_vm,
             stride_xm, stride_wk, stride_wc, stride_wt, stride_dk, stride_dc, stride_dt, eps,

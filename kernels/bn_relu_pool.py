@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from .common import assume_multiple_of, divmod_pid, load_reader, offsets, opaque_zero, relu, to_storage
+from .common import assume_multiple_of, divmod_pid, load_norm, offsets, opaque_zero, relu, to_storage
 from .reductions import add_tile, finish_moments, finish_sums
 
 
 @triton.jit
 def _largest(
-    x_ptr, reader_ptrs, rows, row_mask, c, C, D, H, W, XD, XH, XW, stride_xm, eps,
+    x_ptr, norm_ptrs, rows, row_mask, c, C, D, H, W, XD, XH, XW, stride_xm, eps,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     OD: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -18,7 +18,7 @@ def _largest(
     Values are compared as they would be stored. Every window has a pixel in the image, and no value is negative.
     """
     c_mask = c < C
-    mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
     n, z, y, x = rows // (W * H * D), rows // (W * H) % D * SD - OD, rows // W % H * SH - OH, rows % W * SW - OW
     first = ((n * XD + z) * XH + y) * XW + x
     best = tl.full([rows.shape[0], c.shape[0]], -1.0, tl.float32)
@@ -116,7 +116,7 @@ def bn_relu_mean_kernel(
     image, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    mean, scale, beta = load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    mean, scale, beta = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stride = assume_multiple_of(stride_xm, UNIT)
     for tile in range(tl.cdiv(pixels, BLOCK_M)):
@@ -192,7 +192,7 @@ def bn_relu_pool_backward_kernel(
     columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    reader_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     first_tile = split * tiles_per_split
     for step in range(tl.minimum(tiles_per_split, tiles - first_tile)):
         tile = first_tile + step
@@ -212,7 +212,7 @@ def bn_relu_pool_backward_kernel(
             product = product.to(tl.float32) / pixels
         stride = assume_multiple_of(stride_xm, UNIT)
         x = tl.load(x_ptr + tile * BLOCK_M * stride + offsets(local, c, stride), mask=mask, other=0.0)
-        mean, scale, beta = load_reader(reader_ptrs[0], reader_ptrs[1], reader_ptrs[2], reader_ptrs[3], c, c_mask, eps)
+        mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
         centred = x.to(tl.float32) - mean[None, :]
         y = centred * scale[None, :] + beta[None, :]
         dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # NaN in y passes the gradient on, as PyTorch's ReLU
@@ -227,5 +227,5 @@ def bn_relu_pool_backward_kernel(
             tl.store(D_tile, to_storage(dy * scale[None, :], D_ptr.dtype.element_ty), mask=mask)
     finish_sums(
         dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0),
-        reader_ptrs, m, C, 0, eps, split, tl.cdiv(tiles, tiles_per_split), column, columns, HAS_BATCH, False, BLOCK_C,
+        norm_ptrs, m, C, 0, eps, split, tl.cdiv(tiles, tiles_per_split), column, columns, HAS_BATCH, False, BLOCK_C,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def opaque_zero(tile):
 
 
 @triton.jit
-def load_reader(mean_ptr, var_ptr, gamma_ptr, beta_ptr, channels, mask, eps):
+def load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, channels, mask, eps):
     """One BatchNorm's ``mu, gamma/sqrt(var + eps), beta`` of some channels, in fp32; zeros outside ``mask``."""
     mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
@@ -98,7 +98,7 @@ def relu(y):
 
 @triton.jit
 def pixel(first_row, local, D, H, W, TAPS: tl.constexpr):
-    """Row number and ``z, y, x`` of a tile's pixels within their images; nobody asks where there is one tap."""
+    """Row number and ``z, y, x`` of a tile's pixels within their images; not needed where there is one tap."""
     row = first_row.to(tl.int32) + local  # m < 2**31, and a 64-bit division is slow
     if TAPS == 1:
         return row, row, row, row

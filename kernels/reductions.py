@@ -43,7 +43,7 @@ def _merge(partial_ptr, begin, end, m, slot_rows, c, C, c_mask):
     """Chan, Golub, LeVeque (1979): ``M2 = sum_i M2_i + sum_i n_i*(mean_i - mean)^2`` over slots ``begin .. end-1``.
 
     Slot ``i`` covers the rows from ``i*slot_rows`` on. A mean is two numbers, an origin and the rest: in one, the
-    difference of two means would not survive where they are thousands of deviations from 0.
+    difference of two means would not survive where they are thousands of standard deviations from 0.
     """
     slot = begin + tl.arange(0, GROUP)
     mask = (slot < end)[:, None] & c_mask[None, :]
@@ -75,7 +75,7 @@ def finish_moments(
     """The programs' sums merged into ``mean`` and biased ``var``, 16 programs first, then the groups of 16.
 
     partial [programs + groups, 3, C, fp32]; counter [column tiles, 1 + groups, int32], zeros
-    Program i has the rows from ``i*program_rows`` on. A fixed order, whoever comes last: two runs agree bit for bit.
+    Program i has the rows from ``i*program_rows`` on. A fixed order, whichever comes last: two runs agree bit for bit.
     """
     c_mask = c < C
     count = tl.minimum(m - program * program_rows, program_rows).to(tl.float32)
@@ -175,7 +175,7 @@ def add_up(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.
 
 @triton.jit
 def finish_sums(
-    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, reader_ptrs,
+    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, norm_ptrs,
     m, C, start, eps, split, splits, column, c, HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -196,8 +196,8 @@ def finish_sums(
             # .cg: from L2, where other multiprocessors' stores are.
             total_dy += tl.load(tile, mask=mask, other=0.0, cache_modifier=".cg")
             total_centred += tl.load(tile + C, mask=mask, other=0.0, cache_modifier=".cg")
-        r = tl.rsqrt(tl.load(reader_ptrs[1] + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
-        scale = tl.load(reader_ptrs[2] + c, mask=c_mask, other=0.0).to(tl.float32) * r
+        r = tl.rsqrt(tl.load(norm_ptrs[1] + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
+        scale = tl.load(norm_ptrs[2] + c, mask=c_mask, other=0.0).to(tl.float32) * r
         dbeta = tl.sum(total_dy, 0)
         dgamma = tl.sum(total_centred, 0) * r
         tl.store(dbeta_ptr + c, dbeta, mask=c_mask)

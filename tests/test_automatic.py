@@ -181,16 +181,16 @@ def test_it_says_what_it_picked_once_for_each_choice(free: Free) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     first = said(network, x)
     assert len(first) == 1 and first[0].startswith(
-        "fastdense: recompute='auto' picked 'activations' for denseblock1, denseblock2, denseblock3: keeps "
+        "fastdense: recompute='auto' resolved to 'activations' for denseblock1, denseblock2, denseblock3: keeps "
     )
     assert "1099511.6 MB are free" in first[0]
-    assert "recompute='auto' (picked 'activations')" in repr(network.features.denseblock2)
+    assert "recompute='auto' (resolved to 'activations')" in repr(network.features.denseblock2)
     free.bytes -= 1
     assert said(network, torch.randn(3, 3, 32, 32)) == []  # other figures, the same choice
     free.bytes = 0
     (second,) = said(network, x)
-    assert "picked 'bottlenecks' for denseblock1, denseblock2, denseblock3: " in second
-    assert "recompute='auto' (picked 'bottlenecks')" in repr(network.features.denseblock2)
+    assert "resolved to 'bottlenecks' for denseblock1, denseblock2, denseblock3: " in second
+    assert "recompute='auto' (resolved to 'bottlenecks')" in repr(network.features.denseblock2)
     free.bytes = PLENTY
     assert said(network, x) == []
 
@@ -202,7 +202,7 @@ def test_nothing_is_decided_without_gradients(free: Free) -> None:
         assert said(network.features.denseblock1, torch.randn(2, 16, 4, 4)) == []
     assert said(network.requires_grad_(False), x) == []
     assert (free.asked, picked(network)) == (0, [None] * 3)
-    assert "picked" not in repr(network)
+    assert "resolved to" not in repr(network)
 
 
 def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,9 +242,9 @@ def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:
     bottlenecks = 1024 * 4 * 32 * 4
     for free.bytes, mode in ((4 * bottlenecks, A), (4 * bottlenecks - 1, B)):
         (message,) = said(block, x)
-        assert message.startswith(f"fastdense: recompute='auto' picked {mode!r} for a block by itself: ")
+        assert message.startswith(f"fastdense: recompute='auto' resolved to {mode!r} for a block by itself: ")
         assert f"{bottlenecks / 1e6:.1f} MB" in message
-        assert block.picked == mode and f"picked {mode!r}" in repr(block)
+        assert block.picked == mode and f"resolved to {mode!r}" in repr(block)
         assert said(block, x) == []
 
 

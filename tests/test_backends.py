@@ -143,7 +143,7 @@ except RuntimeError as error:
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert select.triton_obstacle(CPU, torch.float32) is None
+    assert select.triton_unsupported_reason(CPU, torch.float32) is None
     assert select.resolve("triton", CPU, torch.float32) == "triton"
     name, reason = select.explain(CPU)
     assert name == select.resolve("auto", CPU, torch.float32) == "torch" and "impl='triton'" in reason

@@ -391,6 +391,6 @@ def test_what_recompute_auto_picked_is_shown(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(fastdense.memory, "free_bytes", lambda device, free=free: free)
         result = fastdense_command(*TINY, "--steps", "1", "--bn-size", "4", "--recompute", "auto")
         assert result.exit_code == 0, result.output
-        assert f"recompute='auto' picked '{mode}' for denseblock1, denseblock2" in words(result.output)
+        assert f"recompute='auto' resolved to '{mode}' for denseblock1, denseblock2" in words(result.output)
     result = fastdense_command(*TINY, "--steps", "1")
-    assert "picked" not in words(result.output)
+    assert "resolved to" not in words(result.output)

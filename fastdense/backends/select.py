@@ -43,7 +43,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+def triton_unsupported_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why the Triton kernels cannot run on ``device`` (on features of ``dtype``), with the remedy.
 
     ``None`` if they can: on a CUDA GPU of compute capability 8.0 or newer, and on the CPU under ``TRITON_INTERPRET=1``.
@@ -74,9 +74,9 @@ def explain(device: torch.device | str, dtype: torch.dtype | None = None) -> tup
         ``(name, reason)``, for instance ``("torch", "the Triton kernels need a CUDA GPU ...")``.
     """
     device = torch.device(device)
-    obstacle = triton_obstacle(device, dtype)
-    if obstacle is not None:
-        return "torch", obstacle
+    unsupported = triton_unsupported_reason(device, dtype)
+    if unsupported is not None:
+        return "torch", unsupported
     if device.type != "cuda":
         return "torch", "Triton's interpreter is for checking kernels: ask for it with impl='triton'"
     major, minor = torch.cuda.get_device_capability(device)
@@ -100,8 +100,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -
         if name == "torch" and device.type == "cuda" and reason == _broken_triton():
             say_once(f"fastdense runs in plain PyTorch on this GPU: {reason}")
         return name
-    if impl == "triton" and (obstacle := triton_obstacle(device, dtype)) is not None:
-        raise RuntimeError(f"impl='triton' cannot run on device {str(device)!r}: {obstacle}")
+    if impl == "triton" and (unsupported := triton_unsupported_reason(device, dtype)) is not None:
+        raise RuntimeError(f"impl='triton' cannot run on device {str(device)!r}: {unsupported}")
     return impl
 
 

@@ -22,7 +22,7 @@ __all__ = ["SyncBackend", "group_of"]
 
 
 def group_of(norms: Iterable[Any]) -> str | None:
-    """The name of the process group that ``norms`` share their batch statistics with: ``""`` if they share with nobody.
+    """The name of the process group that ``norms`` share their batch statistics with: ``""`` if they do not.
 
     ``None`` if some share and others do not, or with other processes. As in ``nn.SyncBatchNorm``, only a norm in
     training mode shares.
@@ -73,32 +73,32 @@ class SyncBackend:
         return self.inner.prepare(convs)
 
     def moments(self, of: Features) -> None:
-        """As ``inner``, with everybody's moments."""
+        """As ``inner``, with the moments of all ranks."""
         self.inner.moments(of)
         self._share_moments(of)
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
-        """As ``inner``, with everybody's moments."""
+        """As ``inner``, with the moments of all ranks."""
         self.inner.copy_with_moments(x, out)
         self._share_moments(out)
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """As ``inner``, with everybody's moments."""
+        """As ``inner``, with the moments of all ranks."""
         self.inner.bn_relu_conv(source, conv, out, dropout)
         self._share_moments(out)
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
-        """As ``inner``, with everybody's moments."""
+        """As ``inner``, with the moments of all ranks."""
         self.inner.bn_relu_pool(source, norm, pool, out)
         self._share_moments(out)
 
     def _share_moments(self, out: Features) -> None:
-        """Everybody's moments from this process's, by Chan's formula; ``E[x^2] - E[x]^2`` would cancel."""
+        """The moments of all ranks from this one's, by Chan's formula; ``E[x^2] - E[x]^2`` would cancel."""
         if out.mean is None or out.var is None or out.rows.storage_offset() == self.unread:
             return
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         channels = out.mean.numel()
-        # Everybody's moments side by side: each process fills its own row, and the sum puts them together.
+        # The moments of all ranks side by side: each fills its own row, and the sum puts them together.
         table = out.mean.new_zeros(size, 2 * channels + 1)  # [processes, mean | var | count]
         torch.cat((out.mean, out.var, out.mean.new_full((1,), out.rows.shape[0])), out=table[rank])
         dist.all_reduce(table, group=self.group)
@@ -122,7 +122,7 @@ class SyncBackend:
         *,
         accumulate: bool,
     ) -> Gradients:
-        """As ``inner``; ``into.a`` and ``into.b`` get everybody's share."""
+        """As ``inner``; ``into.a`` and ``into.b`` get the share of all ranks."""
         gradients: Gradients = []
 
         def inner(mine: LazyGradient | None) -> None:
@@ -136,7 +136,7 @@ class SyncBackend:
     def bn_relu_pool_backward(
         self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
     ) -> Gradients:
-        """As ``inner``; ``into.a`` and ``into.b`` get everybody's share."""
+        """As ``inner``; ``into.a`` and ``into.b`` get the share of all ranks."""
         gradients: Gradients = []
 
         def inner(mine: LazyGradient | None) -> None:

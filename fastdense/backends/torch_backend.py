@@ -30,7 +30,7 @@ Sums = tuple[Tensor, Tensor]  # sum(dy) and sum(dy*(v - mu)), each [C] in the ac
 Partial = list[tuple[int, Tensor, Tensor]]  # (count, mean, biased variance) of each chunk
 
 
-class _Reader(NamedTuple):
+class _NormVectors(NamedTuple):
     """What one BatchNorm makes of the features that it reads: vectors ``[C]`` in the accumulation dtype."""
 
     mean: Tensor
@@ -39,7 +39,7 @@ class _Reader(NamedTuple):
     beta: Tensor
 
     @classmethod
-    def of(cls, norm: Norm, source: Features) -> _Reader:
+    def of(cls, norm: Norm, source: Features) -> _NormVectors:
         dtype = accumulation_dtype(source.rows.dtype)
         mean, var = norm.frozen or (source.mean, source.var)
         assert mean is not None and var is not None
@@ -74,7 +74,7 @@ class TorchBackend:
         # float64 has digits to spare, and other devices add up in pieces themselves.
         self.groups = MOST_GROUPS if x.device.type == "cpu" and self.acc is torch.float32 else 1
         self._scratch: dict[str, Tensor] = {}
-        self._latest: tuple[Norm, _Reader] | None = None
+        self._latest: tuple[Norm, _NormVectors] | None = None
 
     def prepare(self, convs: Sequence[Conv]) -> Sequence[Conv]:
         """The convolutions as they are: weights are cast one by one, when they are used."""
@@ -100,10 +100,10 @@ class TorchBackend:
             flat = self._scratch[name] = torch.empty(rows * channels, dtype=dtype, device=self.device)
         return flat.as_strided((rows, channels), (channels, 1))
 
-    def _reader(self, norm: Norm, source: Features) -> _Reader:
+    def _bn(self, norm: Norm, source: Features) -> _NormVectors:
         """The vectors of ``norm``; a backward convolution and the merge that follows it share them."""
         if self._latest is None or self._latest[0] is not norm:
-            self._latest = norm, _Reader.of(norm, source)
+            self._latest = norm, _NormVectors.of(norm, source)
         return self._latest[1]
 
     def _rows_at_once(self, channels: int) -> int:
@@ -137,7 +137,7 @@ class TorchBackend:
             return [first] if whole == count else [first, self._update_stats(rows[whole:], 1)]
         mean = rows.sum(0, dtype=self.acc).div_(count)
         centred = torch.sub(rows, mean, out=self._buffer("activation", *rows.shape))
-        # What the first pass lost to rounding: matters where |mean| is thousands of deviations.
+        # What the first pass lost to rounding: matters where |mean| is thousands of standard deviations.
         shift = centred.sum(0).div_(count)
         var = centred.square_().sum(0).div_(count).addcmul_(shift, shift, value=-1)
         return [(count, mean.add_(shift), var)]
@@ -147,7 +147,7 @@ class TorchBackend:
         count, channels = rows.shape
         shift = None
         if rows.dtype is torch.float32 and rows.device.type == "cpu":
-            # Relative to the first row: a mean may be thousands of deviations.
+            # Relative to the first row: a mean may be thousands of standard deviations.
             shift = rows[0].nan_to_num(0.0, 0.0, 0.0)
             rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
         columns = groups * channels
@@ -200,15 +200,15 @@ class TorchBackend:
         if out.mean is not None:
             self.moments(out)
 
-    def _normalise(self, rows: Tensor, reader: _Reader, *, centred: str) -> tuple[Tensor, Tensor]:
+    def _normalise(self, rows: Tensor, bn: _NormVectors, *, centred: str) -> tuple[Tensor, Tensor]:
         """``v - mu`` and ``relu((v - mu)*scale + beta)`` of a chunk; the first lies in the buffer named ``centred``.
 
         Centre first, scale then: a shift that has ``mu*scale`` folded in would cancel digits wherever ``|mu|`` is
-        much larger than the deviation.
+        much larger than the standard deviation.
         """
-        v = torch.sub(rows, reader.mean, out=self._buffer(centred, *rows.shape))
+        v = torch.sub(rows, bn.mean, out=self._buffer(centred, *rows.shape))
         activation = self._buffer("activation", *rows.shape)
-        torch.addcmul(reader.beta, v, reader.scale, out=activation).relu_()
+        torch.addcmul(bn.beta, v, bn.scale, out=activation).relu_()
         return v, activation
 
     def _operand(self, name: str, rows: Tensor) -> Tensor:
@@ -233,11 +233,11 @@ class TorchBackend:
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
         """``out.rows = dropout(conv(pool(relu(bn(source)))))`` with the moments of the stored values."""
-        reader = self._reader(conv.norm, source)
+        bn = self._bn(conv.norm, source)
         kernel = Convolution(conv.weight, self.dtype)
         partial: Partial = []
         for piece in self._pieces(conv):
-            _, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="activation")
+            _, activation = self._normalise(_cut(source.rows, piece.read), bn, centred="activation")
             if conv.pool is not None:
                 activation = self._average(activation, conv.pool, piece.spatial)
             target = _cut(out.rows, piece.written)
@@ -254,10 +254,10 @@ class TorchBackend:
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
         """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
-        reader, partial, at_most = self._reader(norm, source), [], self._rows_at_once(source.rows.shape[1])
+        bn, partial, at_most = self._bn(norm, source), [], self._rows_at_once(source.rows.shape[1])
         so_far: Tensor | None = None
         for piece in of_images(self.m, self.spatial, at_most, pool=pool):
-            _, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="activation")
+            _, activation = self._normalise(_cut(source.rows, piece.read), bn, centred="activation")
             target = _cut(out.rows, piece.written)
             if pool.kind == "mean":
                 sums = activation.view(target.shape[0], -1, activation.shape[1]).sum(1)
@@ -328,7 +328,7 @@ class TorchBackend:
     ) -> Gradients:
         """With ``dy = pool^T(conv^T(grad)) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` says."""
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
-        reader = self._reader(conv.norm, source)
+        bn = self._bn(conv.norm, source)
         kernel = Convolution(conv.weight, self.dtype)
         # The first channel whose dy anybody wants.
         lo = 0 if needs_norm or into is None else into.start
@@ -341,11 +341,11 @@ class TorchBackend:
             if dropout is not None:
                 g = self._buffer("gradient", *g.shape).copy_(g)
                 self._drop(g, piece.outputs, dropout)
-            v, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="centred")
+            v, activation = self._normalise(_cut(source.rows, piece.read), bn, centred="centred")
             read = activation if conv.pool is None else self._average(activation, conv.pool, piece.spatial)
             if self.dtype.itemsize == 2 and grad.balanced:
                 operand = self._buffer("operand", read.shape[0], read.shape[1], self.dtype)
-                read = torch.sub(read, reader.beta.relu(), out=operand)
+                read = torch.sub(read, bn.beta.relu(), out=operand)
             elif self.dtype.itemsize == 2 and g.dtype is self.acc:
                 g = self._unbiased(g)
             g, operand = self._operand("output gradient", g), self._operand("operand", read)
@@ -367,7 +367,7 @@ class TorchBackend:
                 dy = self._buffer("dy", *dy.shape).copy_(dy)
             if conv.pool is not None:
                 dy = self._spread(dy, conv.pool, piece.spatial, v.shape[0])
-            self._through_norm(dy, v, activation, reader, piece.wanted, into, sums, lo, accumulate)
+            self._through_norm(dy, v, activation, bn, piece.wanted, into, sums, lo, accumulate)
         if needs_weight and d_weight is None:  # an empty batch
             d_weight = torch.zeros_like(conv.weight, dtype=self.acc)
         merged = (None, None) if sums is None else self._merge_gradients(sums, conv.norm, source, into, accumulate)
@@ -377,10 +377,10 @@ class TorchBackend:
         self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
     ) -> Gradients:
         """With ``dy = pool^T(grad) * (relu's mask)``: ``into.D = gamma*r*dy``, and what ``Backend`` says."""
-        reader, sums = self._reader(norm, source), self._zero_sums(source)
+        bn, sums = self._bn(norm, source), self._zero_sums(source)
         channels = source.rows.shape[1]
         for piece in of_images(self.m, self.spatial, self._rows_at_once(channels), pool=pool):
-            v, activation = self._normalise(_cut(source.rows, piece.read), reader, centred="centred")
+            v, activation = self._normalise(_cut(source.rows, piece.read), bn, centred="centred")
             g = _cut(grad, piece.outputs)
             if pool.kind == "mean":
                 dy = self._buffer("dy", *v.shape)
@@ -392,7 +392,7 @@ class TorchBackend:
                 through = as_rows(max_pool.backward(as_images(g, pool.sizes(piece.spatial)), images, indices))
                 through, v, activation = (_cut(rows, piece.inner) for rows in (through, v, activation))
                 dy = self._buffer("dy", *v.shape).copy_(through)
-            self._through_norm(dy, v, activation, reader, piece.wanted, into, sums, 0, accumulate=False)
+            self._through_norm(dy, v, activation, bn, piece.wanted, into, sums, 0, accumulate=False)
         return [*self._merge_gradients(sums, norm, source, into, accumulate=False)]
 
     def _zero_sums(self, source: Features) -> Sums:
@@ -404,7 +404,7 @@ class TorchBackend:
         dy: Tensor,
         v: Tensor,
         activation: Tensor,
-        reader: _Reader,
+        bn: _NormVectors,
         chunk: slice,
         into: LazyGradient | None,
         sums: Sums,
@@ -414,7 +414,7 @@ class TorchBackend:
         """A chunk's ``dy``, from channel ``lo`` on: ReLU's mask, ``D`` and the sums; ``dy`` is used up."""
         torch.ops.aten.threshold_backward.grad_input(dy, _from(activation, lo), 0, grad_input=dy)
         if into is not None:
-            D, mine, scale = _cut(into.D, chunk), _from(dy, into.start - lo), _from(reader.scale, into.start)
+            D, mine, scale = _cut(into.D, chunk), _from(dy, into.start - lo), _from(bn.scale, into.start)
             if accumulate:
                 D.addcmul_(mine, scale)
             else:
@@ -427,16 +427,16 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor]:
         """``dgamma = r*sum(dy*(v-mu))``, ``dbeta = sum(dy)``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``."""
         dbeta, centred = sums
-        reader = self._reader(norm, source)
-        dgamma = centred * reader.r
+        bn = self._bn(norm, source)
+        dgamma = centred * bn.r
         if into is not None and into.a is not None and into.b is not None:
             if not accumulate:
                 into.a.zero_()
                 into.b.zero_()
             if norm.frozen is None:
                 weight = -1 / max(self.m, 1)
-                into.a.addcmul_(_from(reader.scale, into.start), _from(dbeta, into.start), value=weight)
-                into.b.addcmul_(_from(reader.scale * reader.r, into.start), _from(dgamma, into.start), value=weight)
+                into.a.addcmul_(_from(bn.scale, into.start), _from(dbeta, into.start), value=weight)
+                into.b.addcmul_(_from(bn.scale * bn.r, into.start), _from(dgamma, into.start), value=weight)
         return dgamma, dbeta
 
     def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from ..kernels import bn_relu_conv, bn_relu_conv_backward, launch, reductions
 from ..kernels.launch import Work
 from .triton_backward import ConvBackward
 from .triton_launcher import Launcher
-from .triton_operands import Weight, dropout_arguments, is_channels_last, readable, reader, unit_of, weight_unit
+from .triton_operands import Weight, dropout_arguments, is_channels_last, norm_vectors, readable, unit_of, weight_unit
 from .triton_pool import pool_backward, pool_forward
 
 
@@ -124,7 +124,7 @@ class TritonBackend(Launcher):
         self.launch(
             bn_relu_conv.bn_relu_conv_kernel, programs * columns,
             out.rows, *self.moments_workspace(out, programs, columns),
-            x, *reader(conv.norm, source), weight.values, dropout.seed if dropout else None,
+            x, *norm_vectors(conv.norm, source), weight.values, dropout.seed if dropout else None,
             m, reads, writes, *sizes, *self.depth_height_width, each,
             out.rows.stride(0), x.stride(0), *weight.strides,
             conv.norm.eps, *dropout_arguments(dropout),
@@ -156,7 +156,7 @@ class TritonBackend(Launcher):
         config = self.choose("activation", channels, channels)
         self.launch(
             bn_relu_conv.activation_kernel, -(-self.m // config.block_m) * -(-channels // config.block_c),
-            scratch, source.rows, *reader(conv.norm, source),
+            scratch, source.rows, *norm_vectors(conv.norm, source),
             self.m, channels, scratch.stride(0), source.rows.stride(0), conv.norm.eps,
             UNIT=unit_of(self.dtype.itemsize, channels, scratch.stride(0), source.rows.stride(0)),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,

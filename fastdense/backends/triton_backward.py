@@ -12,7 +12,7 @@ from ..core.primitives import Conv, Gradients
 from ..kernels import bn_relu_conv_backward, launch
 from ..kernels.launch import LaunchConfig, Split, Work
 from .triton_launcher import Launcher, Pending
-from .triton_operands import Weight, dense_like, readable, reader, tap_stride, unit_of, weight_unit
+from .triton_operands import Weight, dense_like, norm_vectors, readable, tap_stride, unit_of, weight_unit
 
 __all__ = ["ConvBackward"]
 
@@ -123,7 +123,7 @@ class ConvBackward(NamedTuple):
             D, dw, dgamma, dbeta, da, db, pending.out if pending else None, sums, be.counter(columns),
             pending.partial if pending else None,
             grad.D, self.output.rows, grad.a, grad.b, self.output.mean,
-            self.source.rows, *reader(self.conv.norm, self.source), weight.values,
+            self.source.rows, *norm_vectors(self.conv.norm, self.source), weight.values,
         )  # fmt: skip
 
     def _strides(self, weight: Weight, dw: Tensor | None) -> tuple[int, ...]:

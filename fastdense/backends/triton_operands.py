@@ -77,7 +77,7 @@ def dense_like(weight: Tensor) -> Tensor:
     return out if tap_stride(out) is not None else torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
 
-def reader(norm: Norm, source: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_vectors(norm: Norm, source: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``mean, var, gamma, beta`` as one BatchNorm uses them."""
     mean, var = norm.frozen or (source.mean, source.var)
     assert mean is not None and var is not None

@@ -12,7 +12,7 @@ from ..core.primitives import Gradients, Norm, Pool
 from ..kernels import bn_relu_pool
 from ..kernels.launch import Work
 from .triton_launcher import Launcher
-from .triton_operands import reader, three, unit_of
+from .triton_operands import norm_vectors, three, unit_of
 
 __all__ = ["pool_backward", "pool_forward"]
 
@@ -34,14 +34,14 @@ def pool_forward(be: Launcher, source: Features, norm: Norm, pool: Pool, out: Fe
     config = be.choose("mean", channels, channels)
     be.launch(
         bn_relu_pool.bn_relu_mean_kernel, be.images * -(-channels // config.block_c),
-        out.rows, x, *reader(norm, source),
+        out.rows, x, *norm_vectors(norm, source),
         channels, be.pixels,
         out.rows.stride(0), x.stride(0),
         norm.eps,
         UNIT=unit_of(itemsize, channels, out.rows.stride(0), x.stride(0)),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, config=config,
     )  # fmt: skip
-    assert out.mean is None, "nobody normalises what the head hands on"
+    assert out.mean is None, "the head's output is not normalised"
 
 
 def _maximum(be: Launcher, source: Features, norm: Norm, pool: Pool, out: Features | None, taps: Tensor | None) -> None:
@@ -58,7 +58,7 @@ def _maximum(be: Launcher, source: Features, norm: Norm, pool: Pool, out: Featur
     be.launch(
         bn_relu_pool.bn_relu_max_pool_kernel, programs * columns,
         None if out is None else out.rows, mean, var, taps, partial, counter,
-        x, *reader(norm, source),
+        x, *norm_vectors(norm, source),
         m, channels, *sizes, *be.depth_height_width, each,
         stride, x.stride(0),
         norm.eps,
@@ -89,7 +89,7 @@ def pool_backward(
     be.launch(
         bn_relu_pool.bn_relu_pool_backward_kernel, splits * columns,
         D, dgamma, dbeta, da, db, be.empty(splits, 2, channels), be.counter(columns),
-        grad, taps, x, *reader(norm, source),
+        grad, taps, x, *norm_vectors(norm, source),
         be.m, channels, be.pixels, *sizes, *be.depth_height_width, each,
         *strides,
         norm.eps,

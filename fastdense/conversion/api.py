@@ -1,4 +1,4 @@
-"""``convert``, ``revert``: somebody's DenseNet on fastdense's algorithm, in place and back."""
+"""``convert``, ``revert``: a foreign DenseNet on fastdense's algorithm, in place and back."""
 
 from __future__ import annotations
 

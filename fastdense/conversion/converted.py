@@ -16,14 +16,14 @@ from .. import functional
 from ..core import checks
 from ..core.warn import say_once
 from ..ops.support import (
-    average_obstacle,
+    average_unsupported_reason,
     changed,
-    convolution_obstacle,
-    maximum_obstacle,
+    convolution_unsupported_reason,
+    maximum_unsupported_reason,
     pools_first,
-    process_obstacle,
+    process_unsupported_reason,
     refusal,
-    sync_obstacle,
+    sync_unsupported_reason,
 )
 from ..ops.validate import block_input
 from ..reference import NORMS
@@ -225,7 +225,7 @@ def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]
         stages = []
         for stage in layer.stages:
             conv = found[stage.conv]
-            if geometry(conv) != stage.geometry and (reason := convolution_obstacle(conv, "a convolution")):
+            if geometry(conv) != stage.geometry and (reason := convolution_unsupported_reason(conv, "a convolution")):
                 return layers, f"layer {i}: {reason}"
             stages.append((found[stage.norm], conv))
         rate: Any = 0.0
@@ -256,7 +256,7 @@ class Converted:
         spec = vars(self).get("_fastdense")
         impl = "reference" if spec is None else checks.impl_name(spec.impl)  # None: a slice of a converted Sequential
         if spec is not None and impl != "reference":
-            if (reason := process_obstacle()) is None:
+            if (reason := process_unsupported_reason()) is None:
                 if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
                     reason = "it was called with something else than one tensor (or torch.fx traces the model)"
                 else:
@@ -297,7 +297,7 @@ def _run(module: Any, spec: Spec, impl: str, x: Tensor) -> tuple[str | None, Any
     if isinstance(spec, TransitionSpec):
         return _run_transition(found, spec, impl, x)
     layers, reason = _layers(found, spec)
-    reason = reason or sync_obstacle([found[stage.norm] for layer in spec.layers for stage in layer.stages])
+    reason = reason or sync_unsupported_reason([found[stage.norm] for layer in spec.layers for stage in layer.stages])
     if reason is not None:
         return reason, None
     block_input(x, layers)
@@ -312,7 +312,7 @@ def _run_transition(found: list[Any], spec: TransitionSpec, impl: str, x: Tensor
     norm, conv, pool = found[spec.norm], found[spec.conv], found[spec.pool]
     if not pools_first(conv, pool):
         return "its pooling and its convolution cannot change places any more", None
-    if average_obstacle(conv, pool) is None:
+    if average_unsupported_reason(conv, pool) is None:
         return None, functional.fused_transition(x, norm, conv, pool, impl)[0]
     x = norm(x)
     return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
@@ -324,7 +324,7 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
     if names[start : start + len(run)] != run:
         return f"stem: the children {', '.join(map(repr, run))} do not follow one another any more", None
     found, reason = _resolve_children(module, spec.nodes)
-    reason = reason or maximum_obstacle(found[spec.pool])
+    reason = reason or maximum_unsupported_reason(found[spec.pool])
     if reason is not None:
         return f"stem: {reason}", None
     for name, child in module._modules.items():

@@ -1,4 +1,4 @@
-"""What of somebody's model is a DenseNet's block, transition or stem, read from its structure.
+"""Which modules of a model are a DenseNet's block, transition or stem, read from its structure.
 
 A candidate is found by its shapes: a layer whose first convolution reads what the layer before read and wrote. Whether
 it *is* a block is then read from a trace (``trace.py``): its output must be ``[x, H_1, ..., H_L]`` in that order, and
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..nn import DenseBlock, DenseNet, Transition
-from ..ops.support import convolution_obstacle, maximum_obstacle, pools_first
+from ..ops.support import convolution_unsupported_reason, maximum_unsupported_reason, pools_first
 from ..reference import CONVOLUTIONS
 from .converted import (
     BlockSpec,
@@ -244,7 +244,7 @@ def _dropout_rates(module: nn.Module) -> list[str]:
 def _mark_dropout(copy: nn.Module, index: dict[str, int]) -> dict[float, DropoutSource]:
     """Give every dropout rate in ``copy`` a value of its own, so that the trace shows where it is used.
 
-    Rates that are 0 as well: somebody may raise them after the conversion.
+    Rates that are 0 as well: they may be raised after the conversion.
     """
     sources: dict[float, DropoutSource] = {}
     for path, child in copy.named_modules():
@@ -353,7 +353,7 @@ def _layer(
     while True:
         path = reader.convolution(operation)
         conv = reader.found.copy.get_submodule(path)
-        if reason := convolution_obstacle(conv, repr(path)):
+        if reason := convolution_unsupported_reason(conv, repr(path)):
             raise Unsupported(reason)
         relu = reader.take(operation.inputs[0], "relu")
         norm = reader.take(relu.inputs[0], "batch_norm")
@@ -386,7 +386,7 @@ def _stem(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) -> StemS
     reader = _Reader(found)
     pooling = reader.take(found.output, "max_pool")
     norm, _ = _norm_and_relu(reader, pooling, index, "maximum pooling")
-    if reason := maximum_obstacle(found.copy.get_submodule(pooling.module)):
+    if reason := maximum_unsupported_reason(found.copy.get_submodule(pooling.module)):
         raise Unsupported(reason)
     return StemSpec(nodes, norm, index[pooling.module])
 

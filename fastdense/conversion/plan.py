@@ -14,7 +14,7 @@ from ..core import checks
 from ..ops.bn_relu_pool import channels_last
 from .api import Finding, check_model, find
 from .converted import BlockSpec, Converted, StemSpec, converted_class, part_of
-from .trace import on_meta, quiet, shadow, still_norms
+from .trace import clone_with, eval_sync_batchnorm, isolated, on_meta
 
 __all__ = ["PlanEntry", "plan"]
 
@@ -105,9 +105,9 @@ def _input_shapes(model: nn.Module, names: list[str], input_shape: Sequence[int]
     """The shape that enters each named module, from one run of a copy without data; empty if it cannot run."""
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        with quiet(), torch.no_grad():
-            copy = shadow(model, on_meta).train()
-            still_norms(copy)
+        with isolated(), torch.no_grad():
+            copy = clone_with(model, on_meta).train()
+            eval_sync_batchnorm(copy)
             for name, module in copy.named_modules():
                 if isinstance(module, Converted) and "_fastdense" in vars(module):
                     module._fastdense = module._fastdense._replace(impl="reference")  # which calls what is hooked
@@ -116,7 +116,7 @@ def _input_shapes(model: nn.Module, names: list[str], input_shape: Sequence[int]
                         lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
                     )
             copy(_meta_input(copy, tuple(input_shape)))
-    except Exception:  # foreign code, run without data: no figures then
+    except Exception:  # foreign code, run without data: no sizes then
         pass
     return shapes
 
@@ -129,8 +129,8 @@ def _meta_input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, ...]) -> int | None:
     """Bytes that ``module``, run as a ``cls`` on an input of ``shape``, keeps for backward.
 
-    Its input belongs to whoever made it, but for a stem's, which a convolution made and does not need again. A block's
-    output counts: whoever reads it next keeps it in either case.
+    Its input is saved by what made it, but for a stem's, which a convolution made and does not need again. A block's
+    output counts: its consumer saves it in either case.
     """
     kept: dict[int, Tensor] = {}
 
@@ -139,9 +139,9 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
         return tensor.detach()
 
     try:
-        with quiet():
-            copy = shadow(part_of(module, spec), on_meta).train()
-            still_norms(copy)
+        with isolated():
+            copy = clone_with(part_of(module, spec), on_meta).train()
+            eval_sync_batchnorm(copy)
             copy.__class__ = cls
             if issubclass(cls, Converted):
                 copy._fastdense = spec._replace(impl="torch")

@@ -28,10 +28,10 @@ __all__ = [
     "Operation",
     "Trace",
     "Unsupported",
+    "clone_with",
+    "eval_sync_batchnorm",
+    "isolated",
     "kind_of",
-    "quiet",
-    "shadow",
-    "still_norms",
     "summary",
     "trace",
 ]
@@ -84,7 +84,7 @@ def kind_of(function: Any) -> str:
     return _KINDS.get(function) or str(getattr(function, "__name__", function))
 
 
-def shadow(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+def clone_with(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy without hooks whose parameters and buffers are ``make(original)``; sharing is kept."""
     try:
         with warnings.catch_warnings():
@@ -166,8 +166,8 @@ def trace(module: nn.Module, shape: Sequence[int], prepare: Callable[[nn.Module]
     Raises:
         Unsupported: the copy cannot be made or run, or returns anything but one tensor.
     """
-    with quiet(), torch.no_grad():
-        result = Trace(shadow(module, on_meta))
+    with isolated(), torch.no_grad():
+        result = Trace(clone_with(module, on_meta))
         prepare(result.copy)
         dtype = next((p.dtype for p in result.copy.parameters()), torch.float32)
         x = torch.empty(tuple(shape), dtype=dtype, device="meta")
@@ -176,7 +176,7 @@ def trace(module: nn.Module, shape: Sequence[int], prepare: Callable[[nn.Module]
         for path, child in result.copy.train().named_modules():
             handles.append(child.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path)))
             handles.append(child.register_forward_hook(lambda *_: _pop(recorder.path)))
-        still_norms(result.copy)
+        eval_sync_batchnorm(result.copy)
         try:
             with recorder:
                 output = result.copy(x)
@@ -190,7 +190,7 @@ def trace(module: nn.Module, shape: Sequence[int], prepare: Callable[[nn.Module]
     return result
 
 
-def still_norms(copy: nn.Module) -> None:
+def eval_sync_batchnorm(copy: nn.Module) -> None:
     """SyncBatchNorm in evaluation mode: a look in one process must not wait for the others."""
     for child in copy.modules():
         if isinstance(child, nn.SyncBatchNorm):
@@ -198,7 +198,7 @@ def still_norms(copy: nn.Module) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """What surrounds the caller (autocast, inference mode, warnings as errors) does not reach a copy that is run."""
     with (
         warnings.catch_warnings(),

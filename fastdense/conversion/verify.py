@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..backends.philox import keep_mask
 from .converted import BlockSpec, Converted, Spec, converted_class
-from .trace import Unsupported, kind_of, quiet, shadow, still_norms, summary
+from .trace import Unsupported, clone_with, eval_sync_batchnorm, isolated, kind_of, summary
 
 __all__ = ["disagreement"]
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-9
 _SEED = 20
 
 
-class FedMasks(TorchFunctionMode):
+class ReplayDropoutMasks(TorchFunctionMode):
     """Gives every dropout call fastdense's mask of the next layer that drops, instead of one of PyTorch's."""
 
     def __init__(self, seed: Tensor, layers: Sequence[int]) -> None:
@@ -82,8 +82,8 @@ def _disagreement(
     module: nn.Module, spec: Spec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
 ) -> str | None:
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        copy = shadow(module, random_double(generator))
+    with isolated(), torch.random.fork_rng(devices=[]):
+        copy = clone_with(module, random_double(generator))
         prepare(copy)
         if isinstance(spec, BlockSpec):
             _raise_dropout(copy, spec)
@@ -91,7 +91,7 @@ def _disagreement(
         x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
         for training in (True, False):
             copy.train(training)
-            still_norms(copy)
+            eval_sync_batchnorm(copy)
             copy.__class__ = type(module)
             want = _results(copy, spec, x, initial)
             copy.__class__ = converted_class(type(module))
@@ -128,7 +128,7 @@ def _results(copy: nn.Module, spec: Spec, x: Tensor, initial: dict[str, Tensor])
         output = copy(x)
     else:
         seed = torch.randint(2**63 - 1, (1,), device="cpu")
-        with FedMasks(seed, dropping):
+        with ReplayDropoutMasks(seed, dropping):
             output = copy(x)
     buffers = {f"buffer {name}": buffer.clone() for name, buffer in copy.named_buffers()}
     generator = torch.Generator("cpu").manual_seed(_SEED)

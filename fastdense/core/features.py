@@ -67,7 +67,7 @@ class Features:
 
     Attributes:
         rows: values ``[m, C]`` in the feature dtype, usually a channel slice of a wider buffer.
-        mean: batch mean of each channel ``[C]``, in the accumulation dtype; ``None`` where no reader asks for it.
+        mean: batch mean of each channel ``[C]``, in the accumulation dtype; ``None`` where no consumer asks for it.
         var: biased batch variance of each channel ``[C]``, likewise.
     """
 
@@ -81,7 +81,7 @@ class Features:
         return Features(self.rows[:, channels], self.mean[channels], self.var[channels])
 
     def without_moments(self) -> Features:
-        """The same rows, for a write whose moments nobody wants."""
+        """The same rows, for a write whose moments are not wanted."""
         return Features(self.rows, None, None)
 
 
@@ -90,13 +90,13 @@ class LazyGradient:
     """The gradient of some features ``v`` whose BatchNorm corrections have not been applied yet.
 
     It stands for ``grad(v) = D + a + b*(v - mu)``. The correction that BatchNorm makes for its batch statistics is
-    affine in ``v`` with coefficients per channel, and coefficients of several readers simply add up; so each reader
-    adds ``gamma*r*dy`` to ``D`` and two numbers per channel to ``a`` and ``b``, and whoever needs ``grad(v)`` forms
-    it while loading. docs/algorithm.md derives it.
+    affine in ``v`` with coefficients per channel, and coefficients of several consumers simply add up; so each of
+    them adds ``gamma*r*dy`` to ``D`` and two numbers per channel to ``a`` and ``b``, and ``grad(v)`` is formed
+    while it is loaded. docs/algorithm.md derives it.
 
     Attributes:
         D: direct part ``[m, C]``, in the feature dtype.
-        a, b: coefficients ``[C]`` in the accumulation dtype; ``None`` where no reader uses batch statistics.
+        a, b: coefficients ``[C]`` in the accumulation dtype; ``None`` where no consumer uses batch statistics.
         start: the first channel of the buffer that has a gradient; slices are given in the buffer's numbering.
         balanced: whether it sums to 0 over the pixels in every channel, as what comes through a BatchNorm alone does.
     """

@@ -14,7 +14,7 @@ Gradients = list[Tensor | None]
 
 
 class Norm(NamedTuple):
-    """One reader's BatchNorm: scale and shift ``[C]``, and its own moments if it is frozen (evaluation mode)."""
+    """A consumer's BatchNorm: scale and shift ``[C]``, and its own moments if it is frozen (evaluation mode)."""
 
     gamma: Tensor
     beta: Tensor
@@ -88,9 +88,9 @@ class Layer(NamedTuple):
 class Backend(Protocol):
     """What a schedule asks of a backend, over rows of pixels, channels last, for one call of one block.
 
-    Batch moments and BatchNorm's gradients belong to whoever produces the values: each primitive merges its own partial
-    sums. Another process's share of a channel's moments is merged with ``out.mean, out.var`` after the call, its share
-    of ``a`` and ``b`` (linear in the sums) before they are read.
+    Batch moments and BatchNorm's gradients belong to the primitive that produces the values: each merges its own
+    partial sums. Another process's share of a channel's moments is merged with ``out.mean, out.var`` after the call,
+    its share of ``a`` and ``b`` (linear in the sums) before they are read.
     """
 
     @property
@@ -123,7 +123,7 @@ class Backend(Protocol):
         *,
         accumulate: bool,
     ) -> Gradients:
-        """``[dgamma, dbeta, dweight]``, each ``None`` if nobody needs it, from ``grad`` of ``output``.
+        """``[dgamma, dbeta, dweight]``, each ``None`` if it is not needed, from ``grad`` of ``output``.
 
         With ``dy = pool^T(conv^T(grad)) * (relu's mask)``, adds ``gamma*r*dy`` to ``into.D`` and the batch statistics'
         share to ``into.a`` and ``into.b``, or writes them there.

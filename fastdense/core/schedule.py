@@ -6,9 +6,9 @@ first ``C_l`` channels of one shared buffer ``X``, and writes the next ``k`` cha
     Z_l     = conv1x1(relu(bn([H_0, ..., H_l])))        the bottleneck, absent in the paper's basic layer
     H_{l+1} = conv3x3(relu(bn(Z_l)))
 
-Forward, a channel's batch moments are computed once, by whoever writes the channel, and shared by all its readers.
-Backward, the gradient of features ``v`` is a triple that its readers add to, ``grad(v) = D + a + b*(v - mu)``, and
-whoever needs ``grad(v)`` forms it while loading. docs/algorithm.md derives both.
+Forward, a channel's batch moments are computed once, where the channel is written, and shared by all its consumers.
+Backward, the gradient of features ``v`` is a triple that its consumers add to, ``grad(v) = D + a + b*(v - mu)``,
+formed while it is loaded. docs/algorithm.md derives both.
 
 The arithmetic is a backend's (``primitives.py`` names it, ``torch_backend.py`` does it); the order of things is here.
 """
@@ -28,8 +28,8 @@ def forward(
 ) -> None:
     """Fill the block's buffer ``X`` and every ``Z_l`` from ``x [N, C0, *spatial]``.
 
-    ``Z`` may name one buffer several times: what nobody keeps, the next layer overwrites. With ``given_moments`` the
-    moments of ``x`` are in ``X`` already.
+    ``Z`` may name one buffer several times: a bottleneck that is not saved is overwritten by the next
+    layer's. With ``given_moments`` the moments of ``x`` are in ``X`` already.
     """
     layers = _prepared(be, layers)
     H_0 = X[: x.shape[1]]

@@ -7,9 +7,9 @@
     head         mean of relu(bn(x)) over all pixels
 
 It keeps ``x`` and its moments; activation, mask and arg-max are computed again in backward. Moments that the caller
-has are taken, and if they are differentiable their gradients go back to whoever computed them, with ``D`` as the
-gradient of ``x``: the lazy gradient of ``schedule.py``. The moments of the output are a gift to its reader: what that
-reader makes of them belongs to the gradient that it returns for the output itself.
+has are taken, and if they are differentiable their gradients go back to what computed them, with ``D`` as the
+gradient of ``x``: the lazy gradient of ``schedule.py``. The moments of the output are for its consumer: what that
+makes of them belongs to the gradient that it returns for the output itself.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def restore_generator(device: torch.device, state: Tensor | None) -> None:
 def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Each gradient with the shape, dtype and strides of its parameter: optimizers and DDP want them to agree.
 
-    Empty where there is none or nobody ``needs`` it. In 16 bit all of them are cast, in one call: one for each would be
+    Empty where there is none or none is needed. In 16 bit all of them are cast, in one call: one for each would be
     more launches than everything else.
     """
     found: list[Tensor] = []

@@ -1,8 +1,8 @@
 """The DenseBlock as two ``torch.library`` operators, so that autograd, compilers and exporters see one node each.
 
 ``fastdense::dense_block`` returns the block's output *and its channels' batch moments*, all three differentiable. A
-reader outside the block (a transition, the head) that normalises with them sends its gradient back as gradients of
-``(X, mean, var)``; autograd adds those up over readers, and the block's backward starts from
+consumer outside the block (a transition, the head) that normalises with them sends its gradient back as gradients of
+``(X, mean, var)``; autograd sums those over consumers, and the block's backward starts from
 
     D = grad_X,   a = grad_mean/m,   b = 2*grad_var/m,
 
@@ -65,7 +65,7 @@ def build_layers(
 def _bottlenecks(
     layers: Sequence[Layer], rows: Sequence[Tensor], first: int, x: Tensor, mean: Tensor, var: Tensor
 ) -> list[Features]:
-    """Every ``Z_l``: kept ``rows`` from layer ``first`` on, one shared scratch for those that nobody keeps."""
+    """Every ``Z_l``: saved ``rows`` from layer ``first`` on, one shared scratch for those that are not saved."""
     if layers[0].conv1x1 is None:
         return []
     m = x.numel() // x.shape[1]

@@ -34,16 +34,16 @@ def falls_back(impl: str, reason: str | None) -> bool:
 def runs_by_modules(impl: str, what: str, reason: str | None) -> bool:
     """Whether the modules of ``what`` are to be called one by one: as ``impl`` says, or for a ``reason``, said once."""
     impl = checks.impl_name(impl)
-    return impl == "reference" or falls_back(impl, process_obstacle() or (reason and f"{what}: {reason}"))
+    return impl == "reference" or falls_back(impl, process_unsupported_reason() or (reason and f"{what}: {reason}"))
 
 
-def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+def unsupported_reason(layers: Sequence[nn.Module], *, moments: bool = False) -> str | None:
     """The reason why these layers cannot run fused (with ``moments`` in or out), or ``None`` if they can.
 
     The fused path reads the children's tensors and does not call them: a child that would do anything else when called
     (a hook, a parametrization, another type) sends the whole block to the reference path.
     """
-    if reason := process_obstacle():
+    if reason := process_unsupported_reason():
         return reason
     shares = False
     for i, layer in enumerate(layers):
@@ -58,16 +58,18 @@ def why_reference(layers: Sequence[nn.Module], *, moments: bool = False) -> str 
             if reason := changed(child):
                 return f"layer {i}: its child {name!r} {reason}"
             shares = shares or type(child) is nn.SyncBatchNorm
-            if type(child) in CONVOLUTIONS and (reason := convolution_obstacle(child, name)):
+            if type(child) in CONVOLUTIONS and (reason := convolution_unsupported_reason(child, name)):
                 return f"layer {i}: {reason}"
         if getattr(layer, "drop_channels", False) != getattr(layers[0], "drop_channels", False):
             return f"layer {i}: it drops whole channels where layer 0 drops elements, or the other way round"
     if not shares:
         return None
-    return sync_obstacle([c for layer in layers for c in layer.children() if isinstance(c, NORMS)], moments=moments)
+    return sync_unsupported_reason(
+        [c for layer in layers for c in layer.children() if isinstance(c, NORMS)], moments=moments
+    )
 
 
-def sync_obstacle(norms: Sequence[nn.Module], *, moments: bool = False) -> str | None:
+def sync_unsupported_reason(norms: Sequence[nn.Module], *, moments: bool = False) -> str | None:
     """Why these norms' statistics cannot be shared between processes, or ``None``."""
     group = group_of(norms)
     if group is None:
@@ -77,7 +79,7 @@ def sync_obstacle(norms: Sequence[nn.Module], *, moments: bool = False) -> str |
     return None
 
 
-def process_obstacle() -> str | None:
+def process_unsupported_reason() -> str | None:
     """What makes every block of this process, or of this export, run the reference path, or ``None``."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
         return "a global module hook is registered"
@@ -99,8 +101,8 @@ def pools_first(conv: Any, pool: Any) -> bool:
     )
 
 
-def norm_obstacle(norm: Any, relu: Any) -> str | None:
-    """Why BatchNorm and ReLU (``None`` if nobody calls one) cannot run fused, or ``None``."""
+def norm_unsupported_reason(norm: Any, relu: Any) -> str | None:
+    """Why BatchNorm and ReLU (``None`` if none is called) cannot run fused, or ``None``."""
     for name, module, known in (("norm", norm, NORMS), ("ReLU", relu, (nn.ReLU,))):
         if module is None:
             continue
@@ -111,7 +113,7 @@ def norm_obstacle(norm: Any, relu: Any) -> str | None:
     return None
 
 
-def average_obstacle(conv: Any, pool: Any) -> str | None:
+def average_unsupported_reason(conv: Any, pool: Any) -> str | None:
     """Why average pooling and a 1x1 convolution cannot run fused, or ``None``."""
     if not pools_first(conv, pool):
         return "its pooling and its convolution cannot change places"
@@ -122,7 +124,7 @@ def average_obstacle(conv: Any, pool: Any) -> str | None:
     return None
 
 
-def maximum_obstacle(pool: Any) -> str | None:
+def maximum_unsupported_reason(pool: Any) -> str | None:
     """Why maximum pooling cannot run fused, or ``None``."""
     if type(pool) not in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
         return f"its pooling is a {type(pool).__name__}, which fastdense does not know"
@@ -167,7 +169,7 @@ def _structure(children: dict[str, nn.Module | None]) -> str | None:
     return None
 
 
-def convolution_obstacle(conv: Any, name: str) -> str | None:
+def convolution_unsupported_reason(conv: Any, name: str) -> str | None:
     """Why ``conv`` cannot run fused, or ``None``.
 
     It must have stride 1, no dilation, groups or bias, and an odd kernel with zero padding that keeps the size.

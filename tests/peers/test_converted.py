@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense.conversion.converted import Converted
-from fastdense.conversion.verify import FedMasks
+from fastdense.conversion.verify import ReplayDropoutMasks
 
 Make = Callable[..., nn.Module]
 
@@ -138,7 +138,7 @@ def test_dropout_with_the_same_masks(name: str) -> None:
     seeds = [torch.randint(2**63 - 1, (1,)) for _ in range(2)]
 
     def forward(x: Tensor) -> Tensor:
-        masks = FedMasks(seeds[0], [0, 1, 0, 1, 2])
+        masks = ReplayDropoutMasks(seeds[0], [0, 1, 0, 1, 2])
         block2 = dict(theirs.named_modules())["features.denseblock2"]
         handle = block2.register_forward_pre_hook(lambda *_: setattr(masks, "seed", seeds[1]))
         with masks:
