@@ -33,10 +33,6 @@ def _draws(seed: int, epoch: int, number: int | None = None) -> random.Random:
     return random.Random(f"{seed} {epoch} {number}")
 
 
-def _below(draw: random.Random, count: int) -> int:
-    return int(draw.random() * count)
-
-
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """``(images - mean) / std`` in contiguous float32, for uint8 images ``[n, channels, height, width]``.
 
@@ -83,9 +79,13 @@ def scaled_box(width: int, height: int, size: int, draw: random.Random | None = 
     scaled_height = max(short, short * height // width)
     left, top = round((scaled_width - size) / 2), round((scaled_height - size) / 2)
     if draw is not None:
-        left, top = _below(draw, scaled_width - size + 1), _below(draw, scaled_height - size + 1)
+        left, top = _corner(draw, scaled_width - size, scaled_height - size)
     x, y = width / scaled_width, height / scaled_height
     return left * x, top * y, (left + size) * x, (top + size) * y
+
+
+def _corner(draw: random.Random, most_left: int, most_top: int) -> tuple[int, int]:
+    return int(draw.random() * (most_left + 1)), int(draw.random() * (most_top + 1))
 
 
 def part_box(width: int, height: int, draw: random.Random) -> Box:
@@ -98,27 +98,28 @@ def part_box(width: int, height: int, draw: random.Random) -> Box:
         ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** draw.random()  # uniform in its logarithm
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = _below(draw, width - w + 1), _below(draw, height - h + 1)
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
+            left, top = _corner(draw, width - w, height - h)
+            break
+    else:
+        w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+        left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def crop_flip_table(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`crop_flip` does to each of ``count`` images: ``top``, ``left``, ``flip``, each ``[count]``."""
+def crop_flip_table(count: int, seed: int, epoch: int) -> Tensor:
+    """What :func:`crop_flip` does to each of ``count`` images: int64 ``[3, count]``, ``top``, ``left`` and ``flip``."""
     generator = torch.Generator().manual_seed(_draws(seed, epoch).getrandbits(63))
-    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator)
-    return top, left, torch.randint(2, (count,), generator=generator).bool()
+    corners = torch.randint(2 * PAD + 1, (2, count), generator=generator)
+    return torch.cat([corners, torch.randint(2, (1, count), generator=generator)])
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Shift each image by up to four pixels and mirror some (Huang et al., arXiv 1608.06993, section 4.1).
+    """Shifts each image by up to four pixels and mirrors some (Huang et al., arXiv 1608.06993, section 4.1).
 
     Args:
         images: standardised, ``[n, channels, height, width]``. Zeros come in at the edges: the mean colour.
         top, left: int64 ``[n]``, the corner of the crop in the image padded by 4 pixels, each in ``[0, 8]``.
-        flip: bool ``[n]``, whether left and right change places afterwards.
+        flip: int64 ``[n]``, 1 where left and right change places afterwards, else 0.
 
     Equivalent to, for each image::
 
@@ -128,15 +129,11 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor
     n, _, height, width = images.shape
     windows = F.pad(images, (PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view [n, C, 9, 9, H, W]
     crops = windows[torch.arange(n, device=images.device), :, top, left]  # [n, C, H, W]
-    return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
+    return torch.where(flip.view(n, 1, 1, 1) > 0, crops.flip(3), crops)
 
 
 def resized_crop(images: Tensor, numbers: Tensor, views: Views) -> Tensor:
-    """Cut the box that ``views`` has for each number out of ``[n, channels, height, width]``, resized bilinearly.
-
-    Returns:
-        ``[n, channels, size, size]``.
-    """
+    """Cuts each number's box out of ``[n, channels, height, width]``, resized bilinearly to ``views.size``."""
     n, channels, height, width = images.shape
     boxes = [views(number, width, height) for number in numbers.tolist()]
     flip = torch.tensor([-1.0 if flip else 1.0 for _, flip in boxes], device=images.device)
