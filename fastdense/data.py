@@ -212,7 +212,7 @@ def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tup
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
         raise ValueError(f"--data {data} {what}: {remedy}")
     if version := cifar.find(root):
-        *tensors, names = cifar.read(*version)
+        tensors, names = cifar.read(*version)
         mean, std = _mean_and_std(tensors[0])
         classes, name = len(names), version[1].name
         found = Dataset(name, *tensors, classes=classes, class_names=names, mean=mean, std=std, size=image_size)
