@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checks
 
-__all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block"]
+__all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block", "last_conv"]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -171,3 +171,8 @@ class ConcatTransition(nn.Sequential):
         self.relu = nn.ReLU(inplace=True)
         self.conv = CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False, **at)
         self.pool = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
+
+
+def last_conv(layer: Any) -> Any:
+    """The convolution that writes the output of ``layer``, a dense layer with or without a bottleneck."""
+    return layer.conv2 if "conv2" in layer._modules else layer.conv1
