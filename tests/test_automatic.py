@@ -12,8 +12,8 @@ from torch import nn
 
 import fastdense
 from fastdense import functional, memory
-from fastdense.automatic import network_sizes
-from fastdense.memory import WORKSPACE_BYTES, BlockSize, peak_bytes, plan_recompute, planned_bytes, saved_bytes
+from fastdense.automatic import BlockSize, network_sizes, plan_recompute, planned_bytes
+from fastdense.memory import WORKSPACE_BYTES, peak_bytes, saved_bytes
 
 A, B = "activations", "bottlenecks"
 PLENTY = 1 << 40
