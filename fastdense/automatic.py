@@ -119,18 +119,16 @@ def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int 
     """
     modes = ["activations"] * len(blocks)
     price = {i: block.work / block.freed for i, block in enumerate(blocks) if block.freed}
-    chosen: list[int] = []
+    cheapest_first = sorted(price, key=price.__getitem__)
 
     def fits() -> bool:
         return planned_bytes(blocks, modes, also_kept)[1] <= free_bytes
 
-    for i in sorted(price, key=price.__getitem__):
-        if fits():
-            break
-        modes[i] = "bottlenecks"
-        chosen.append(i)
-    if fits():
-        for i in reversed(chosen):
+    for i in cheapest_first:
+        if not fits():
+            modes[i] = "bottlenecks"
+    for i in reversed(cheapest_first):
+        if modes[i] == "bottlenecks" and fits():
             modes[i] = "activations"
             if not fits():
                 modes[i] = "bottlenecks"
