@@ -13,7 +13,7 @@ from .functional import may_ask, say_choice
 from .memory import WORKSPACE_BYTES
 from .ops import autocasts
 from .pooling import windows
-from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition, last_conv
+from .reference import BATCH_NORM, CONV, ConcatDenseBlock, ConcatTransition, widths
 
 __all__ = ["BlockSize", "in_words", "network_sizes", "plan", "plan_recompute", "planned_bytes"]
 
@@ -153,7 +153,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             size = _block_size(list(child.values()), pixels, itemsize, learns)
             if size is not None:
                 sizes[name], learns = size, True
-            channels = _leaving(list(child.values()))
+            channels = widths(list(child.values()))[-1]
             continue
         learns = learns or any(parameter.requires_grad for parameter in child.parameters())
         if type(child) in _NORMS and name != "norm5":
@@ -173,10 +173,6 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
     return sizes, also_kept
 
 
-def _leaving(layers: Sequence[Any]) -> int:
-    return layers[0].conv1.in_channels + sum(last_conv(layer).out_channels for layer in layers)
-
-
 def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool) -> BlockSize | None:
     """``None`` if no gradient comes to this block; ``learns``: whether one goes further back."""
     if not learns:
@@ -184,6 +180,6 @@ def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool)
         if not learning:
             return None
         layers = layers[learning[0] :]
-    reads = tuple(layer.conv1.in_channels for layer in layers)
+    *reads, channels = widths(layers)
     bottlenecks = tuple(layer.conv1.out_channels for layer in layers if "conv2" in layer._modules)
-    return BlockSize(pixels, _leaving(layers), reads, bottlenecks, itemsize)
+    return BlockSize(pixels, channels, tuple(reads), bottlenecks, itemsize)

@@ -30,7 +30,7 @@ from .converted import Converted
 from .features import Features, LazyGradient, as_rows, row_stride
 from .plain import PlainBlock
 from .primitives import Backend, Conv, Dropout, Gradients, Layer
-from .reference import last_conv
+from .reference import widths
 
 __all__ = ["BlockFlow", "BlockReuse", "feature_reuse", "first_not_finite", "gradient_flow"]
 
@@ -122,7 +122,7 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
     check_model(model)
     found = []
     for name, _, layers in dense_blocks(with_dense_blocks(_unwrapped(model))):
-        edges = _edges([layer.conv1.in_channels for layer in layers], last_conv(layers[-1]).out_channels)
+        edges = _edges(widths(layers))
         weights = torch.zeros(len(layers) + 1, len(layers), dtype=torch.float64)
         for j, layer in enumerate(layers):
             channels = layer.conv1.weight.detach().double().abs().transpose(0, 1).flatten(1).mean(1)  # [C_j]
@@ -172,7 +172,7 @@ class _Run:
 
     def __init__(self, name: str, inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]) -> None:
         self.name, self.inner, self.G, self.X = name, inner, G, X
-        self.edges = _edges([layer.reads for layer in layers], layers[-1].writes)
+        self.edges = _edges([*(layer.reads for layer in layers), layers[-1].reads + layers[-1].writes])
         self.consumers = {layer.reads: j for j, layer in enumerate(layers)}  # no two read equally many channels
         self.norms = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
         self.totals = torch.zeros(len(layers) + 1, dtype=torch.float64)
@@ -373,9 +373,9 @@ def _probe(model: nn.Module, dtype: torch.dtype | None, device: torch.device) ->
     return probe if dtype is None else probe.to(device=device, dtype=dtype)
 
 
-def _edges(reads: Sequence[int], last: int) -> list[slice]:
-    """The channels of ``H_0 .. H_L`` in the block's buffer; the last layer writes ``last`` of them."""
-    return [slice(start, stop) for start, stop in itertools.pairwise([0, *reads, reads[-1] + last])]
+def _edges(widths: Sequence[int]) -> list[slice]:
+    """The channels of ``H_0 .. H_L`` in the block's buffer."""
+    return [slice(start, stop) for start, stop in itertools.pairwise([0, *widths])]
 
 
 def _zeros_like(gradient: LazyGradient) -> LazyGradient:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import dense_blocks, with_dense_blocks
-from .reference import BATCH_NORM, CONV, last_conv
+from .reference import BATCH_NORM, CONV, widths
 
 __all__ = ["PlainBlock", "without_dense_connections"]
 
@@ -31,11 +31,10 @@ class PlainBlock(nn.ModuleDict):
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        channels = layers[0].conv1.in_channels
-        for i, layer in enumerate(layers, 1):
-            self.add_module(f"denselayer{i}", _plain_layer(layer, channels))
-            channels = last_conv(layer).out_channels
-        self.padding = layers[-1].conv1.in_channels  # C0 + (L - 1)*k
+        C = widths(layers)
+        for i, layer in enumerate(layers):
+            self.add_module(f"denselayer{i + 1}", _plain_layer(layer, C[i] - C[i - 1] if i else C[0]))
+        self.padding = C[-2]  # C0 + (L - 1)*k
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros for all that a dense block would pass on besides its last output."""

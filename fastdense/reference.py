@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checks
 
-__all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block", "last_conv"]
+__all__ = ["BATCH_NORM", "CONV", "ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block", "widths"]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -173,6 +173,8 @@ class ConcatTransition(nn.Sequential):
         self.pool = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
 
 
-def last_conv(layer: Any) -> Any:
-    """The convolution that writes the output of ``layer``, a dense layer with or without a bottleneck."""
-    return layer.conv2 if "conv2" in layer._modules else layer.conv1
+def widths(layers: Sequence[Any]) -> list[int]:
+    """``C_0 .. C_L``: how many channels each layer of a block reads, and how many leave the block."""
+    last = layers[-1]
+    growth_rate = (last.conv2 if "conv2" in last._modules else last.conv1).out_channels
+    return [*(layer.conv1.in_channels for layer in layers), last.conv1.in_channels + growth_rate]
