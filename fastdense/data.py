@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,60 +22,12 @@ ON_ERROR = ("stop", "skip")
 FOLDER_IMAGE_SIZE = 224
 
 
-class Source(Protocol):
-    """Labelled images to train and to test on. Images have numbers, counted from 0 on each side.
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images to train and to test on, all in memory. They have numbers, counted from 0 on each side.
 
     Attributes:
         name: what to call it in a report.
-        channels, image_size: of the images in a batch; height and width are equal.
-        classes, class_names: how many, labels are in ``[0, classes)``; and one name for each label.
-        train_count, test_count: how many images there are on each side.
-        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``, in the order
-            found.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def classes(self) -> int: ...
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def train_count(self) -> int: ...
-    @property
-    def test_count(self) -> int: ...
-    @property
-    def unreadable(self) -> list[str]: ...
-
-    def to(self, device: torch.device) -> Source:
-        """The same images, with batches on ``device``."""
-
-    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for each batch of numbers, standardised and augmented.
-
-        The augmentation is a pure function of (seed, epoch, image number), whatever the batches, processes and resumes.
-
-        Args:
-            batches: each a vector of int64 in ``[0, train_count)``.
-            epoch: any number.
-
-        Yields:
-            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
-        """
-
-    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A :class:`Source` that holds all of its images in memory.
-
-    Attributes:
         train_images, test_images: ``[n, channels, height, width]``, standardised float32, or uint8 as stored.
         train_labels, test_labels: int64 ``[n]``, each in ``[0, classes)``.
         class_names: the numbers of the classes if left out.
@@ -84,6 +35,7 @@ class Dataset:
         augment: ``"none"``, ``"crop-flip"`` or ``"resized-crop"``.
         seed: of the augmentation.
         size: batches are resized to it bilinearly; ``None`` leaves the images their own.
+        unreadable: one line for each image that could not be read and was skipped: always empty.
     """
 
     name: str
@@ -127,7 +79,17 @@ class Dataset:
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`Source`: without augmentation, ``train_images[numbers]`` standardised."""
+        """Images and labels for each batch of numbers, standardised and augmented.
+
+        The augmentation is a pure function of (seed, epoch, image number), whatever the batches, processes and resumes.
+
+        Args:
+            batches: each a vector of int64 in ``[0, train_count)``.
+            epoch: any number.
+
+        Yields:
+            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
+        """
         device = self.train_images.device
         views = Views(self.augment, self.image_size, self.seed, epoch)
         table = torch.empty(0)
@@ -143,7 +105,7 @@ class Dataset:
             yield self._resized(images), self.train_labels[on_device]
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as in :class:`Source`: ``test_images[numbers]`` standardised."""
+        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
         for part in numbers.to(self.test_images.device).split(batch_size):
             yield self._resized(self._standardised(self.test_images[part])), self.test_labels[part]
 
@@ -156,6 +118,9 @@ class Dataset:
             return images
         smaller = self.image_size < images.shape[-1]  # where every pixel shall count
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=smaller)
+
+
+Source = Dataset | ImageFolder
 
 
 def open_data(
@@ -200,7 +165,7 @@ def open_data(
     return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
 
 
-def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tuple[Dataset | ImageFolder, str]:
+def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tuple[Source, str]:
     """The images that ``data`` names, and how they are usually augmented."""
     if data == "digits":
         if image_size is not None and image_size < 8:

@@ -146,12 +146,13 @@ class _Reader(MapDataset[_Batch]):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder: a :class:`fastdense.data.Source`, standardised with ImageNet's mean and standard deviation.
+    """Images in a folder, with the methods of :class:`fastdense.data.Dataset`, standardised with ImageNet's statistics.
 
     Attributes:
-        augment, seed, on_error: as in :func:`fastdense.data.open_data`.
-        workers: processes that read images while the device works; 0 reads them in this process.
+        augment, seed, workers, on_error: as in :func:`fastdense.data.open_data`.
         device: where batches shall be.
+        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``, in the order
+            found.
     """
 
     train_files: Files
@@ -187,13 +188,10 @@ class ImageFolder:
         return replace(self, device=torch.device(device))
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`fastdense.data.Source`; with workers, ``batches`` is read ahead.
+        """Batches to train on, as in :class:`fastdense.data.Dataset`; with workers, ``batches`` is read ahead.
 
-        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all.
-
-        Raises:
-            UnreadableImage: an image cannot be read and ``on_error`` is ``"stop"``, or none can.
-            RuntimeError: a worker process died.
+        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all. Otherwise, and
+        where none can be read, it raises ``UnreadableImage``; and ``RuntimeError`` if a worker process died.
         """
         views = Views(self.augment, self.image_size, self.seed, epoch)
         reader = _Reader(self.train_files, views, replace=self.on_error == "skip")
@@ -203,11 +201,7 @@ class ImageFolder:
             yield images, labels
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as in :class:`fastdense.data.Source`; with ``"skip"``, unreadable images are left out.
-
-        Raises:
-            UnreadableImage, RuntimeError: as :meth:`train`.
-        """
+        """Batches to test on, as :meth:`train`; with ``"skip"``, unreadable images are left out."""
         reader = _Reader(self.test_files, Views("none", self.image_size), replace=False)
         count = 0
         for images, labels in self._load(reader, numbers.split(batch_size)):

@@ -155,15 +155,12 @@ def _imported(spec: str) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
     if zipfile.is_zipfile(path):  # as torch has saved since 2020
         checkpoint.verify(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a file of another kind makes the reader raise anything
         raise ValueError(
             f"--weights {path} is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
