@@ -79,10 +79,10 @@ def gradient_flow(
     """Computes the gradient of every feature map of every dense block, term by term, for one batch.
 
     It works on a copy of ``model``, in the modes (training, evaluation) that its modules are in; neither the model nor
-    a random generator changes. A model of torchvision, timm or MONAI that was not converted is converted in the copy.
+    a random generator changes.
 
     Args:
-        model: a network with dense blocks.
+        model: a network with dense blocks: own, converted, or one that ``convert`` understands.
         x: its input, usually ``[N, C, *spatial]``.
         target: what ``loss_fn`` takes beside the output; for the default loss classes ``[N]``, int64. Left out, it is
             the model's own arg-max over the output's second axis.
@@ -108,7 +108,7 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
     """Computes the mean absolute weight with which each layer reads each earlier feature map.
 
     Args:
-        model: a network with dense blocks: own, converted, or one that ``convert`` understands (it is not changed).
+        model: as in :func:`gradient_flow`; it is not changed.
 
     Returns:
         One :class:`BlockReuse` for each dense block, in the order of ``model.named_modules()``; float64, on the CPU.

@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from .blocks import dense_blocks
 from .environment import versions
@@ -34,51 +35,34 @@ inspect = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="densenet121, 161, 169, 201 or 264, named in full; or package.module:function of any model that "
-        "fastdense.convert understands, as torchvision.models:densenet121.",
-        show_default="what --weights says, or the network that `fastdense train` trains",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="A checkpoint of `fastdense train`, or a file with a state_dict.", show_default="none: untrained"
-    ),
-]
-Ema = Annotated[bool, typer.Option("--ema", help="Of a checkpoint, the averaged weights.")]
-Depth = Annotated[int | None, typer.Option(help="Three equal blocks, as in `fastdense train`.", show_default="100")]
-Blocks = Annotated[str | None, typer.Option(help="Layers of each block, as 6,12,24.")]
-GrowthRate = Annotated[int | None, typer.Option(help="Channels that each layer adds.", show_default="12")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="digits, a folder of images or of CIFAR's files, or random: noise.",
-        show_default="what --weights was trained on, or digits",
-    ),
-]
-Images = Annotated[int, typer.Option(help="How many of the training images make the batch.", min=2)]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Height and width in pixels.",
-        show_default=f"the data's own; {LARGE_STEM_IMAGE} for digits in front of an ImageNet stem",
-    ),
-]
-Plain = Annotated[
-    bool, typer.Option(help="Draw the same layers without dense connections beside it, freshly initialised.")
-]
-PlainWeights = Annotated[
-    Path | None, typer.Option(help="Draw a network of `fastdense train --plain` instead: its checkpoint.")
-]
-Evaluation = Annotated[
-    bool, typer.Option("--eval", help="BatchNorm with its running statistics, not with the batch's as in training.")
-]
-Seed = Annotated[int, typer.Option(help="Of initial weights and noise.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the matrices to this file too.")]
+_MODEL = (
+    "densenet121, 161, 169, 201 or 264, named in full; or package.module:function of any model that "
+    "fastdense.convert understands, as torchvision.models:densenet121."
+)
+_OWN_NETWORK = "what --weights says, or the network that `fastdense train` trains"
+_WEIGHTS = "A checkpoint of `fastdense train`, or a file with a state_dict."
+_DATA = "digits, a folder of images or of CIFAR's files, or random: noise."
+_OWN_SIZE = f"the data's own; {LARGE_STEM_IMAGE} for digits in front of an ImageNet stem"
+_PLAIN = "Draw the same layers without dense connections beside it, freshly initialised."
+_PLAIN_WEIGHTS = "Draw a network of `fastdense train --plain` instead: its checkpoint."
+_EVALUATION = "BatchNorm with its running statistics, not with the batch's as in training."
+_DEVICE = "cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at."
+Model = Annotated[str | None, Option(help=_MODEL, show_default=_OWN_NETWORK)]
+Weights = Annotated[Path | None, Option(help=_WEIGHTS, show_default="none: untrained")]
+Ema = Annotated[bool, Option("--ema", help="Of a checkpoint, the averaged weights.")]
+Depth = Annotated[int | None, Option(help="Three equal blocks, as in `fastdense train`.", show_default="100")]
+Blocks = Annotated[str | None, Option(help="Layers of each block, as 6,12,24.")]
+GrowthRate = Annotated[int | None, Option(help="Channels that each layer adds.", show_default="12")]
+Data = Annotated[str | None, Option(help=_DATA, show_default="what --weights was trained on, or digits")]
+Images = Annotated[int, Option(help="How many of the training images make the batch.", min=2)]
+ImageSize = Annotated[int | None, Option(help="Height and width in pixels.", show_default=_OWN_SIZE)]
+Plain = Annotated[bool, Option(help=_PLAIN)]
+PlainWeights = Annotated[Path | None, Option(help=_PLAIN_WEIGHTS)]
+Evaluation = Annotated[bool, Option("--eval", help=_EVALUATION)]
+Seed = Annotated[int, Option(help="Of initial weights and noise.")]
+Device = Annotated[str, Option(help=_DEVICE)]
+Out = Annotated[Path, Option(help="The picture.")]
+Json = Annotated[Path | None, Option("--json", help="Write the matrices to this file too.")]
 PLAIN = "the same layers without dense connections"
 
 
@@ -98,7 +82,7 @@ def flow(
     evaluation: Evaluation = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("flow.png"),
+    out: Out = Path("flow.png"),
     json_file: Json = None,
 ) -> None:
     """Where the gradient of each feature map comes from, and how large it is at every depth, for one batch.
@@ -137,7 +121,7 @@ def reuse(
     block_config: Blocks = None,
     growth_rate: GrowthRate = None,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("reuse.png"),
+    out: Out = Path("reuse.png"),
     json_file: Json = None,
 ) -> None:
     """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
