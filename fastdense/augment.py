@@ -1,9 +1,8 @@
 """Views of images: which part of an image a network sees, and how its pixels become numbers.
 
-Every random decision is a pure function of (seed, epoch, image number). It is therefore the same in any batch, in any
-process and after a resumed run, and the global random generators stay as they are.
-
-A box is ``(left, top, right, bottom)`` in pixels of the whole image, with fractions, as Pillow has it.
+Every random decision is a pure function of (seed, epoch, image number): the same in any batch, in any process and after
+a resume; and the global random generators stay as they are. A box is ``(left, top, right, bottom)`` in pixels of the
+whole image, with fractions, as Pillow has it.
 """
 
 from __future__ import annotations
@@ -34,22 +33,17 @@ def _draws(seed: int, epoch: int, number: int | None = None) -> random.Random:
 
 
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images - mean) / std`` in contiguous float32, for uint8 images ``[n, channels, height, width]``.
-
-    ``mean`` and ``std`` are ``[channels, 1, 1]``, in the pixels' unit: 0 to 255.
-    """
+    """``(images - mean) / std`` in contiguous float32; ``mean`` and ``std`` are ``[channels, 1, 1]``, from 0 to 255."""
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class Views:
-    """The box of each image in one epoch, and whether it is mirrored.
+    """The box of each image in one epoch, for a result of ``size x size`` pixels, and whether it is mirrored.
 
-    Attributes:
-        augment: ``"none"``: the image is scaled until its short side is 256/224 of ``size``, and its centre cut out;
-            ``"crop-flip"``: the same scale, a random place, mirrored half of the time; ``"resized-crop"``: a random
-            part, mirrored half of the time.
-        size: height and width of what is cut out.
+    ``augment`` is ``"none"``: the image is scaled until its short side is 256/224 of ``size``, and its centre cut out;
+    ``"crop-flip"``: the same scale, a random place, mirrored half of the time; or ``"resized-crop"``: a random part,
+    mirrored half of the time.
     """
 
     augment: str
@@ -62,17 +56,15 @@ class Views:
             return scaled_box(width, height, self.size), False
         draw = _draws(self.seed, self.epoch, number)
         flip = draw.random() < 0.5
-        if self.augment == "crop-flip":
-            return scaled_box(width, height, self.size, draw), flip
-        return part_box(width, height, draw), flip
+        cropped = self.augment == "crop-flip"
+        return scaled_box(width, height, self.size, draw) if cropped else part_box(width, height, draw), flip
 
 
 def scaled_box(width: int, height: int, size: int, draw: random.Random | None = None) -> Box:
     """The centre, or with ``draw`` any place, of an image whose short side is scaled to 256/224 of ``size``.
 
-    Cutting the box out and resizing it to ``size`` gives the pixels of ``torchvision.transforms``'
-    ``Resize(round(size * 256 / 224))`` and ``CenterCrop(size)``, but never makes the scaled image: it would be huge
-    where one side is much longer than the other.
+    Resized to ``size``, the box has the pixels of ``torchvision.transforms``' ``Resize(round(size * 256 / 224))`` and
+    ``CenterCrop(size)``, without the scaled image, which would be huge where one side is much longer than the other.
     """
     short = round(size * TEST_SCALE)
     scaled_width = max(short, short * width // height)
@@ -116,11 +108,7 @@ def crop_flip_table(count: int, seed: int, epoch: int) -> Tensor:
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
     """Shifts each image by up to four pixels and mirrors some (Huang et al., arXiv 1608.06993, section 4.1).
 
-    Args:
-        images: standardised, ``[n, channels, height, width]``. Zeros come in at the edges: the mean colour.
-        top, left: int64 ``[n]``, the corner of the crop in the image padded by 4 pixels, each in ``[0, 8]``.
-        flip: int64 ``[n]``, 1 where left and right change places afterwards, else 0.
-
+    ``images`` are standardised, ``[n, channels, height, width]``, so that zeros, the mean colour, come in at the edges.
     Equivalent to, for each image::
 
         crop = F.pad(image, (4, 4, 4, 4))[:, top : top + height, left : left + width]
@@ -140,8 +128,7 @@ def resized_crop(images: Tensor, numbers: Tensor, views: Views) -> Tensor:
     unit = torch.tensor([width, height, width, height], device=images.device)
     left, top, right, bottom = (torch.tensor([box for box, _ in boxes], device=images.device) / unit).unbind(1)
     zero = torch.zeros_like(left)
-    across = torch.stack([(right - left) * flip, zero, left + right - 1], 1)
-    down = torch.stack([zero, bottom - top, top + bottom - 1], 1)
-    # Both count the image's sides from -1 to 1.
-    grid = F.affine_grid(torch.stack([across, down], 1), [n, channels, views.size, views.size], align_corners=False)
+    # Across and down, with the image's sides from -1 to 1.
+    affine = torch.stack([(right - left) * flip, zero, left + right - 1, zero, bottom - top, top + bottom - 1], 1)
+    grid = F.affine_grid(affine.view(n, 2, 3), [n, channels, views.size, views.size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

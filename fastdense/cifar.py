@@ -1,7 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them (Krizhevsky, 2009): the Python or the binary version.
-
-The files' format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
-"""
+"""CIFAR-10 and CIFAR-100 as published, in Python or binary files: https://www.cs.toronto.edu/~kriz/cifar.html."""
 
 from __future__ import annotations
 
@@ -60,14 +57,11 @@ def find(root: Path) -> tuple[Path, Cifar] | None:
 
 
 def read(folder: Path, cifar: Cifar) -> tuple[list[Tensor], tuple[str, ...]]:
-    """All images of a folder.
+    """All images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
 
     Returns:
         Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing; the names of
         the classes, which are numbers where their file is missing.
-
-    Raises:
-        ValueError: a file is missing, damaged, or not what its name says.
     """
     if missing := [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
@@ -119,21 +113,18 @@ def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
 class _Unpickler(pickle.Unpickler):
     """Builds arrays, texts, numbers, lists and dictionaries, and calls nothing else: a pickle may call any function."""
 
-    # NumPy moved these functions from numpy.core to numpy._core. The second serves protocol 5.
-    _MAKE, _MAKE_5 = np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): _MAKE,
-        ("numpy._core.multiarray", "_reconstruct"): _MAKE,
-        ("numpy.core.numeric", "_frombuffer"): _MAKE_5,
-        ("numpy._core.numeric", "_frombuffer"): _MAKE_5,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+    _ALLOWED: ClassVar[dict[str, Any]] = {
+        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy.core.numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],  # protocol 5
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy moved it
+        if known not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
-        return self._ALLOWED[module, name]
+        return self._ALLOWED[known]
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:

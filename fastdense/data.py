@@ -85,7 +85,7 @@ class Dataset:
 
         Args:
             batches: each a vector of int64 in ``[0, train_count)``.
-            epoch: any number.
+            epoch: of the augmentation.
 
         Yields:
             float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
@@ -186,11 +186,7 @@ def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tup
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel of uint8 images, float32 ``[channels, 1, 1]``, by their histograms.
-
-    The DenseNet paper standardises CIFAR with them (section 4.1). The standard deviation is 1 where all pixels are
-    equal.
-    """
+    """Of each channel of uint8 images, ``[channels, 1, 1]``, by histograms; the deviation is 1 where all are equal."""
     levels = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     share = counts / counts.sum(1, keepdim=True).double()  # [channels, 256]
@@ -204,9 +200,6 @@ def digits(image_size: int = 8) -> Dataset:
 
     The split is the same every time and holds equally many of each digit. Images are enlarged bilinearly to
     ``image_size``, at least 8, then standardised with the mean and standard deviation of the training pixels.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -226,9 +219,6 @@ def digits(image_size: int = 8) -> Dataset:
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """One epoch: the numbers ``0 .. count-1`` shuffled, in batches of exactly ``batch_size``.
-
-    What is left over is dropped, so that every step does the same work; the next shuffle drops others.
-    """
+    """One epoch: the numbers ``0 .. count-1`` shuffled, in batches of exactly ``batch_size``; the rest is dropped."""
     order = torch.randperm(count, generator=generator)
     return iter(order[: count // batch_size * batch_size].split(batch_size))

@@ -24,17 +24,13 @@ LAYOUT = "a folder needs train/ and val/ with a subfolder of images for each cla
 
 @dataclass(frozen=True)
 class Files:
-    """Paths of images and their labels.
-
-    Attributes:
-        paths: ``[n]``, bytes, relative to ``root``. An array and not a list: a worker process that only reads a list
-            changes its elements' reference counts, and so copies, page by page, the memory that it shares.
-        labels: int64 ``[n]``.
-    """
+    """Paths of images and their labels."""
 
     root: Path
+    # [n], relative to root. Not a list: a worker process that reads one changes its elements' reference counts, and so
+    # copies, page by page, the memory that it shares.
     paths: np.ndarray[Any, np.dtype[np.bytes_]]
-    labels: Tensor
+    labels: Tensor  # int64 [n]
 
     def __len__(self) -> int:
         return len(self.paths)

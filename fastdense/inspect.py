@@ -39,7 +39,7 @@ LossFn = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class BlockFlow:
-    """The gradient of one block's feature maps, and where it comes from. Norms are Frobenius norms over the batch.
+    """The gradient of one block's feature maps, and where it comes from, in Frobenius norms over the batch.
 
     Attributes:
         name: the block's name in the model.
@@ -190,17 +190,15 @@ class _Run:
         conv: Conv,
         source: Features,
         into: LazyGradient | None,
-        dropout: Dropout | None = None,
-        *,
+        *dropout: Dropout | None,
         accumulate: bool,
     ) -> Gradients:
         if into is None or not accumulate:  # a bottleneck's gradient: it has one consumer
-            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, dropout, accumulate=accumulate)
+            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, *dropout, accumulate=accumulate)
         own = _zeros_like(into)
-        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, own, dropout, accumulate=True)
+        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, own, *dropout, accumulate=True)
         self._record(self.consumers[source.rows.shape[1]], self._rows(own))
-        into.D.add_(own.D)
-        for whole, part in ((into.a, own.a), (into.b, own.b)):
+        for whole, part in ((into.D, own.D), (into.a, own.a), (into.b, own.b)):
             if whole is not None and part is not None:
                 whole.add_(part)
         return gradients
@@ -241,7 +239,7 @@ class _PlainRun:
             feature.register_hook(lambda gradient, i=i: self._set(i, gradient))
 
     def _set(self, i: int, gradient: Tensor) -> None:
-        self.totals[i] = gradient.double().norm().cpu()
+        self.totals[i] = gradient.double().norm()
 
     def flow(self) -> BlockFlow:
         return BlockFlow(self.name, self.totals, torch.diag(self.totals))
@@ -317,8 +315,8 @@ def _run(
             f"the dense block {missing[0] or 'that the model is'} took no part in the gradient of the loss, or could "
             "not run fused (a warning says why): remove what stands in its way, or leave it out of the model"
         )
-    order = {name: i for i, name in enumerate(dict(probe.named_modules()))}
-    return sorted(runs, key=lambda run: order[run.name]) if plain else runs
+    order = [name for name, _ in probe.named_modules()]
+    return sorted(runs, key=lambda run: order.index(run.name)) if plain else runs
 
 
 def _loss(output: Any, target: Tensor | None, loss_fn: LossFn | None) -> Tensor:
@@ -381,6 +379,5 @@ def _edges(widths: Sequence[int]) -> list[slice]:
 def _zeros_like(gradient: LazyGradient) -> LazyGradient:
     m, channels = gradient.D.shape
     D = gradient.D.new_empty_strided((m, channels), (row_stride(channels, gradient.D.dtype), 1)).zero_()
-    if gradient.a is None or gradient.b is None:
-        return LazyGradient(D, None, None, gradient.start)
-    return LazyGradient(D, torch.zeros_like(gradient.a), torch.zeros_like(gradient.b), gradient.start)
+    a, b = (None if v is None else torch.zeros_like(v) for v in (gradient.a, gradient.b))
+    return LazyGradient(D, a, b, gradient.start)

@@ -104,9 +104,8 @@ def flow(
         f"{'its running' if evaluation else 'the batch'} statistics. Computed in float64."
     )
     title = f"Gradient flow: {looked_at.description}, {looked_at.state}"
-    record = {"title": title, "caption": caption, **_facts(looked_at, seed)}
+    record = {"title": title, "caption": caption, **_facts(looked_at, seed), "device": device, "dtype": "float64"}
     record |= {"loss": loss, "images": len(seen.images), "data": seen.description, "evaluation": evaluation}
-    record |= {"dtype": "float64", "device": device}
     record["flows"] = {label: [_numbers(flow) for flow in flows] for label, flows in curves.items()}
     draw = partial(flow_picture, curves, title=title, caption=caption)
     _finish(out, draw, json_file, record, _flow_table(curves))
@@ -133,8 +132,7 @@ def reuse(
             raise ValueError(f"--weights {weights} is of a network without dense connections: it uses no feature again")
         found = feature_reuse(looked_at.model)
     title = f"Feature reuse: {looked_at.description}, {looked_at.state}"
-    record = {"title": title, **_facts(looked_at, seed)}
-    record["blocks"] = [_numbers(block) for block in found]
+    record = {"title": title, **_facts(looked_at, seed), "blocks": [_numbers(block) for block in found]}
     draw = partial(reuse_picture, found, title=title, caption="After arXiv 1608.06993, fig. 5.")
     _finish(out, draw, json_file, record, _reuse_table(found))
 
@@ -152,12 +150,11 @@ def _errors(out: Path) -> Iterator[None]:
 
 def _beside(looked_at: Subject, plain: bool, weights: Path | None, ema: bool, seed: int) -> dict[str, Subject]:
     """The network without dense connections to draw beside ``looked_at``, by its name in the legend, if any."""
-    if weights is None and (looked_at.plain or not plain):
-        return {}
     if weights is None:
+        if looked_at.plain or not plain:
+            return {}
         torch.manual_seed(seed)
-        twin = replace(looked_at, model=without_dense_connections(looked_at.model))
-        return {f"{PLAIN}, freshly initialised": twin}
+        return {f"{PLAIN}, freshly initialised": replace(looked_at, model=without_dense_connections(looked_at.model))}
     twin = subject(None, weights, ema, seed)
     if not twin.plain:
         raise ValueError(f"--plain-weights {weights} is of a network with dense connections: use --weights")
