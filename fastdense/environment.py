@@ -38,9 +38,7 @@ def versions() -> dict[str, str | None]:
 def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
     """What ``impl`` means on ``device``, and why: an option, a variable, or what the device can do.
 
-    Raises:
-        RuntimeError: it cannot run there.
-        ValueError: the environment variable ``FASTDENSE_IMPL`` names no implementation.
+    ``RuntimeError`` if it cannot run there, ``ValueError`` if the variable ``FASTDENSE_IMPL`` names no implementation.
     """
     wanted = checks.impl_name(impl)
     if wanted == "auto":

@@ -165,8 +165,5 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_recompute(bottleneck_bytes: int, free_bytes: int) -> str:
-    """The mode behind ``recompute="auto"`` of a block that does not know the others.
-
-    ``"activations"`` while its bottlenecks fit into a quarter of the free memory, else ``"bottlenecks"``.
-    """
+    """``recompute="auto"`` of a block by itself: ``"activations"`` if its bottlenecks take at most a quarter of it."""
     return "activations" if 4 * bottleneck_bytes <= free_bytes else "bottlenecks"

@@ -19,12 +19,8 @@ __all__ = ["PlainBlock", "without_dense_connections"]
 class PlainBlock(nn.ModuleDict):
     """A dense block's layers as a chain: layer ``l`` reads ``H_l`` alone, and the last output alone leaves the block.
 
-    Args:
-        layers: those of a dense block, with ``norm1, conv1`` and maybe ``norm2, conv2``; their shapes and settings are
-            taken over, their values are not.
-
-    Shape:
-        ``[N, C0, *spatial]`` to ``[N, C0 + sum(k), *spatial]``, so that what follows fits: zeros, then ``H_L``.
+    Shapes and settings are those of ``layers`` of a dense block, values are not. It maps ``[N, C0, *spatial]`` to
+    ``[N, C0 + sum(k), *spatial]``, so that what follows fits: zeros, then ``H_L``.
     """
 
     watch: Callable[[Sequence[Tensor]], None] | None = None  # is shown H_0 .. H_L of each forward pass
@@ -49,15 +45,8 @@ class PlainBlock(nn.ModuleDict):
 def without_dense_connections(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every layer reads the one before it, and nothing else.
 
-    What is left of the layers' weights is drawn anew (He et al.'s normal, as in DenseNet): they read fewer channels.
-    Everything outside the dense blocks keeps its values.
-
-    Args:
-        model: a network with dense blocks: own, converted, or one that ``convert`` understands.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no dense block.
+    The layers' weights are drawn anew (He et al.'s normal, as in DenseNet): they read fewer channels. Everything
+    outside the dense blocks keeps its values. ``ValueError`` if no block is own, converted, or one for ``convert``.
     """
     given = with_dense_blocks(model)
     model = copy.deepcopy(given) if given is model else given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -107,8 +107,7 @@ def subject(
 def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, seed: int) -> Batch:
     """``count`` images that ``of.model`` can read: the first of the training images, or noise.
 
-    Raises:
-        ValueError: there is no such data, it has too few images, or the network reads other channels.
+    ``ValueError`` if there is no such data, it has too few images, or the network reads other channels.
     """
     data = data or of.data or "digits"
     channels, spatial_dims = of.stem.in_channels, of.stem.weight.dim() - 2
@@ -141,11 +140,10 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
 
 
 def _imported(spec: str) -> nn.Module:
-    module, _, function = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own files, as `python -m` finds them
     try:
-        model = getattr(importlib.import_module(module), function)()
+        model = pkgutil.resolve_name(spec)()
     except Exception as error:  # user code may raise anything when it is imported or called
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"--model {spec} cannot be built ({reason}): it must be package.module:function") from error
