@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdense.memory import WORKSPACE_BYTES
+from fastdense.recompute import WORKSPACE_BYTES
 
 
 class Counted(NamedTuple):

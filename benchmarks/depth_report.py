@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastdense.memory import WORKSPACE_BYTES
+from fastdense.recompute import WORKSPACE_BYTES
 
 from .providers import BASE
 

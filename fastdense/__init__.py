@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, memory, reference
+from . import functional, memory, recompute, reference
 from .conversion.api import convert, revert
 from .conversion.plan import plan
 from .functional import dense_block
@@ -41,6 +41,7 @@ __all__ = [
     "gradient_flow",
     "memory",
     "plan",
+    "recompute",
     "reference",
     "revert",
 ]

@@ -1,9 +1,8 @@
 """Views of images: which part of an image a network sees, and how its pixels become numbers.
 
-Every random decision is a pure function of (seed, epoch, image number). It is therefore the same in any batch, in any
-process and after a resumed run, and the global random generators stay as they are.
-
-A box is ``(left, top, right, bottom)`` in pixels of the whole image, with fractions, as Pillow has it.
+Every random decision is a pure function of (seed, epoch, image number): the same in any batch, in any process and after
+a resume; and the global random generators stay as they are. A box is ``(left, top, right, bottom)`` in pixels of the
+whole image, with fractions, as Pillow has it.
 """
 
 from __future__ import annotations
@@ -33,27 +32,18 @@ def _draws(seed: int, epoch: int, number: int | None = None) -> random.Random:
     return random.Random(f"{seed} {epoch} {number}")
 
 
-def _below(draw: random.Random, count: int) -> int:
-    return int(draw.random() * count)
-
-
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images - mean) / std`` in contiguous float32, for uint8 images ``[n, channels, height, width]``.
-
-    ``mean`` and ``std`` are ``[channels, 1, 1]``, in the pixels' unit: 0 to 255.
-    """
+    """``(images - mean) / std`` in contiguous float32; ``mean`` and ``std`` are ``[channels, 1, 1]``, from 0 to 255."""
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class Views:
-    """The box of each image in one epoch, and whether it is mirrored.
+    """The box of each image in one epoch, for a result of ``size x size`` pixels, and whether it is mirrored.
 
-    Attributes:
-        augment: ``"none"``: the image is scaled until its short side is 256/224 of ``size``, and its centre cut out;
-            ``"crop-flip"``: the same scale, a random place, mirrored half of the time; ``"resized-crop"``: a random
-            part, mirrored half of the time.
-        size: height and width of what is cut out.
+    ``augment`` is ``"none"``: the image is scaled until its short side is 256/224 of ``size``, and its centre cut out;
+    ``"crop-flip"``: the same scale, a random place, mirrored half of the time; or ``"resized-crop"``: a random part,
+    mirrored half of the time.
     """
 
     augment: str
@@ -66,26 +56,28 @@ class Views:
             return scaled_box(width, height, self.size), False
         draw = _draws(self.seed, self.epoch, number)
         flip = draw.random() < 0.5
-        if self.augment == "crop-flip":
-            return scaled_box(width, height, self.size, draw), flip
-        return part_box(width, height, draw), flip
+        cropped = self.augment == "crop-flip"
+        return scaled_box(width, height, self.size, draw) if cropped else part_box(width, height, draw), flip
 
 
 def scaled_box(width: int, height: int, size: int, draw: random.Random | None = None) -> Box:
     """The centre, or with ``draw`` any place, of an image whose short side is scaled to 256/224 of ``size``.
 
-    Cutting the box out and resizing it to ``size`` gives the pixels of ``torchvision.transforms``'
-    ``Resize(round(size * 256 / 224))`` and ``CenterCrop(size)``, but never makes the scaled image: it would be huge
-    where one side is much longer than the other.
+    Resized to ``size``, the box has the pixels of ``torchvision.transforms``' ``Resize(round(size * 256 / 224))`` and
+    ``CenterCrop(size)``, without the scaled image, which would be huge where one side is much longer than the other.
     """
     short = round(size * TEST_SCALE)
     scaled_width = max(short, short * width // height)
     scaled_height = max(short, short * height // width)
     left, top = round((scaled_width - size) / 2), round((scaled_height - size) / 2)
     if draw is not None:
-        left, top = _below(draw, scaled_width - size + 1), _below(draw, scaled_height - size + 1)
+        left, top = _corner(draw, scaled_width - size, scaled_height - size)
     x, y = width / scaled_width, height / scaled_height
     return left * x, top * y, (left + size) * x, (top + size) * y
+
+
+def _corner(draw: random.Random, most_left: int, most_top: int) -> tuple[int, int]:
+    return int(draw.random() * (most_left + 1)), int(draw.random() * (most_top + 1))
 
 
 def part_box(width: int, height: int, draw: random.Random) -> Box:
@@ -98,28 +90,25 @@ def part_box(width: int, height: int, draw: random.Random) -> Box:
         ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** draw.random()  # uniform in its logarithm
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = _below(draw, width - w + 1), _below(draw, height - h + 1)
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
+            left, top = _corner(draw, width - w, height - h)
+            break
+    else:
+        w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+        left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def crop_flip_table(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`crop_flip` does to each of ``count`` images: ``top``, ``left``, ``flip``, each ``[count]``."""
+def crop_flip_table(count: int, seed: int, epoch: int) -> Tensor:
+    """What :func:`crop_flip` does to each of ``count`` images: int64 ``[3, count]``, ``top``, ``left`` and ``flip``."""
     generator = torch.Generator().manual_seed(_draws(seed, epoch).getrandbits(63))
-    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator)
-    return top, left, torch.randint(2, (count,), generator=generator).bool()
+    corners = torch.randint(2 * PAD + 1, (2, count), generator=generator)
+    return torch.cat([corners, torch.randint(2, (1, count), generator=generator)])
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Shift each image by up to four pixels and mirror some (Huang et al., arXiv 1608.06993, section 4.1).
+    """Shifts each image by up to four pixels and mirrors some (Huang et al., arXiv 1608.06993, section 4.1).
 
-    Args:
-        images: standardised, ``[n, channels, height, width]``. Zeros come in at the edges: the mean colour.
-        top, left: int64 ``[n]``, the corner of the crop in the image padded by 4 pixels, each in ``[0, 8]``.
-        flip: bool ``[n]``, whether left and right change places afterwards.
-
+    ``images`` are standardised, ``[n, channels, height, width]``, so that zeros, the mean colour, come in at the edges.
     Equivalent to, for each image::
 
         crop = F.pad(image, (4, 4, 4, 4))[:, top : top + height, left : left + width]
@@ -128,23 +117,18 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor
     n, _, height, width = images.shape
     windows = F.pad(images, (PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view [n, C, 9, 9, H, W]
     crops = windows[torch.arange(n, device=images.device), :, top, left]  # [n, C, H, W]
-    return torch.where(flip.view(n, 1, 1, 1), crops.flip(3), crops)
+    return torch.where(flip.view(n, 1, 1, 1) > 0, crops.flip(3), crops)
 
 
 def resized_crop(images: Tensor, numbers: Tensor, views: Views) -> Tensor:
-    """Cut the box that ``views`` has for each number out of ``[n, channels, height, width]``, resized bilinearly.
-
-    Returns:
-        ``[n, channels, size, size]``.
-    """
+    """Cuts each number's box out of ``[n, channels, height, width]``, resized bilinearly to ``views.size``."""
     n, channels, height, width = images.shape
     boxes = [views(number, width, height) for number in numbers.tolist()]
     flip = torch.tensor([-1.0 if flip else 1.0 for _, flip in boxes], device=images.device)
     unit = torch.tensor([width, height, width, height], device=images.device)
     left, top, right, bottom = (torch.tensor([box for box, _ in boxes], device=images.device) / unit).unbind(1)
     zero = torch.zeros_like(left)
-    across = torch.stack([(right - left) * flip, zero, left + right - 1], 1)
-    down = torch.stack([zero, bottom - top, top + bottom - 1], 1)
-    # Both count the image's sides from -1 to 1.
-    grid = F.affine_grid(torch.stack([across, down], 1), [n, channels, views.size, views.size], align_corners=False)
+    # Across and down, with the image's sides from -1 to 1.
+    affine = torch.stack([(right - left) * flip, zero, left + right - 1, zero, bottom - top, top + bottom - 1], 1)
+    grid = F.affine_grid(affine.view(n, 2, 3), [n, channels, views.size, views.size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

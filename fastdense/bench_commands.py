@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -10,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.live import Live
+from typer import Option
 
 __all__ = ["bench"]
 
@@ -31,34 +33,84 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="cuda where there is one")]
-Dtype = Annotated[str, typer.Option(help="fp32, tf32, or fp16 and bf16 under autocast.")]
-Layout = Annotated[str, typer.Option(help="channels_last or contiguous.")]
-Model = Annotated[str | None, typer.Option(help="As densenet121 or densenet-bc-100.", show_default="densenet121")]
-Batch = Annotated[int | None, typer.Option(help="Images a step.", show_default="8; on a GPU 64")]
-Size = Annotated[int | None, typer.Option(help="Height and width in pixels.", show_default="128; memory, GPU: 224")]
-Providers = Annotated[
-    str | None,
-    typer.Option(help="Names with commas, as compile,fastdense-activations; 'list' shows them.", show_default="usual"),
-]
-Batches = Annotated[str | None, typer.Option(help="Further batch sizes, as 1,2,4,16: images a second against them.")]
-Models = Annotated[str | None, typer.Option(help="Networks, with commas.", show_default="densenet121,densenet201")]
-Depths = Annotated[
-    list[int] | None,
-    typer.Option("--depths", help="CIFAR-style DenseNet-BC of this depth (6*n + 4); repeat it, or name several."),
-]
-Repeats = Annotated[int | None, typer.Option(help="Timed steps of each provider in a process.", show_default="7")]
-Processes = Annotated[int | None, typer.Option(help="Fresh processes, one after another.", show_default="5")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's choice")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small networks and few steps: under two minutes for all.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of records and pictures.",
-        show_default="benchmarks/results/DEVICE in a checkout, else ./fastdense-bench",
+
+_OUT = "benchmarks/results/DEVICE in a checkout, else ./fastdense-bench"
+_DEPTHS = "CIFAR-style DenseNet-BC of this depth (6*n + 4); repeat it, or name several."
+_PROVIDERS = "Names with commas, as compile,fastdense-activations; 'list' shows them."
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "device": (str | None, Option(None, help="cpu, cuda, cuda:1.", show_default="cuda where there is one")),
+    "dtype": (str, Option("fp32", help="fp32, tf32, or fp16 and bf16 under autocast.")),
+    "layout": (str, Option("channels_last", help="channels_last or contiguous.")),
+    "model": (str | None, Option(None, help="As densenet121 or densenet-bc-100.", show_default="densenet121")),
+    "models": (str | None, Option(None, help="Networks, with commas.", show_default="densenet121,densenet201")),
+    "batch": (int | None, Option(None, help="Images a step.", show_default="8; on a GPU 64")),
+    "size": (int | None, Option(None, help="Height and width in pixels.", show_default="128; memory, GPU: 224")),
+    "depths": (list[int] | None, Option(None, "--depths", help=_DEPTHS)),
+    "budget": (str, Option("12GB", help="Bytes that a training step may take, as 12GB.")),
+    "providers": (str | None, Option(None, help=_PROVIDERS, show_default="usual")),
+    "batches": (str | None, Option(None, help="Further batch sizes, as 1,2,4,16: images a second against them.")),
+    "repeats": (int | None, Option(None, help="Timed steps of each provider in a process.", show_default="7")),
+    "processes": (int | None, Option(None, help="Fresh processes, one after another.", show_default="5")),
+    "threads": (int | None, Option(None, help="CPU threads.", show_default="PyTorch's choice")),
+    "quick": (bool, Option(False, "--quick", help="Small networks and few steps: under two minutes for all.")),
+    "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default=_OUT)),
+    "as_json": (bool, Option(False, "--json", help="The record on standard output; tables on standard error.")),
+}
+
+
+COMMANDS = {
+    "speed": (
+        "device dtype layout model batch size providers batches repeats processes threads quick out as_json",
+        "Time of a training step, forward, backward and optimizer, with its bytes and images a second.",
     ),
-]
-Json = Annotated[bool, typer.Option("--json", help="The record on standard output; tables on standard error.")]
+    "memory": (
+        "device dtype layout models batch size depths providers threads quick out as_json",
+        "Bytes that a training step keeps for backward, and its peak.",
+    ),
+    "depth": (
+        "device dtype layout budget providers quick out as_json",
+        "The deepest network and the largest batch that train within a budget of memory.",
+    ),
+    "all": (
+        "device dtype layout providers threads quick out as_json",
+        "Speed with several batches, memory, memory against depth; and, unless --quick, depth.",
+    ),
+}
+
+
+def _command(name: str, options: str, help: str) -> None:
+    """Adds ``fastdense bench NAME`` with some of ``OPTIONS``."""
+
+    def command(context: typer.Context, **given: Any) -> None:
+        as_json = given.pop("as_json")
+        with _errors(as_json) as console:
+            if "depths" in given:
+                given["depths"] = _more_depths(given["depths"], context.args)
+            records: list[Record] = []
+            for job, special in _jobs(name, given["quick"]):
+                records.append(_run(console, job, _options(job, {**given, **special})))
+                if not records[-1].get("complete", True):
+                    break
+            _finish(console, records, as_json)
+
+    kinds = {"context": (typer.Context, inspect.Parameter.empty), **{key: OPTIONS[key] for key in options.split()}}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+            for key, (kind, default) in kinds.items()
+        ]
+    )
+    bench.command(name, help=help, context_settings={"allow_extra_args": "depths" in options})(command)
+
+
+def _jobs(name: str, quick: bool) -> list[tuple[str, Record]]:
+    """The benchmarks that a command runs, each with options of its own."""
+    if name != "all":
+        return [(name, {})]
+    if quick:
+        return [("speed", {"batches": "4,16"}), ("memory", {})]
+    speed = ("speed", {"batches": "1,2,4,16,32"})
+    return [speed, ("memory", {}), ("memory", {"depths": (40, 100, 190)}), ("depth", {"budget": "12GB"})]
 
 
 def benchmark(name: str) -> ModuleType:
@@ -76,149 +128,39 @@ def benchmark(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-@bench.command()
-def speed(
-    device: Device = None,
-    dtype: Dtype = "fp32",
-    layout: Layout = "channels_last",
-    model: Model = None,
-    batch: Batch = None,
-    size: Size = None,
-    providers: Providers = None,
-    batches: Batches = None,
-    repeats: Repeats = None,
-    processes: Processes = None,
-    threads: Threads = None,
-    quick: Quick = False,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Time of a training step, forward, backward and optimizer, with its bytes and images a second."""
-    with _errors(as_json) as console:
-        _finish(console, [_run(console, "speed", _options("speed", locals()))], as_json)
-
-
-@bench.command(context_settings={"allow_extra_args": True})
-def memory(
-    context: typer.Context,
-    device: Device = None,
-    dtype: Dtype = "fp32",
-    layout: Layout = "channels_last",
-    models: Models = None,
-    batch: Batch = None,
-    size: Size = None,
-    depths: Depths = None,
-    providers: Providers = None,
-    threads: Threads = None,
-    quick: Quick = False,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Bytes that a training step keeps for backward, and its peak."""
-    with _errors(as_json) as console:
-        options = _options("memory", {**locals(), "depths": _more_depths(depths, context.args)})
-        _finish(console, [_run(console, "memory", options)], as_json)
-
-
-@bench.command()
-def depth(
-    device: Device = None,
-    dtype: Dtype = "fp32",
-    layout: Layout = "channels_last",
-    budget: Annotated[str, typer.Option(help="Bytes that a training step may take, as 12GB.")] = "12GB",
-    providers: Providers = None,
-    quick: Quick = False,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """The deepest network and the largest batch that train within a budget of memory."""
-    with _errors(as_json) as console:
-        _finish(console, [_run(console, "depth", _options("depth", locals()))], as_json)
-
-
-@bench.command(name="all")
-def everything(
-    device: Device = None,
-    dtype: Dtype = "fp32",
-    layout: Layout = "channels_last",
-    providers: Providers = None,
-    threads: Threads = None,
-    quick: Quick = False,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Speed with several batches, memory, memory against depth; and, unless --quick, depth."""
-    with _errors(as_json) as console:
-        options, records = locals(), []
-        sweep = "4,16" if quick else "1,2,4,16,32"
-        jobs: list[tuple[str, Record]] = [("speed", {"batches": sweep}), ("memory", {"depths": (40, 100, 190)})]
-        jobs[1:1] = [] if quick else [("memory", {})]
-        jobs += [] if quick else [("depth", {"budget": "12GB"})]
-        for name, special in jobs:
-            records.append(_run(console, name, _options(name, {**options, **special})))
-            if not records[-1].get("complete", True):
-                break
-        _finish(console, records, as_json)
-
-
 def _more_depths(depths: list[int] | None, rest: list[str]) -> tuple[int, ...]:
     """``--depths 40 100 190``: what follows the first arrives as arguments that no option has taken."""
     if rest and not depths:
         raise ValueError(f"unknown arguments: {' '.join(rest)}")
+    return (*(depths or ()), *_numbers("--depths must be whole numbers", " ".join(rest)))
+
+
+def _numbers(rule: str, text: str) -> tuple[int, ...]:
     try:
-        return (*(depths or ()), *map(int, rest))
+        return tuple(map(int, text.replace(",", " ").split()))
     except ValueError as error:
-        raise ValueError(f"--depths must be whole numbers, got {' '.join(rest)!r}") from error
+        raise ValueError(f"{rule}, got {text!r}") from error
 
 
 def _options(name: str, given: Mapping[str, Any]) -> Any:
     """The benchmarks' options: what was given, else what suits the device, and ``--quick``."""
     module = benchmark("options")
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    gpu, quick = device.startswith("cuda"), given.get("quick", False)
-    found: Record = {"device": device, "batch": 64 if gpu else 8}
-    found["size"] = 224 if gpu or name == "memory" else 128
+    device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, quick = device.startswith("cuda"), given["quick"]
+    found: Record = {"batch": 64 if gpu else 8, "size": 224 if gpu or name == "memory" else 128}
     if quick:
         found |= {**QUICK, "model": module.QUICK_MODEL, "size": 32, "batch": 8}
-    for key in (
-        "dtype",
-        "layout",
-        "model",
-        "batch",
-        "size",
-        "repeats",
-        "processes",
-        "threads",
-        "quick",
-        "out",
-        "budget",
-    ):
-        if given.get(key) is not None:
-            found[key] = given[key]
+    found |= {key: value for key, value in given.items() if value is not None} | {"device": device}
     for key in ("providers", "models"):
-        found[key] = tuple(filter(None, (given.get(key) or "").replace(" ", "").split(",")))
-    found["batches"] = _numbers("--batches", given.get("batches"))
-    found["depths"] = tuple(given.get("depths") or ())
-    if quick and name == "memory" and given.get("models") is None:
-        found["depths"] = module.QUICK_DEPTHS
-    elif name == "memory" and not found["depths"] and not found["models"]:
-        found["models"] = ("densenet121", "densenet201")
+        found[key] = tuple((given.get(key) or "").replace(",", " ").split())
+    found["batches"] = _numbers("--batches must be whole numbers, as in 1,2,4", given.get("batches") or "")
+    if name == "memory" and not found.get("depths") and not found["models"]:
+        found |= {"depths": module.QUICK_DEPTHS} if quick else {"models": ("densenet121", "densenet201")}
     if "list" in found["providers"]:
-        _list_providers()
+        for provider, described in benchmark("providers").PROVIDERS.items():
+            typer.echo(f"{provider:30} {described.label}")
+        raise typer.Exit
     return module.Options(**found)
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in (text or "").split(",") if part)
-    except ValueError as error:
-        raise ValueError(f"{option} must be whole numbers, as in 1,2,4, got {text!r}") from error
-
-
-def _list_providers() -> None:
-    for name, provider in benchmark("providers").PROVIDERS.items():
-        typer.echo(f"{name:30} {provider.label}")
-    raise typer.Exit
 
 
 @contextmanager
@@ -244,38 +186,34 @@ def _run(console: Console, name: str, options: Any) -> Record:
     """One benchmark: shown while it runs, its record and pictures written, also after Ctrl-C."""
     module, folder = benchmark(name), options.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if name == "depth":  # tells of itself
+    if name == "depth":  # prints its own progress
+        stem = folder / "depth"
         record: Record = module.run(options)
-        stem, draw = folder / "depth", _one(module.plot)
     else:
         benchmark("plots")  # before minutes of measuring: matplotlib may be missing
+        stem = folder / module.file_name(options)
         with _live(console, module.table) as watch:
             record = module.run(options, watch)
-        stem, draw = folder / module.file_name(options), benchmark("plots").pictures
-    path = stem.with_name(f"{stem.name}.json")
+    path = Path(f"{stem}.json")
     benchmark("runner").write_record(path, record)
-    for written in [path, *draw(record, stem)]:
+    if name == "depth":
+        pictures = [Path(f"{stem}.png")]
+        module.plot(record, pictures[0])
+    else:
+        pictures = benchmark("plots").pictures(record, stem)
+    for written in [path, *pictures]:
         console.print(str(written), soft_wrap=True)
     return record
-
-
-def _one(plot: Callable[[Record, Path], Any]) -> Callable[[Record, Path], list[Path]]:
-    def draw(record: Record, stem: Path) -> list[Path]:
-        path = stem.with_name(f"{stem.name}.png")
-        plot(record, path)
-        return [path]
-
-    return draw
 
 
 @contextmanager
 def _live(console: Console, table: Callable[[Record], Any]) -> Iterator[Callable[[Record], None]]:
     """Shows a growing record: a table in place on a terminal; in a log some lines, and the table at the end."""
-    latest: list[Record] = []
     if console.is_terminal:
         with Live("checking: the first figures take some seconds", console=console, refresh_per_second=4) as live:
             yield lambda record: live.update(table(record))
         return
+    latest: list[Record] = []
     said = time.monotonic()
 
     def watch(record: Record) -> None:
@@ -283,17 +221,14 @@ def _live(console: Console, table: Callable[[Record], Any]) -> Iterator[Callable
         latest[:] = [record]
         if time.monotonic() - said > HEARTBEAT_SECONDS:
             said = time.monotonic()
-            console.print(f"measuring: {_extent(record)}")
+            rows = record["results"].values()
+            steps = [row["step"].repeats for row in rows if "step" in row]
+            extent = f", {min(steps)} to {max(steps)} steps each" if steps else ""
+            console.print(f"measuring: {len(rows)} rows{extent}")
 
     yield watch
     if latest:
         console.print(table(latest[0]))
-
-
-def _extent(record: Record) -> str:
-    rows = record["results"].values()
-    steps = [row["step"].repeats for row in rows if "step" in row]
-    return f"{len(rows)} rows" + (f", {min(steps)} to {max(steps)} steps each" if steps else "")
 
 
 def _finish(console: Console, records: list[Record], as_json: bool) -> None:
@@ -304,3 +239,7 @@ def _finish(console: Console, records: list[Record], as_json: bool) -> None:
     if not all(record.get("complete", True) for record in records):
         console.print("Interrupted: what had been measured is in the record.")
         raise typer.Exit(INTERRUPTED)
+
+
+for _name, (_options_of, _help) in COMMANDS.items():
+    _command(_name, _options_of, _help)

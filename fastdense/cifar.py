@@ -1,12 +1,9 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them (Krizhevsky, 2009): the Python or the binary version.
-
-The files' format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
-"""
+"""CIFAR-10 and CIFAR-100 as published, in Python or binary files: https://www.cs.toronto.edu/~kriz/cifar.html."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,21 +19,17 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Cifar:
-    """One version of one of the data sets, and the names of its files.
-
-    Attributes:
-        labels: the key of a pickle's labels; in a binary record, how many label bytes precede the pixels, of which
-            the last one counts (CIFAR-100 has a coarse label before the fine one).
-        names: the file with the names of the classes, and its key in a pickle.
-    """
+    """One version of one of the data sets, and the names of its files."""
 
     name: str
     classes: int
     folder: str
     train: tuple[str, ...]
     test: str
+    # The key of a pickle's labels; in a binary record, how many label bytes precede the pixels, of which the last one
+    # counts (CIFAR-100 has a coarse label before the fine one).
     labels: bytes | int
-    names: tuple[str, bytes]
+    names: tuple[str, bytes]  # the file with the names of the classes, and its key in a pickle
 
 
 _FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -52,51 +45,41 @@ CIFARS = (
 
 
 def find(root: Path) -> tuple[Path, Cifar] | None:
-    """The folder of CIFAR files that ``root`` is or contains, ``None`` if there is none.
-
-    Raises:
-        ValueError: there are several.
-    """
+    """The folder of CIFAR files that ``root`` is or contains, ``None`` if there is none; ``ValueError`` if several."""
     found = [(root / cifar.folder, cifar) for cifar in CIFARS if (root / cifar.folder).is_dir()]
-    if not found:
-        found = [
-            (root, cifar) for cifar in CIFARS if any((root / name).is_file() for name in (*cifar.train, cifar.test))
-        ]
+    found = found or [
+        (root, cifar) for cifar in CIFARS if any((root / f).is_file() for f in (*cifar.train, cifar.test))
+    ]
     if len(found) > 1:
         both = " and ".join(cifar.folder if folder != root else cifar.name for folder, cifar in found)
         raise ValueError(f"--data {root} holds {both}: name the folder of one of them")
     return found[0] if found else None
 
 
-def read(folder: Path, cifar: Cifar) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
-    """All images of a folder.
+def read(folder: Path, cifar: Cifar) -> tuple[list[Tensor], tuple[str, ...]]:
+    """All images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
 
     Returns:
         Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing; the names of
         the classes, which are numbers where their file is missing.
-
-    Raises:
-        ValueError: a file is missing, damaged, or not what its name says.
     """
-    missing = [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
-    names = tuple(map(str, range(cifar.classes)))
-    if (folder / cifar.names[0]).is_file():
-        names = _checked(folder / cifar.names[0], cifar, _names)
-    return *_joined(folder, cifar, cifar.train), *_joined(folder, cifar, (cifar.test,)), names
 
+    def joined(files: Sequence[str]) -> Iterator[Tensor]:
+        for arrays in zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True):
+            yield torch.from_numpy(np.concatenate(arrays))
 
-def _joined(folder: Path, cifar: Cifar, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True)
-    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+    names = folder / cifar.names[0]
+    named = _checked(names, cifar, _names) if names.is_file() else tuple(map(str, range(cifar.classes)))
+    return [*joined(cifar.train), *joined([cifar.test])], named
 
 
 def _checked(path: Path, cifar: Cifar, reader: Callable[[Path, Cifar], Any]) -> Any:
     try:
         return reader(path, cifar)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to call for
-        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         remedy = f"unpack the archive of {cifar.name} again, or download it again"
         raise ValueError(f"{path} is damaged or not a file of {cifar.name} ({reason}): {remedy}") from error
 
@@ -120,11 +103,8 @@ def _labelled(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarra
 
 
 def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
-    if isinstance(cifar.labels, bytes):
-        stored = _unpickle(path)[cifar.names[1]]
-        names = tuple(name.decode() if isinstance(name, bytes) else name for name in stored)
-    else:
-        names = tuple(path.read_text().split())
+    stored = _unpickle(path)[cifar.names[1]] if isinstance(cifar.labels, bytes) else path.read_text().split()
+    names = tuple(name.decode() if isinstance(name, bytes) else name for name in stored)
     if len(names) != cifar.classes:
         raise ValueError(f"{len(names)} names for {cifar.classes} classes")
     return names
@@ -133,21 +113,18 @@ def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
 class _Unpickler(pickle.Unpickler):
     """Builds arrays, texts, numbers, lists and dictionaries, and calls nothing else: a pickle may call any function."""
 
-    # NumPy moved these functions from numpy.core to numpy._core. The second serves protocol 5.
-    _MAKE, _MAKE_5 = np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): _MAKE,
-        ("numpy._core.multiarray", "_reconstruct"): _MAKE,
-        ("numpy.core.numeric", "_frombuffer"): _MAKE_5,
-        ("numpy._core.numeric", "_frombuffer"): _MAKE_5,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+    _ALLOWED: ClassVar[dict[str, Any]] = {
+        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy.core.numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],  # protocol 5
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy moved it
+        if known not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
-        return self._ALLOWED[module, name]
+        return self._ALLOWED[known]
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:

@@ -3,96 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cifar
+from . import cifar, folders
 from .augment import AUGMENTATIONS, Views, crop_flip, crop_flip_table, resized_crop, standardise
-from .images import UnreadableImage, open_folder
+from .images import ImageFolder, UnreadableImage
 
 __all__ = ["Dataset", "Source", "UnreadableImage", "batches", "digits", "open_data"]
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed, so that accuracies of different --seed values are about the same test images
 ON_ERROR = ("stop", "skip")
-
-
-class Source(Protocol):
-    """Labelled images to train and to test on. Images have numbers, counted from 0 on each side."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in a report."""
-
-    @property
-    def channels(self) -> int:
-        """Of an image."""
-
-    @property
-    def classes(self) -> int:
-        """How many: labels are in ``[0, classes)``."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One for each label."""
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in a batch."""
-
-    @property
-    def train_count(self) -> int:
-        """How many images there are to train on."""
-
-    @property
-    def test_count(self) -> int:
-        """How many images there are to test on."""
-
-    @property
-    def unreadable(self) -> list[str]:
-        """One line for each image that could not be read and was skipped, in the order found: ``"PATH: reason"``."""
-
-    def to(self, device: torch.device) -> Source:
-        """The same images, with batches on ``device``."""
-
-    def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for each batch of numbers, standardised and augmented.
-
-        The augmentation is a pure function of (seed, epoch, image number): batches, processes and resumption have no
-        part in it.
-
-        Args:
-            batches: each a vector of int64 in ``[0, train_count)``.
-            epoch: any number.
-
-        Yields:
-            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
-        """
-
-    def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
+FOLDER_IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A :class:`Source` that holds all of its images in memory.
+    """Labelled images to train and to test on, all in memory. They have numbers, counted from 0 on each side.
 
     Attributes:
         name: what to call it in a report.
         train_images, test_images: ``[n, channels, height, width]``, standardised float32, or uint8 as stored.
         train_labels, test_labels: int64 ``[n]``, each in ``[0, classes)``.
-        classes: how many.
-        class_names: one for each label; its number if left out.
+        class_names: the numbers of the classes if left out.
         mean, std: ``[channels, 1, 1]``, from 0 to 255: what uint8 images are standardised with.
         augment: ``"none"``, ``"crop-flip"`` or ``"resized-crop"``.
         seed: of the augmentation.
         size: batches are resized to it bilinearly; ``None`` leaves the images their own.
-        unreadable: always empty.
+        unreadable: one line for each image that could not be read and was skipped: always empty.
     """
 
     name: str
@@ -100,6 +43,7 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    _: KW_ONLY
     classes: int
     class_names: tuple[str, ...] = ()
     mean: Tensor | None = None
@@ -131,42 +75,42 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The same images on ``device``."""
-        return replace(
-            self,
-            train_images=self.train_images.to(device),
-            train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
-            test_labels=self.test_labels.to(device),
-            mean=None if self.mean is None else self.mean.to(device),
-            std=None if self.std is None else self.std.to(device),
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`Source`: without augmentation, ``train_images[numbers]`` standardised."""
+        """Images and labels for each batch of numbers, standardised and augmented.
+
+        The augmentation is a pure function of (seed, epoch, image number), whatever the batches, processes and resumes.
+
+        Args:
+            batches: each a vector of int64 in ``[0, train_count)``.
+            epoch: of the augmentation.
+
+        Yields:
+            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
+        """
         device = self.train_images.device
         views = Views(self.augment, self.image_size, self.seed, epoch)
-        table: tuple[Tensor, ...] = ()
+        table = torch.empty(0)
         if self.augment == "crop-flip":
-            table = tuple(column.to(device) for column in crop_flip_table(self.train_count, self.seed, epoch))
+            table = crop_flip_table(self.train_count, self.seed, epoch).to(device)
         for numbers in batches:
             on_device = numbers.to(device)
             images = self._standardised(self.train_images[on_device])
             if self.augment == "crop-flip":
-                top, left, flip = (column[on_device] for column in table)
-                images = crop_flip(images, top, left, flip)
+                images = crop_flip(images, *table[:, on_device])
             elif self.augment == "resized-crop":
                 images = resized_crop(images, numbers, views)
             yield self._resized(images), self.train_labels[on_device]
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as in :class:`Source`: ``test_images[numbers]`` standardised."""
+        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
         for part in numbers.to(self.test_images.device).split(batch_size):
             yield self._resized(self._standardised(self.test_images[part])), self.test_labels[part]
 
     def _standardised(self, images: Tensor) -> Tensor:
-        if self.mean is None or self.std is None:
-            return images
-        return standardise(images, self.mean, self.std)
+        return images if self.mean is None or self.std is None else standardise(images, self.mean, self.std)
 
     def _resized(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
@@ -174,6 +118,9 @@ class Dataset:
             return images
         smaller = self.image_size < images.shape[-1]  # where every pixel shall count
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=smaller)
+
+
+Source = Dataset | ImageFolder
 
 
 def open_data(
@@ -214,66 +161,45 @@ def open_data(
         raise ValueError(f"--workers must be at least 0, got {workers}")
     if on_error not in ON_ERROR:
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
+    found, usual = _open(data, image_size, workers, on_error)
+    return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
+
+
+def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tuple[Source, str]:
+    """The images that ``data`` names, and how they are usually augmented."""
     if data == "digits":
         if image_size is not None and image_size < 8:
             raise ValueError(f"--image-size must be at least 8, the size of the digits, got {image_size}")
-        return replace(digits(image_size or 8), augment="none" if augment == "auto" else augment, seed=seed)
+        return digits(image_size or 8), "none"
     root = Path(data).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
         raise ValueError(f"--data {data} {what}: {remedy}")
-    if found := cifar.find(root):
-        return _cifar(*found, image_size=image_size, augment="crop-flip" if augment == "auto" else augment, seed=seed)
-    return open_folder(root, image_size=image_size, augment=augment, seed=seed, workers=workers, on_error=on_error)
-
-
-def _cifar(folder: Path, kind: cifar.Cifar, *, image_size: int | None, augment: str, seed: int) -> Dataset:
-    train_images, train_labels, test_images, test_labels, names = cifar.read(folder, kind)
-    mean, std = _mean_and_std(train_images)
-    return Dataset(
-        kind.name,
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-        classes=kind.classes,
-        class_names=names,
-        mean=mean,
-        std=std,
-        augment=augment,
-        seed=seed,
-        size=image_size,
-    )
+    if version := cifar.find(root):
+        tensors, names = cifar.read(*version)
+        mean, std = _mean_and_std(tensors[0])
+        classes, name = len(names), version[1].name
+        found = Dataset(name, *tensors, classes=classes, class_names=names, mean=mean, std=std, size=image_size)
+        return found, "crop-flip"
+    return ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error), "resized-crop"
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel of uint8 images, float32 ``[channels, 1, 1]``, exact but for the last rounding.
-
-    The DenseNet paper standardises CIFAR with them (section 4.1). Sums of a histogram are whole numbers.
-    """
-    levels = torch.arange(256)
-    means, deviations = [], []
-    for channel in images.unbind(1):
-        histogram = channel.flatten().bincount(minlength=256)
-        count, total = channel.numel(), int((histogram * levels).sum())
-        squares = int((histogram * levels**2).sum())
-        means.append(total / count)
-        deviations.append(((count * squares - total**2) / count**2) ** 0.5 or 1.0)  # 1 where all pixels are equal
-    return torch.tensor(means).view(-1, 1, 1), torch.tensor(deviations).view(-1, 1, 1)
+    """Of each channel of uint8 images, ``[channels, 1, 1]``, by histograms; the deviation is 1 where all are equal."""
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+    share = counts / counts.sum(1, keepdim=True).double()  # [channels, 256]
+    mean = (share * levels).sum(1, keepdim=True)
+    std = (share * (levels - mean).square()).sum(1, keepdim=True).sqrt()
+    return mean.float().unsqueeze(2), std.where(std > 0, 1.0).float().unsqueeze(2)
 
 
 def digits(image_size: int = 8) -> Dataset:
     """The 1,797 grey 8x8 digits that ship with scikit-learn: 1,437 to train on and 360 to test on.
 
     The split is the same every time and holds equally many of each digit. Images are enlarged bilinearly to
-    ``image_size``, then standardised with the mean and standard deviation of the training pixels.
-
-    Args:
-        image_size: height and width, at least 8.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+    ``image_size``, at least 8, then standardised with the mean and standard deviation of the training pixels.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -293,9 +219,6 @@ def digits(image_size: int = 8) -> Dataset:
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """One epoch: the numbers ``0 .. count-1`` shuffled, in batches of exactly ``batch_size``.
-
-    What is left over is dropped, so that every step does the same work; the next shuffle drops others.
-    """
+    """One epoch: the numbers ``0 .. count-1`` shuffled, in batches of exactly ``batch_size``; the rest is dropped."""
     order = torch.randperm(count, generator=generator)
     return iter(order[: count // batch_size * batch_size].split(batch_size))

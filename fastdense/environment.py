@@ -39,9 +39,7 @@ def versions() -> dict[str, str | None]:
 def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
     """What ``impl`` means on ``device``, and why: an option, a variable, or what the device can do.
 
-    Raises:
-        RuntimeError: it cannot run there.
-        ValueError: the environment variable ``FASTDENSE_IMPL`` names no implementation.
+    ``RuntimeError`` if it cannot run there, ``ValueError`` if the variable ``FASTDENSE_IMPL`` names no implementation.
     """
     wanted = checks.impl_name(impl)
     if wanted == "auto":
@@ -50,12 +48,18 @@ def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
     return name, f"FASTDENSE_IMPL is {wanted}" if impl == "auto" else "as asked for"
 
 
-def _automatic(device: str) -> dict[str, str | None]:
+def _device(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"device": device, "name": platform.processor() or platform.machine()}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        found["name"] = properties.name
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["memory_bytes"] = properties.total_memory
     try:
-        impl, reason = choose_impl("auto", torch.device(device))
+        found["impl"], found["reason"] = choose_impl("auto", torch.device(device))
     except (RuntimeError, ValueError) as error:
-        return {"impl": None, "reason": str(error)}
-    return {"impl": impl, "reason": reason}
+        found |= {"impl": None, "reason": str(error)}
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -67,24 +71,11 @@ def environment() -> dict[str, Any]:
         where not set. ``devices``: a list of ``{"device", "name", "impl", "reason"}`` (``impl`` is ``None``
         where nothing can run), for CUDA with ``"capability"`` and ``"memory_bytes"``.
     """
-    cpu = {"device": "cpu", "name": platform.processor() or platform.machine(), **_automatic("cpu")}
-    devices: list[dict[str, Any]] = [cpu]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "device": f"cuda:{index}",
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory,
-                **_automatic(f"cuda:{index}"),
-            }
-        )
     return {
         "versions": versions(),
         "os": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "variables": {name: os.environ.get(name) for name in ("FASTDENSE_IMPL", "TRITON_INTERPRET")},
-        "devices": devices,
+        "devices": [_device(name) for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))],
     }

@@ -24,17 +24,13 @@ LAYOUT = "a folder needs train/ and val/ with a subfolder of images for each cla
 
 @dataclass(frozen=True)
 class Files:
-    """Paths of images and their labels.
-
-    Attributes:
-        paths: ``[n]``, bytes, relative to ``root``. An array and not a list: a worker process that only reads a list
-            changes its elements' reference counts, and so copies, page by page, the memory that it shares.
-        labels: int64 ``[n]``.
-    """
+    """Paths of images and their labels."""
 
     root: Path
+    # [n], relative to root. Not a list: a worker process that reads one changes its elements' reference counts, and so
+    # copies, page by page, the memory that it shares.
     paths: np.ndarray[Any, np.dtype[np.bytes_]]
-    labels: Tensor
+    labels: Tensor  # int64 [n]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,28 +51,19 @@ def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
         ValueError: there are no such folders, a class is empty or the only one, or testing has one that training lacks.
     """
     tests = [name for name in TESTS if (root / name).is_dir()]
-    if (root / TRAIN).is_dir() and (tests or _subfolders(root / TRAIN)):  # a class may be called "train"
-        if not tests:
-            raise ValueError(f"--data {root} has train/ and none of {', '.join(TESTS)}: {LAYOUT}")
-        names = _classes(root / TRAIN)
-        test_names = _classes(root / tests[0])
-        if unknown := sorted(set(test_names) - set(names)):
-            remedy = f"add their images to train/, or take them out of {tests[0]}/"
-            raise ValueError(f"--data {root}: {tests[0]}/ has classes that train/ lacks: {_list(unknown)}: {remedy}")
-        train = _files(root, [(f"{TRAIN}/{name}", label) for label, name in enumerate(names)])
-        test = _files(root, [(f"{tests[0]}/{name}", names.index(name)) for name in test_names])
-        _require_two(root, names)
-        return train, test, names
-    names = _classes(root)
-    files = _files(root, [(name, label) for label, name in enumerate(names)])
-    _require_two(root, names)
-    return *_split(files, names), names
-
-
-def _require_two(root: Path, names: tuple[str, ...]) -> None:
-    """A single class would be learnt to 100 % by whatever is trained."""
-    if len(names) < 2:
+    divided = (root / TRAIN).is_dir() and bool(tests or _subfolders(root / TRAIN))  # a class may be called "train"
+    if divided and not tests:
+        raise ValueError(f"--data {root} has train/ and none of {', '.join(TESTS)}: {LAYOUT}")
+    names = _classes(root / TRAIN if divided else root)
+    test_names = _classes(root / tests[0]) if divided else ()
+    if unknown := sorted(set(test_names) - set(names)):
+        remedy = f"add their images to train/, or take them out of {tests[0]}/"
+        raise ValueError(f"--data {root}: {tests[0]}/ has classes that train/ lacks: {_list(unknown)}: {remedy}")
+    train = _files(root, {f"{TRAIN}/{name}" if divided else name: label for label, name in enumerate(names)})
+    test = _files(root, {f"{tests[0]}/{name}": names.index(name) for name in test_names}) if divided else None
+    if len(names) < 2:  # anything would learn it to 100 %
         raise ValueError(f"--data {root} has a single class, {names[0]}, and nothing to tell it from: {LAYOUT}")
+    return (*_split(train, names), names) if test is None else (train, test, names)
 
 
 def _split(files: Files, names: tuple[str, ...]) -> tuple[Files, Files]:
@@ -86,11 +73,9 @@ def _split(files: Files, names: tuple[str, ...]) -> tuple[Files, Files]:
     train, test = (
         Files(files.root, files.paths[chosen], files.labels[torch.from_numpy(chosen)]) for chosen in (~tested, tested)
     )
-    lacking = [
-        name for name, count in zip(names, train.labels.bincount(minlength=len(names)), strict=True) if not count
-    ]
     remedy = "add images, or make train/ and val/ yourself"
-    if lacking:
+    counts = train.labels.bincount(minlength=len(names)).tolist()
+    if lacking := [name for name, count in zip(names, counts, strict=True) if not count]:
         raise ValueError(f"--data {files.root}: the split leaves no image to train on of {_list(lacking)}: {remedy}")
     if not len(test):
         raise ValueError(f"--data {files.root}: the split leaves none of {len(files)} images to test on: {remedy}")
@@ -112,13 +97,15 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _files(root: Path, folders: list[tuple[str, int]]) -> Files:
-    found = [(list(_images(root, folder)), folder, label) for folder, label in folders]
-    if empty := [folder for paths, folder, _ in found if not paths]:
+def _files(root: Path, labels: dict[str, int]) -> Files:
+    """The images in each folder of ``labels``."""
+    found = {folder: list(_images(root, folder)) for folder in labels}
+    if empty := [folder for folder, paths in found.items() if not paths]:
         kinds = " ".join(extension[1:] for extension in EXTENSIONS)
         raise ValueError(f"--data {root}: no images ({kinds}) in {_list(empty)}: add some, or remove the folders")
-    labels = torch.tensor([label for paths, _, label in found for _ in paths])
-    return Files(root, np.array([os.fsencode(path) for paths, _, _ in found for path in paths]), labels)
+    paths = [os.fsencode(path) for folder in found.values() for path in folder]
+    counts = torch.tensor([len(folder) for folder in found.values()])
+    return Files(root, np.array(paths), torch.tensor(list(labels.values())).repeat_interleave(counts))
 
 
 def _images(root: Path, folder: str) -> Iterator[str]:
@@ -126,11 +113,8 @@ def _images(root: Path, folder: str) -> Iterator[str]:
     seen = set()  # links may lead in circles
     for place, folders, names in os.walk(root / folder, onerror=_refuse, followlinks=True):
         seen.add(os.path.realpath(place))
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
-        ]
+        shown = [name for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [name for name in shown if os.path.realpath(os.path.join(place, name)) not in seen]
         within = Path(place).relative_to(root).as_posix()
         for name in sorted(names):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):

@@ -16,20 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
-from . import folders
 from .augment import Views, standardise
 from .folders import Files
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage", "open_folder"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue within 0 to 1: what published networks were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_SIZE = 224
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow knows more, and starts programs for some
 JPEG = ("JPEG", "MPO")  # the formats that are decoded at a fraction of their size; MPO is what some cameras write
 TURNED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
 ENDS_LEFT, ENDS_ABOVE = (2, 3, 6, 7), (3, 4, 7, 8)  # those where the stored image's right or lower end comes there
-CPU = torch.device("cpu")
 GAP = 2.0  # a fast decoder leaves this many pixels for each one of the result, as Image.thumbnail does
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -40,10 +37,10 @@ class UnreadableImage(RuntimeError):
 
 
 def read_image(path: Path, number: int, views: Views) -> Pixels:
-    """What ``views`` shows of an image: uint8 ``[size, size, 3]``, upright and in RGB.
+    """The box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
 
-    The box is resized as Pillow does, bilinearly over all pixels that fall on one. JPEG files are decoded at a half,
-    a quarter or an eighth of their size where that leaves twice as many pixels as are needed.
+    Pillow resizes bilinearly over all pixels that fall on one. JPEG files are decoded at a half, a quarter or an eighth
+    of their size where that leaves twice as many pixels as are needed.
 
     Raises:
         UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
@@ -78,9 +75,8 @@ def _view(image: Image.Image, number: int, views: Views) -> Pixels:
     y = image.height - height * scale if orientation in ENDS_ABOVE else 0
     right, bottom = min(right * scale + x, image.width), min(bottom * scale + y, image.height)
     box = max(left * scale + x, 0), max(top * scale + y, 0), right, bottom
-    size = (views.size, views.size)
-    pixels = np.asarray(_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=GAP))
-    return pixels[:, ::-1] if flip else pixels
+    shown = _rgb(image).resize((views.size, views.size), Image.Resampling.BILINEAR, box=box, reducing_gap=GAP)
+    return np.asarray(shown)[:, :: -1 if flip else 1]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,18 +112,16 @@ class _Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reader(MapDataset[_Batch]):
-    """What a worker process does: batches of images, with the unreadable ones reported and not raised.
+    """Reads batches of images, in worker processes too, and reports the unreadable ones.
 
-    Attributes:
-        replace: whether the next readable image takes the place of an unreadable one. If there is none at all, the
-            batch is empty.
+    With ``replace``, the next readable image takes the place of an unreadable one; the batch is empty if there is none.
     """
 
     files: Files
     views: Views
     replace: bool
 
-    def __getitems__(self, numbers: list[int]) -> _Batch:
+    def __getitem__(self, numbers: list[int]) -> _Batch:
         images: list[Pixels] = []
         chosen: list[int] = []
         unreadable: list[str] = []
@@ -150,32 +144,32 @@ class _Reader(MapDataset[_Batch]):
         return _Batch(stacked, self.files.labels[chosen], unreadable)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder: a :class:`fastdense.data.Source`. They are standardised with ImageNet's mean and deviation.
+    """Images in a folder, with the methods of :class:`fastdense.data.Dataset`, standardised with ImageNet's statistics.
 
     Attributes:
-        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``.
+        augment, seed, workers, on_error: as in :func:`fastdense.data.open_data`.
         device: where batches shall be.
-        workers: processes that read images while the device works; 0 reads them in this process.
+        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``, in the order
+            found.
     """
 
-    name: str
-    class_names: tuple[str, ...]
-    image_size: int
     train_files: Files
     test_files: Files
-    augment: str
-    seed: int
+    class_names: tuple[str, ...]
+    image_size: int
     workers: int
     on_error: str
-    device: torch.device = CPU
+    augment: str = "none"
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     unreadable: list[str] = field(default_factory=list)
     channels: int = 3
+
+    @property
+    def name(self) -> str:
+        return f"{self.train_files.root.resolve().name} ({self.classes} classes)"
 
     @property
     def classes(self) -> int:
@@ -190,18 +184,14 @@ class ImageFolder:
         return len(self.test_files)
 
     def to(self, device: torch.device | str) -> ImageFolder:
-        """The same images, with batches on ``device``. What is unreadable is noted in both."""
+        """The same images, with batches on ``device`` and the same list of what is unreadable."""
         return replace(self, device=torch.device(device))
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`fastdense.data.Source`.
+        """Batches to train on, as in :class:`fastdense.data.Dataset`; with workers, ``batches`` is read ahead.
 
-        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all.
-        With workers, ``batches`` is read ahead.
-
-        Raises:
-            UnreadableImage: an image cannot be read and ``on_error`` is ``"stop"``, or none can.
-            RuntimeError: a worker process died.
+        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all. Otherwise, and
+        where none can be read, it raises ``UnreadableImage``; and ``RuntimeError`` if a worker process died.
         """
         views = Views(self.augment, self.image_size, self.seed, epoch)
         reader = _Reader(self.train_files, views, replace=self.on_error == "skip")
@@ -211,11 +201,7 @@ class ImageFolder:
             yield images, labels
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as in :class:`fastdense.data.Source`; with ``"skip"``, unreadable images are left out.
-
-        Raises:
-            UnreadableImage, RuntimeError: as :meth:`train`.
-        """
+        """Batches to test on, as :meth:`train`; with ``"skip"``, unreadable images are left out."""
         reader = _Reader(self.test_files, Views("none", self.image_size), replace=False)
         count = 0
         for images, labels in self._load(reader, numbers.split(batch_size)):
@@ -228,15 +214,13 @@ class ImageFolder:
     def _load(self, reader: _Reader, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             reader,
-            batch_sampler=(batch.tolist() for batch in batches),
+            sampler=(batch.tolist() for batch in batches),
+            batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws a number from the global one
         )
-        mean, std = (
-            255 * torch.tensor(values, device=self.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean, std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=self.device).view(2, 3, 1, 1)
         for images, labels, unreadable in self._named(loader):
             for line in unreadable:
                 if self.on_error == "stop":
@@ -257,32 +241,10 @@ class ImageFolder:
             traceback.clear_frames(error.__traceback__)
             if type(error) is not RuntimeError:
                 raise
-            failed = f"reading images in --workers {self.workers} processes failed: {error}"
+            remedy = "try fewer, which take less memory, or --workers 0 to see its error"
             raise RuntimeError(
-                f"{failed}: try fewer, which take less memory, or --workers 0 to see its error"
+                f"reading images in --workers {self.workers} processes failed: {error}: {remedy}"
             ) from error
 
     def _nothing_readable(self, count: int) -> UnreadableImage:
         return UnreadableImage(f"none of {count} images can be read, the first: {self.unreadable[0]}. Check --data")
-
-
-def open_folder(
-    root: Path, *, image_size: int | None, augment: str, seed: int, workers: int, on_error: str
-) -> ImageFolder:
-    """The images in a folder, as :func:`fastdense.data.open_data` has them.
-
-    Raises:
-        ValueError: the folder is not laid out as :func:`fastdense.folders.find` says.
-    """
-    train, test, names = folders.find(root)
-    return ImageFolder(
-        name=f"{root.resolve().name} ({len(names)} classes)",
-        class_names=names,
-        image_size=IMAGE_SIZE if image_size is None else image_size,
-        train_files=train,
-        test_files=test,
-        augment="resized-crop" if augment == "auto" else augment,
-        seed=seed,
-        workers=workers,
-        on_error=on_error,
-    )

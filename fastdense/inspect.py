@@ -1,11 +1,11 @@
-"""See the method work: where a block's gradients come from, and which features its layers read.
+"""Where a block's gradients come from, and which features its layers read.
 
 A DenseNet's layer ``l`` reads all of ``[H_0, ..., H_l]``, so that
 
     dLoss/dH_i = E_i + sum over the layers j >= i of what layer j sends back
 
-with ``E_i`` from the block's output. The schedule adds these terms one by one, to ``(D, a, b)`` of the lazy gradient;
-:func:`gradient_flow` keeps them apart for once. docs/gradient-flow.md derives the sum.
+with ``E_i`` from the block's output. The schedule adds these terms to ``(D, a, b)`` of the lazy gradient;
+:func:`gradient_flow` keeps them apart. docs/gradient-flow.md derives the sum.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from .core.features import Features, LazyGradient, as_rows, row_stride
 from .core.primitives import Backend, Conv, Dropout, Gradients, Layer
 from .ops import dense_block
 from .plain import PlainBlock
+from .reference import widths
 
 __all__ = ["BlockFlow", "BlockReuse", "feature_reuse", "first_not_finite", "gradient_flow"]
 
@@ -39,7 +40,7 @@ LossFn = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class BlockFlow:
-    """The gradient of one block's feature maps, and where it comes from. Norms are Frobenius norms over the batch.
+    """The gradient of one block's feature maps, and where it comes from, in Frobenius norms over the batch.
 
     Attributes:
         name: the block's name in the model.
@@ -76,13 +77,13 @@ def gradient_flow(
     *,
     dtype: torch.dtype | None = torch.float64,
 ) -> list[BlockFlow]:
-    """The gradient of every feature map of every dense block, term by term, for one batch.
+    """Computes the gradient of every feature map of every dense block, term by term, for one batch.
 
     It works on a copy of ``model``, in the modes (training, evaluation) that its modules are in; neither the model nor
-    a random generator changes. A model of torchvision, timm or MONAI that was not converted is converted in the copy.
+    a random generator changes.
 
     Args:
-        model: a network with dense blocks.
+        model: a network with dense blocks: own, converted, or one that ``convert`` understands.
         x: its input, usually ``[N, C, *spatial]``.
         target: what ``loss_fn`` takes beside the output; for the default loss classes ``[N]``, int64. Left out, it is
             the model's own arg-max over the output's second axis.
@@ -105,10 +106,10 @@ def gradient_flow(
 
 
 def feature_reuse(model: nn.Module) -> list[BlockReuse]:
-    """The mean absolute weight with which each layer reads each earlier feature map.
+    """Computes the mean absolute weight with which each layer reads each earlier feature map.
 
     Args:
-        model: a network with dense blocks: own, converted, or one that ``convert`` understands (it is not changed).
+        model: as in :func:`gradient_flow`; it is not changed.
 
     Returns:
         One :class:`BlockReuse` for each dense block, in the order of ``model.named_modules()``; float64, on the CPU.
@@ -122,7 +123,7 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
     check_model(model)
     found = []
     for name, _, layers in dense_blocks(with_dense_blocks(_unwrapped(model))):
-        edges = _edges([layer.conv1.in_channels for layer in layers], layers[-1])
+        edges = _edges(widths(layers))
         weights = torch.zeros(len(layers) + 1, len(layers), dtype=torch.float64)
         for j, layer in enumerate(layers):
             channels = layer.conv1.weight.detach().double().abs().transpose(0, 1).flatten(1).mean(1)  # [C_j]
@@ -134,29 +135,25 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
 def first_not_finite(
     model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: LossFn | None = None
 ) -> str | None:
-    """Which feature map, in the order of a training step, is the first to hold infinity or NaN, in words.
+    """Says which feature map is the first to hold infinity or NaN in a training step; ``None`` if all are finite.
 
-    The forward pass comes first, from the input to the loss; then the gradients, from the loss to the input. ``None``
-    if all are finite. It computes in the model's own dtype, under the caller's autocast; see :func:`gradient_flow`.
+    Values come first, from the input to the loss; then gradients, from the loss to the input. It computes in the
+    model's own dtype, under the caller's autocast; see :func:`gradient_flow`.
     """
     broken = [name for name, value in model.state_dict().items() if not _finite(value)]
     runs = _run(model, x, target, loss_fn, None)
     for run in runs:
         if (i := run.first_value_not_finite) is not None:
-            # Whoever reads a broken parameter has broken values: that parameter is the cause.
+            # What a broken parameter computes is broken: that parameter is the cause.
             also = f"; {broken[0]} is not finite itself" if broken else ""
             return f"The values of {_feature(run.name, i)} are the first that are not finite{also}"
     for run in reversed(runs):
         flow = run.flow()
-        bad = [i for i, norm in enumerate(flow.total.tolist()) if not norm < float("inf")]
-        if bad:
-            i = bad[-1]
-            by = [j for j, norm in enumerate(flow.contributions[i].tolist()) if not norm < float("inf")]
+        if bad := (~flow.total.isfinite()).nonzero().flatten().tolist():
+            by = (~flow.contributions[bad[-1]].isfinite()).nonzero().flatten().tolist()
             sender = "the block's output" if not by or by[-1] == len(flow.total) - 1 else f"layer {by[-1] + 1}"
-            return f"The gradient of {_feature(run.name, i)} went first, in what {sender} sends back"
-    if broken:
-        return f"{broken[0]} is not finite"
-    return None
+            return f"The gradient of {_feature(run.name, bad[-1])} went first, in what {sender} sends back"
+    return f"{broken[0]} is not finite" if broken else None
 
 
 def _feature(block: str, i: int) -> str:
@@ -170,20 +167,19 @@ def _finite(value: Any) -> bool:
 class _Run:
     """One run of one block, backward: the norms of what its layers send back.
 
-    A backend round another one. Whatever adds to the gradient of the block's buffer gets an empty ``(D, a, b)`` of its
-    own; it is looked at, and then added where it belongs.
+    A backend round another one: each layer adds to an empty ``(D, a, b)`` of its own, which is measured and then added
+    to the gradient of the block's buffer.
     """
 
-    def __init__(self, name: str, keep: bool, inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]):
+    def __init__(self, name: str, inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]) -> None:
         self.name, self.inner, self.G, self.X = name, inner, G, X
-        self.edges = _edges([layer.reads for layer in layers], layers[-1].writes)
-        self.readers = {layer.reads: j for j, layer in enumerate(layers)}  # no two layers read equally many channels
-        self.vectors: dict[int, Tensor] | None = {} if keep else None  # by reader, [m, C_j - start]
+        self.edges = _edges([*(layer.reads for layer in layers), layers[-1].reads + layers[-1].writes])
+        self.consumers = {layer.reads: j for j, layer in enumerate(layers)}  # no two read equally many channels
         self.norms = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64)
         self.totals = torch.zeros(len(layers) + 1, dtype=torch.float64)
         finite = torch.isfinite(X.rows).all(0)
         self.first_value_not_finite = next((i for i, of in enumerate(self.edges) if not finite[of].all()), None)
-        self._book(len(layers), G)
+        self._record(len(layers), self._rows(G))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -195,17 +191,15 @@ class _Run:
         conv: Conv,
         source: Features,
         into: LazyGradient | None,
-        dropout: Dropout | None = None,
-        *,
+        *dropout: Dropout | None,
         accumulate: bool,
     ) -> Gradients:
-        if into is None or not accumulate:  # a bottleneck's gradient: it has one reader
-            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, dropout, accumulate=accumulate)
+        if into is None or not accumulate:  # a bottleneck's gradient: it has one consumer
+            return self.inner.bn_relu_conv_backward(grad, output, conv, source, into, *dropout, accumulate=accumulate)
         own = _zeros_like(into)
-        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, own, dropout, accumulate=True)
-        self._book(self.readers[source.rows.shape[1]], own)
-        into.D.add_(own.D)
-        for whole, part in ((into.a, own.a), (into.b, own.b)):
+        gradients = self.inner.bn_relu_conv_backward(grad, output, conv, source, own, *dropout, accumulate=True)
+        self._record(self.consumers[source.rows.shape[1]], self._rows(own))
+        for whole, part in ((into.D, own.D), (into.a, own.a), (into.b, own.b)):
             if whole is not None and part is not None:
                 whole.add_(part)
         return gradients
@@ -214,12 +208,9 @@ class _Run:
         self.inner.finish()
         self.totals = self._norms(self._rows(self.G))
 
-    def _book(self, reader: int, gradient: LazyGradient) -> None:
-        rows = self._rows(gradient)
+    def _record(self, consumer: int, rows: Tensor) -> None:
         norms = self._norms(rows)
-        self.norms[: len(norms), reader] = norms
-        if self.vectors is not None:
-            self.vectors[reader] = rows
+        self.norms[: len(norms), consumer] = norms
 
     @torch.no_grad()
     def _rows(self, gradient: LazyGradient) -> Tensor:
@@ -239,10 +230,7 @@ class _Run:
 
 
 class _PlainRun:
-    """The same of a block without dense connections: each feature map has one reader."""
-
-    first_value_not_finite: int | None = None
-    vectors = None
+    """The same of a block without dense connections: each feature map has one consumer."""
 
     def __init__(self, name: str, features: Sequence[Tensor]) -> None:
         self.name = name
@@ -252,7 +240,7 @@ class _PlainRun:
             feature.register_hook(lambda gradient, i=i: self._set(i, gradient))
 
     def _set(self, i: int, gradient: Tensor) -> None:
-        self.totals[i] = gradient.double().norm().cpu()
+        self.totals[i] = gradient.double().norm()
 
     def flow(self) -> BlockFlow:
         return BlockFlow(self.name, self.totals, torch.diag(self.totals))
@@ -264,20 +252,21 @@ class _Watch(TorchDispatchMode):
     A mode, because autograd takes it along to the threads in which it works for a GPU.
     """
 
-    def __init__(self, names: dict[int, str], keep: bool) -> None:
+    def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
-        self.names, self.keep = names, keep
+        self.names = names  # by the address of the block's first convolution's weight
         self.runs: list[_Run] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.fastdense.dense_block_backward.default:
-            return func(*args, **(kwargs or {}))
-        name = self.names.get(args[_PARAMS][2].data_ptr())
-        if name is None:  # a block outside the model
+        name = None
+        if func is torch.ops.fastdense.dense_block_backward.default:
+            params = args[[argument.name for argument in func._schema.arguments].index("params")]
+            name = self.names.get(params[2].data_ptr())
+        if name is None:  # another operator, or a block outside the model
             return func(*args, **(kwargs or {}))
 
         def watch(inner: Backend, G: LazyGradient, X: Features, layers: Sequence[Layer]) -> Backend:
-            self.runs.append(_Run(name, self.keep, inner, G, X, layers))
+            self.runs.append(_Run(name, inner, G, X, layers))
             return self.runs[-1]
 
         token = dense_block.watcher.set(watch)
@@ -287,21 +276,7 @@ class _Watch(TorchDispatchMode):
             dense_block.watcher.reset(token)
 
 
-_PARAMS = [argument.name for argument in torch.ops.fastdense.dense_block_backward.default._schema.arguments].index(
-    "params"
-)
-
-
-def _run(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor | None,
-    loss_fn: LossFn | None,
-    dtype: torch.dtype | None,
-    *,
-    keep: bool = False,
-) -> list[_Run | _PlainRun]:
-    """One forward and backward pass of a copy; with ``keep`` the runs hold each reader's gradient as rows."""
+def _check(model: nn.Module, x: Tensor, target: Tensor | None) -> None:
     check_model(model)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -311,30 +286,38 @@ def _run(
         raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)} on {str(x.device)!r}")
     if not isinstance(target, Tensor | None):
         raise TypeError(f"target must be a torch.Tensor or None, got {type(target).__name__}")
+
+
+def _run(
+    model: nn.Module, x: Tensor, target: Tensor | None, loss_fn: LossFn | None, dtype: torch.dtype | None
+) -> list[_Run | _PlainRun]:
+    """One forward and backward pass of a copy."""
+    _check(model, x, target)
+    plain: list[_PlainRun] = []
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         device = torch.device("cpu") if x.device.type == "mps" else x.device
         probe = _probe(model, dtype, device)
         x = x.detach().to(device=device, dtype=dtype, copy=True).requires_grad_()
         blocks = list(dense_blocks(probe))
-        names = {layers[0].conv1.weight.data_ptr(): name for name, _, layers in blocks}
+        for name, block in probe.named_modules():
+            if isinstance(block, PlainBlock):
+                block.watch = lambda features, name=name: plain.append(_PlainRun(name, features))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         if dtype is not None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        plain = stack.enter_context(_plain_runs(probe))
         loss = _loss(probe(x), target if target is None else target.to(device), loss_fn)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the model: loss_fn must not detach its output")
-        with _Watch(names, keep) as watch:
+        with _Watch({layers[0].conv1.weight.data_ptr(): name for name, _, layers in blocks}) as watch:
             loss.backward()
     runs: list[_Run | _PlainRun] = [*plain, *reversed(watch.runs)]
-    missing = [name for name, _, _ in blocks if name not in {run.name for run in runs}]
-    if missing:
+    if missing := [name for name, _, _ in blocks if name not in {run.name for run in runs}]:
         raise RuntimeError(
             f"the dense block {missing[0] or 'that the model is'} took no part in the gradient of the loss, or could "
             "not run fused (a warning says why): remove what stands in its way, or leave it out of the model"
         )
-    order = {name: i for i, name in enumerate(dict(probe.named_modules()))}
-    return sorted(runs, key=lambda run: order[run.name]) if plain else runs
+    order = [name for name, _ in probe.named_modules()]
+    return sorted(runs, key=lambda run: order.index(run.name)) if plain else runs
 
 
 def _loss(output: Any, target: Tensor | None, loss_fn: LossFn | None) -> Tensor:
@@ -360,16 +343,6 @@ def _takes_one(loss_fn: LossFn) -> bool:
     return True
 
 
-@contextmanager
-def _plain_runs(model: nn.Module) -> Iterator[list[_PlainRun]]:
-    """The runs of blocks without dense connections, as they come."""
-    runs: list[_PlainRun] = []
-    for name, block in model.named_modules():
-        if isinstance(block, PlainBlock):
-            block.watch = lambda features, name=name: runs.append(_PlainRun(name, features))
-    yield runs
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -380,37 +353,32 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _probe(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """A copy of ``model`` whose gradients are nobody else's, on the backend that knows ``dtype``."""
+    """A copy of ``model`` with gradients of its own, on the backend that knows ``dtype``."""
     model = _unwrapped(model)
     plain = any(isinstance(module, PlainBlock) for module in model.modules())
     converted = model if plain else with_dense_blocks(model)
     probe = copy.deepcopy(model) if converted is model else converted
     probe.zero_grad()
-    modules: Iterator[Any] = probe.modules()
-    for module in modules:
-        converted_here = isinstance(module, Converted)
-        impl = module._fastdense.impl if converted_here else getattr(module, "impl", None)
+    module: Any
+    for module in probe.modules():
+        spec: Any = module._fastdense if isinstance(module, Converted) else module
+        impl = getattr(spec, "impl", None)
         if impl is None or (dtype is None and checks.impl_name(impl) != "reference"):
             continue
-        if converted_here:
-            module._fastdense = module._fastdense._replace(impl="torch")
-        else:
+        if spec is module:
             module.impl = "torch"
+        else:
+            module._fastdense = spec._replace(impl="torch")
     return probe if dtype is None else probe.to(device=device, dtype=dtype)
 
 
-def _edges(reads: Sequence[int], last: Any) -> list[slice]:
+def _edges(widths: Sequence[int]) -> list[slice]:
     """The channels of ``H_0 .. H_L`` in the block's buffer."""
-    writes = (
-        last if isinstance(last, int) else getattr(last, "conv2" if "conv2" in last._modules else "conv1").out_channels
-    )
-    edges = [0, *reads, reads[-1] + writes]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    return [slice(start, stop) for start, stop in itertools.pairwise([0, *widths])]
 
 
 def _zeros_like(gradient: LazyGradient) -> LazyGradient:
     m, channels = gradient.D.shape
     D = gradient.D.new_empty_strided((m, channels), (row_stride(channels, gradient.D.dtype), 1)).zero_()
-    if gradient.a is None or gradient.b is None:
-        return LazyGradient(D, None, None, gradient.start)
-    return LazyGradient(D, torch.zeros_like(gradient.a), torch.zeros_like(gradient.b), gradient.start)
+    a, b = (None if v is None else torch.zeros_like(v) for v in (gradient.a, gradient.b))
+    return LazyGradient(D, a, b, gradient.start)

@@ -37,18 +37,11 @@ def flow_picture(curves: Mapping[str, Sequence[BlockFlow]], path: Path, *, title
         caption: loss, images, dtype: what a reader needs to believe the picture.
     """
     flows = next(iter(curves.values()))
-    matrices = [flow.contributions.numpy() for flow in flows]
-    norm = _decades(np.concatenate([matrix[matrix > 0] for matrix in matrices]))
+    matrices = [np.ma.masked_equal(flow.contributions.numpy(), 0) for flow in flows]
     figure, (maps, (below,)) = _heat_maps([len(flow.total) for flow in flows], 1, title, curve=True)
-    image = None
-    for i, (axes, flow, matrix) in enumerate(zip(maps, flows, matrices, strict=True)):
-        L = len(flow.total) - 1
-        image = _heat_map(axes, matrix != 0, matrix, norm)
-        _label_layers(axes, flow.name, L, output=True)
-        axes.set_xlabel("sent back by layer")
-        if i == 0:
-            axes.set_ylabel("feature map that receives it")
-    _colour_bar(figure, image, maps, "norm of the contribution")
+    norm = _decades(np.concatenate([matrix.compressed() for matrix in matrices]))
+    _draw(maps, flows, matrices, norm, "viridis_r", output=True)
+    _label(figure, maps, "norm of the contribution", x="sent back by layer", y="feature map that receives it")
     _depth_curves(below, curves)
     whose = f"of the first network, {next(iter(curves))}" if len(curves) > 1 else "of the network"
     words = (
@@ -69,28 +62,21 @@ def reuse_picture(reuses: Sequence[BlockReuse], path: Path, *, title: str, capti
         title: what was looked at.
         caption: which weights these are.
     """
-    matrices = [reuse.weights[:-1].numpy() for reuse in reuses]  # H_L is read outside the block alone
+    # H_L is read outside the block alone, and H_i by the layers from i on.
+    matrices = [reuse.weights[:-1].numpy() for reuse in reuses]
+    matrices = [np.ma.masked_array(matrix, np.tri(len(matrix), k=-1, dtype=bool)) for matrix in matrices]
     figure, rows = _heat_maps([matrix.shape[0] for matrix in matrices], 2, title)
-    exist = [np.triu(np.ones_like(matrix)) for matrix in matrices]
-    # A layer's mean over what it reads: the first ones read few channels, and start with larger weights.
-    means = [matrix.sum(0) / exists.sum(0) for matrix, exists in zip(matrices, exist, strict=True)]
-    relative = [matrix / np.where(mean > 0, mean, 1.0) for matrix, mean in zip(matrices, means, strict=True)]
-    spread = max(float(np.abs(ratio - 1)[exists > 0].max()) for ratio, exists in zip(relative, exist, strict=True))
-    spread = max(spread, LEAST_SPREAD)
+    # Over a layer's mean of what it reads: the first ones read few channels, and start with larger weights.
+    relative = [matrix / np.where(matrix.mean(0) > 0, matrix.mean(0), 1.0) for matrix in matrices]
+    spread = max(LEAST_SPREAD, *(float(np.abs(ratio - 1).max()) for ratio in relative))
     kinds: list[tuple[list[Any], Normalize, str, str]] = [
         (matrices, Normalize(0.0, max(float(matrix.max()) for matrix in matrices)), "viridis_r", "mean |weight|"),
         (relative, Normalize(1 - spread, 1 + spread), "PuOr_r", "over the layer's mean"),
     ]
     for maps, (shown, norm, colours, label) in zip(rows, kinds, strict=True):
-        image = None
-        for i, (axes, reuse, matrix, exists) in enumerate(zip(maps, reuses, shown, exist, strict=True)):
-            image = _heat_map(axes, exists, matrix, norm, colours)
-            _label_layers(axes, reuse.name if maps is rows[0] else None, len(matrix), output=False)
-            if maps is rows[-1]:
-                axes.set_xlabel("layer that reads")
-            if i == 0:
-                axes.set_ylabel("feature map that is read")
-        _colour_bar(figure, image, maps, label)
+        _draw(maps, reuses, shown, norm, colours, output=False, titles=maps is rows[0])
+        x = "layer that reads" if maps is rows[-1] else ""
+        _label(figure, maps, label, x=x, y="feature map that is read")
     words = (
         "Row: feature map H$_i$, which layer i wrote (H$_0$ enters the block). Column j: layer j, which reads H$_0$ .. "
         "H$_{j-1}$ through its first convolution. Above: mean absolute weight of that convolution over the channels of "
@@ -123,58 +109,63 @@ def _decades(values: Any) -> LogNorm:
     return LogNorm(max(float(values.min()), largest / 10**DECADES) * (1 - 1e-9), largest * (1 + 1e-9), clip=True)
 
 
-def _heat_map(axes: Axes, exists: Any, matrix: Any, norm: Normalize, colours: str = "viridis_r") -> Any:
-    axes.set_facecolor(NOTHING)
-    shown = np.ma.masked_where(exists == 0, matrix)
-    return axes.imshow(shown, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
+def _draw(
+    maps: Sequence[Axes],
+    blocks: Sequence[BlockFlow | BlockReuse],
+    matrices: Sequence[Any],
+    norm: Normalize,
+    colours: str,
+    *,
+    output: bool,
+    titles: bool = True,
+) -> None:
+    """One heat map for each block, with ``output`` as the last column; masked elements do not exist."""
+    for axes, block, matrix in zip(maps, blocks, matrices, strict=True):
+        L = len(matrix) - output
+        if titles:
+            name = block.name.removeprefix("features.") or "the block"
+            axes.set_title(f"{name} ({L} layer{'s' * (L > 1)})", fontsize=10)
+        axes.set_facecolor(NOTHING)
+        axes.imshow(matrix, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
+        step = max(1, round(0.3 * L / (axes.bbox.width / DPI)))  # before the layout is final: about right
+        layers = [j for j in range(0, L, step) if not output or step == 1 or L - j > max(1, step // 2)]
+        out = {L: "out"} if output else {}
+        axes.set_xticks([*layers, *out], [*(str(j + 1) for j in layers), *out.values()])
+        axes.set_yticks(range(0, len(matrix), step), [f"H$_{{{i}}}$" for i in range(0, len(matrix), step)])
+        axes.tick_params(labelsize=7)
+        if output:
+            axes.axvline(L - 0.5, color="white", linewidth=1.5)
 
 
-def _label_layers(axes: Axes, name: str | None, L: int, *, output: bool) -> None:
-    if name is not None:
-        axes.set_title(f"{name.removeprefix('features.') or 'the block'} ({L} layer{'s' * (L > 1)})", fontsize=10)
-    inches = axes.bbox.width / DPI  # before the layout is final: about right
-    step = max(1, round(0.3 * L / inches))
-    layers = range(0, L, step)
-    axes.set_xticks([*layers, *([L] if output else [])], [*(str(j + 1) for j in layers), *(["out"] if output else [])])
-    maps = range(0, L + output, step)
-    axes.set_yticks(maps, [f"H$_{{{i}}}$" for i in maps])
-    if output and L % step and L - layers[-1] <= max(1, step // 2):
-        axes.set_xticks([*layers[:-1], L], [*(str(j + 1) for j in layers[:-1]), "out"])
-    axes.tick_params(labelsize=7)
-    if output:
-        axes.axvline(L - 0.5, color="white", linewidth=1.5)
-
-
-def _colour_bar(figure: Figure, image: Any, maps: Sequence[Axes], label: str) -> None:
-    bar = figure.colorbar(image, ax=list(maps), pad=0.01, fraction=0.05, aspect=30)
-    bar.set_label(label)
+def _label(figure: Figure, maps: Sequence[Axes], bar: str, *, x: str, y: str) -> None:
+    for axes in maps:
+        axes.set_xlabel(x)
+    maps[0].set_ylabel(y)
+    figure.colorbar(maps[-1].images[0], ax=list(maps), pad=0.01, fraction=0.05, aspect=30, label=bar)
 
 
 def _depth_curves(axes: Axes, curves: Mapping[str, Sequence[BlockFlow]]) -> None:
     """The norms of all blocks after one another, on a logarithmic scale."""
-    crowded = sum(len(flow.total) for flow in next(iter(curves.values()))) > MARKERS
+    first = next(iter(curves.values()))
+    count = sum(len(flow.total) for flow in first)
     for (label, flows), colour in zip(curves.items(), COLOURS, strict=False):
-        start, named = 0, False
+        start = 0
         for flow in flows:
-            total = flow.total.numpy()
-            depths = np.arange(start, start + len(total))
-            axes.plot(
-                depths[1:], total[1:], color=colour, marker="" if crowded else "o", markersize=3,
-                label=None if named else label, zorder=3,
-            )  # fmt: skip
+            depths, total = np.arange(start, start + len(flow.total)), flow.total.numpy()
+            legend, marker = None if start else label, "o" if count <= MARKERS else ""
+            axes.plot(depths[1:], total[1:], color=colour, marker=marker, markersize=3, label=legend, zorder=3)
             axes.plot(depths[:1], total[:1], color=colour, marker="o", markersize=5, fillstyle="none", linestyle="none")
-            start, named = start + len(total), True
+            start += len(total)
     start = 0
     ticks: dict[int, str] = {}
-    step = max(1, round(sum(len(flow.total) for flow in next(iter(curves.values()))) / (2.5 * axes.bbox.width / DPI)))
-    for i, flow in enumerate(next(iter(curves.values()))):
+    step = max(1, round(count / (2.5 * axes.bbox.width / DPI)))
+    for i, flow in enumerate(first):
         stop = start + len(flow.total)
         ticks |= {start + layer: f"{layer}" for layer in range(0, len(flow.total), step)}
         if i % 2 == 0:
             axes.axvspan(start - 0.5, stop - 0.5, color="#f4f4f4", zorder=0)
-        middle = (start + stop - 1) / 2
-        axes.text(middle, 1.01, flow.name.removeprefix("features."), transform=axes.get_xaxis_transform(),
-                  ha="center", va="bottom", fontsize=8, color="#555555")  # fmt: skip
+        name, middle, above = flow.name.removeprefix("features."), (start + stop - 1) / 2, axes.get_xaxis_transform()
+        axes.text(middle, 1.01, name, transform=above, ha="center", va="bottom", fontsize=8, color="#555555")
         start = stop
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
     if any((flow.total.isfinite() & (flow.total > 0)).any() for flows in curves.values() for flow in flows):

@@ -1,7 +1,4 @@
-"""Bytes: what a forward pass keeps, what a training step needs at its peak, and the plan behind ``recompute="auto"``.
-
-docs/memory.md shows how to measure, and what was measured.
-"""
+"""Measures bytes: what a forward pass saves for backward, what a training step needs at its peak, and what is free."""
 
 from __future__ import annotations
 
@@ -9,26 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
-__all__ = [
-    "BlockSize",
-    "PeakBytes",
-    "SavedBytes",
-    "choose_recompute",
-    "free_bytes",
-    "peak_bytes",
-    "plan_recompute",
-    "planned_bytes",
-    "saved_bytes",
-]
-
-# What does not grow with the network: buffers for chunks of rows (torch_backend.CHUNK_BYTES), sums.
-WORKSPACE_BYTES = 24 << 20
+__all__ = ["PeakBytes", "SavedBytes", "free_bytes", "peak_bytes", "saved_bytes"]
 
 
 @dataclass
@@ -45,11 +29,11 @@ class SavedBytes:
 
 @contextmanager
 def saved_bytes(*owners: nn.Module | Tensor) -> Iterator[SavedBytes]:
-    """Count the bytes that forward passes inside the ``with`` keep for backward.
+    """Counts the bytes that forward passes inside the ``with`` save for backward, on any device.
 
     Storages are counted once each; those of ``owners`` (a model's parameters and buffers, an input tensor) not at all,
-    because they exist without the pass. Works on every device. Equivalent to summing ``untyped_storage().nbytes()``
-    over what ``torch.autograd.graph.saved_tensors_hooks`` sees.
+    because they exist without the pass. Equivalent to summing ``untyped_storage().nbytes()`` over what
+    ``torch.autograd.graph.saved_tensors_hooks`` sees.
 
     Example:
         >>> with fastdense.memory.saved_bytes(model) as kept:
@@ -103,38 +87,31 @@ class PeakBytes:
 
 
 def _live_at_peak(events: Sequence[tuple[int, int]], left_out: set[int]) -> list[int]:
-    """Sizes of what is alive when it is most; ``left_out`` are addresses of allocations that nobody freed."""
+    """Sizes of what is alive at the peak; ``left_out`` are addresses of allocations that were never freed."""
     last = {address: i for i, (address, _) in enumerate(events)}
     skipped = {last[address] for address in left_out if address in last}
     live: dict[int, int] = {}
     now = peak = 0
     at_peak: list[int] = []
     for i, (address, size) in enumerate([*events, (0, -1)]):
-        if size >= 0:
-            if i not in skipped:
-                live[address] = size
-                now += size
-        else:
+        if size < 0:
             if now > peak:  # before it falls
                 peak, at_peak = now, list(live.values())
             now -= live.pop(address, 0)  # 0: it was there before the start
+        elif i not in skipped:
+            live[address] = size
+            now += size
     return at_peak
 
 
 @contextmanager
 def peak_bytes(device: torch.device | str) -> Iterator[PeakBytes]:
-    """Measure the most bytes that tensors allocated inside the ``with`` occupy at one time, custom operators' included.
+    """Measures the most bytes that tensors allocated inside the ``with`` occupy at one time, in custom operators too.
 
-    What was allocated before counts for nothing. On CUDA it is ``torch.cuda.max_memory_allocated`` minus
-    ``torch.cuda.memory_allocated`` at the start (PyTorch's own peak is reset). On the CPU it is added up from the
-    memory events of ``torch.profiler.profile(profile_memory=True)``: everything that PyTorch's allocator hands out, but
-    not what a library like oneDNN takes for itself.
-
-    Args:
-        device: a CUDA device or the CPU.
-
-    Raises:
-        ValueError: for another device.
+    What was allocated before is not counted. On CUDA it is ``torch.cuda.max_memory_allocated`` minus
+    ``torch.cuda.memory_allocated`` at the start (PyTorch's own peak is reset). On the CPU it is the sum over the memory
+    events of ``torch.profiler.profile(profile_memory=True)``: everything that PyTorch's allocator hands out, but not
+    what a library like oneDNN takes for itself. ``ValueError`` for another device.
 
     Example:
         >>> with fastdense.memory.peak_bytes("cpu") as peak:
@@ -159,7 +136,7 @@ def peak_bytes(device: torch.device | str) -> Iterator[PeakBytes]:
 
 
 def _memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
-    """``(address, size)`` of everything that was allocated (or freed: a negative size) on the CPU, in order of time."""
+    """``(address, size)`` of what was allocated on the CPU, or freed (a negative size), in order of time."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     found: list[tuple[int, int, int]] = []
     rest = list(profiler.profiler.kineto_results.experimental_event_tree())
@@ -173,94 +150,6 @@ def _memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
     return [(address, size) for _, address, size in sorted(found, key=lambda entry: entry[0])]
 
 
-class BlockSize(NamedTuple):
-    """What the plan asks of a block: its layers from the first that needs a gradient on, and where they run.
-
-    In the letters of docs/algorithm.md; ``bottlenecks`` is empty for the paper's basic layer, which has none.
-    """
-
-    pixels: int  # m = N*H*W
-    channels: int  # C, leaving
-    reads: tuple[int, ...]  # C_l of each layer
-    bottlenecks: tuple[int, ...]  # B_l of each layer
-    itemsize: int  # bytes of an element
-
-    @property
-    def freed(self) -> int:
-        """Bytes of all bottlenecks: what ``"bottlenecks"`` does not keep."""
-        return self.pixels * sum(self.bottlenecks) * self.itemsize
-
-    @property
-    def work(self) -> int:
-        """Multiplications that ``"bottlenecks"`` repeats: ``m * sum(C_l * B_l)``."""
-        return self.pixels * sum(c * b for c, b in zip(self.reads, self.bottlenecks, strict=False))
-
-    def kept(self, mode: str) -> int:
-        """Bytes kept for backward: ``X``, and every ``Z_l`` unless they are recomputed."""
-        return self.pixels * self.channels * self.itemsize + (self.freed if mode == "activations" else 0)
-
-    def scratch(self, mode: str) -> int:
-        """Bytes that the block's backward needs beside that.
-
-        The gradient that arrives and ``D``, ``C`` channels each; ``D`` of a bottleneck or, later, the gradient handed
-        on; and if they are recomputed, a bottleneck.
-        """
-        widest = max(self.bottlenecks, default=0)
-        channels = 2 * self.channels + max(widest, self.reads[0]) + (widest if mode == "bottlenecks" else 0)
-        return self.pixels * channels * self.itemsize
-
-
-def planned_bytes(blocks: Sequence[BlockSize], modes: Sequence[str], also_kept: int = 0) -> tuple[int, int]:
-    """``(kept, peak)`` of a training step: after the forward pass, and at the worst moment of the backward pass.
-
-    Backward goes from the last block to the first, and a block that is done gives back what it kept: while block ``b``
-    is at work there is what blocks ``0 .. b`` keep, and the scratch of ``b``.
-
-    Args:
-        blocks: in the order of their execution.
-        modes: ``"activations"`` or ``"bottlenecks"`` for each.
-        also_kept: bytes that are there all the time: what the stem keeps, gradients that do not exist yet.
-    """
-    kept = peak = also_kept
-    for block, mode in zip(blocks, modes, strict=True):
-        kept += block.kept(mode)
-        peak = max(peak, kept + block.scratch(mode))
-    return kept, peak + WORKSPACE_BYTES
-
-
-def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int = 0) -> list[str]:
-    """``"activations"`` or ``"bottlenecks"`` for each block, so that :func:`planned_bytes` fits into ``free_bytes``.
-
-    If nothing needs to be recomputed, nothing is. Else the blocks where recomputation costs least for each byte that it
-    frees come first: ``m*sum(C_l*B_l)`` multiplications for ``m*sum(B_l)`` elements is the mean of ``C_l``, so that is
-    early blocks, which are also the largest. Those that were unnecessary after all are taken back, the dearest first.
-    If the network does not fit in any case, all blocks recompute.
-
-    Args:
-        blocks: in the order of their execution.
-        free_bytes: what the step may use, gradients and everything.
-        also_kept: see :func:`planned_bytes`.
-    """
-    modes = ["activations"] * len(blocks)
-    price = {i: block.work / block.freed for i, block in enumerate(blocks) if block.freed}
-    chosen: list[int] = []
-
-    def fits() -> bool:
-        return planned_bytes(blocks, modes, also_kept)[1] <= free_bytes
-
-    for i in sorted(price, key=price.__getitem__):
-        if fits():
-            break
-        modes[i] = "bottlenecks"
-        chosen.append(i)
-    if fits():
-        for i in reversed(chosen):
-            modes[i] = "activations"
-            if not fits():
-                modes[i] = "bottlenecks"
-    return modes
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that a further allocation may use: on CUDA what is free or in PyTorch's cache, else the free RAM."""
     if device.type == "cuda":
@@ -270,11 +159,3 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 1 << 62  # unknown: behave as if there were enough
-
-
-def choose_recompute(bottleneck_bytes: int, free_bytes: int) -> str:
-    """The mode behind ``recompute="auto"`` of a block that does not know the others.
-
-    ``"activations"`` while its bottlenecks fit into a quarter of the free memory, else ``"bottlenecks"``.
-    """
-    return "activations" if 4 * bottleneck_bytes <= free_bytes else "bottlenecks"

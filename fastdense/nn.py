@@ -173,7 +173,7 @@ class DenseNet(nn.Module):
         in_channels: channels of the input.
         small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and functional.
         recompute, impl: see :class:`DenseBlock`. ``recompute="auto"`` plans each training step for the whole network:
-            ``memory.plan_recompute`` with nine tenths of the free memory.
+            ``recompute.plan_recompute`` with nine tenths of the free memory.
         spatial_dims: 1, 2 or 3.
 
     Shape:

@@ -1,4 +1,4 @@
-"""The same network without dense connections, to compare with: what its gradients do is why DenseNets exist."""
+"""The same network without dense connections, to compare with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .conversion.blocks import dense_blocks, with_dense_blocks
+from .reference import BATCH_NORM, CONV, stages, widths
 
 __all__ = ["PlainBlock", "without_dense_connections"]
 
@@ -19,23 +19,18 @@ __all__ = ["PlainBlock", "without_dense_connections"]
 class PlainBlock(nn.ModuleDict):
     """A dense block's layers as a chain: layer ``l`` reads ``H_l`` alone, and the last output alone leaves the block.
 
-    Args:
-        layers: those of a dense block, with ``norm1, conv1`` and maybe ``norm2, conv2``; their shapes and settings are
-            taken over, their values are not.
-
-    Shape:
-        ``[N, C0, *spatial]`` to ``[N, C0 + sum(k), *spatial]``, so that what follows fits: zeros, then ``H_L``.
+    Shapes and settings are those of ``layers`` of a dense block, values are not. It maps ``[N, C0, *spatial]`` to
+    ``[N, C0 + sum(k), *spatial]``, so that what follows fits: zeros, then ``H_L``.
     """
 
     watch: Callable[[Sequence[Tensor]], None] | None = None  # is shown H_0 .. H_L of each forward pass
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        channels = layers[0].conv1.in_channels
-        for i, layer in enumerate(layers, 1):
-            self.add_module(f"denselayer{i}", _plain_layer(layer, channels))
-            channels = _last_conv(layer).out_channels
-        self.padding = layers[-1].conv1.in_channels  # C0 + (L - 1)*k
+        C = widths(layers)
+        for i, layer in enumerate(layers):
+            self.add_module(f"denselayer{i + 1}", _plain_layer(layer, C[i] - C[i - 1] if i else C[0]))
+        self.padding = C[-2]  # C0 + (L - 1)*k
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros for all that a dense block would pass on besides its last output."""
@@ -50,15 +45,8 @@ class PlainBlock(nn.ModuleDict):
 def without_dense_connections(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every layer reads the one before it, and nothing else.
 
-    What is left of the layers' weights is drawn anew (He et al.'s normal, as in DenseNet): they read fewer channels.
-    Everything outside the dense blocks keeps its values.
-
-    Args:
-        model: a network with dense blocks: own, converted, or one that ``convert`` understands.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no dense block.
+    The layers' weights are drawn anew (He et al.'s normal, as in DenseNet): they read fewer channels. Everything
+    outside the dense blocks keeps its values. ``ValueError`` if no block is own, converted, or one for ``convert``.
     """
     given = with_dense_blocks(model)
     model = copy.deepcopy(given) if given is model else given
@@ -70,49 +58,22 @@ def without_dense_connections(model: nn.Module) -> nn.Module:
     return model
 
 
-def _last_conv(layer: Any) -> Any:
-    return layer.conv2 if "conv2" in layer._modules else layer.conv1
-
-
 def _plain_layer(layer: Any, channels: int) -> nn.Sequential:
     """BN-ReLU-Conv, once or twice, and dropout."""
     plain = nn.Sequential()
-    for number in (1, 2) if "conv2" in layer._modules else (1,):
+    for number in range(1, 1 + len(stages(layer))):
         norm, conv = getattr(layer, f"norm{number}"), getattr(layer, f"conv{number}")
-        plain.add_module(f"norm{number}", _norm_like(norm, channels, conv.weight))
+        dims, where = conv.weight.dim() - 2, {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        own_norm = BATCH_NORM[dims](channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **where)
+        own_conv: Any = CONV[dims](
+            channels, conv.out_channels, conv.kernel_size, padding=conv.padding, bias=False, **where
+        )
+        with torch.no_grad():
+            nn.init.kaiming_normal_(own_conv.weight)
+        plain.add_module(f"norm{number}", own_norm)
         plain.add_module(f"relu{number}", nn.ReLU(inplace=True))
-        plain.add_module(f"conv{number}", _conv_like(conv, channels))
+        plain.add_module(f"conv{number}", own_conv)
         channels = conv.out_channels
     if layer.drop_rate > 0:
         plain.add_module("dropout", nn.Dropout(layer.drop_rate))
-    return plain
-
-
-def _norm_like(norm: Any, channels: int, weight: Tensor) -> nn.Module:
-    kinds = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    kind: type[_BatchNorm] = kinds[weight.dim()]
-    return kind(
-        channels,
-        norm.eps,
-        norm.momentum,
-        norm.affine,
-        norm.track_running_stats,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-
-
-def _conv_like(conv: Any, channels: int) -> nn.Module:
-    kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[conv.weight.dim()]
-    plain: nn.Module = kind(
-        channels,
-        conv.out_channels,
-        conv.kernel_size,
-        padding=conv.padding,
-        bias=False,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    with torch.no_grad():
-        nn.init.kaiming_normal_(plain.weight)  # type: ignore[arg-type]
     return plain

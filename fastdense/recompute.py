@@ -1,9 +1,9 @@
-"""``recompute="auto"``: of a block by itself, and of a whole network, whose sizes follow from the shape of an input."""
+"""``recompute="auto"``: of a block by itself, and the cheapest plan for a network that fits into its free memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,34 @@ from torch import Tensor, nn
 from . import memory
 from .backends.select import may_query
 from .core.warn import say_once
-from .memory import BlockSize
 from .ops.common import autocasts
 from .ops.validate import windows
-from .reference import BATCH_NORM, CONVOLUTIONS, ConcatDenseBlock, ConcatTransition, stages
+from .reference import BATCH_NORM, CONVOLUTIONS, ConcatDenseBlock, ConcatTransition, stages, widths
 
-__all__ = ["for_block", "in_words", "network_sizes", "plan"]
+__all__ = [
+    "WORKSPACE_BYTES",
+    "BlockSize",
+    "choose_recompute",
+    "for_block",
+    "in_words",
+    "network_sizes",
+    "plan",
+    "plan_recompute",
+    "planned_bytes",
+]
+
+# What does not grow with the network: buffers for chunks of rows (torch_backend.CHUNK_BYTES), sums.
+WORKSPACE_BYTES = 24 << 20
 
 USABLE = 0.9  # of the free memory: allocators round sizes up, and leave gaps
 
 _NORMS = tuple(BATCH_NORM.values())
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+def choose_recompute(bottleneck_bytes: int, free_bytes: int) -> str:
+    """``recompute="auto"`` of a block by itself: ``"activations"`` if its bottlenecks take at most a quarter of it."""
+    return "activations" if 4 * bottleneck_bytes <= free_bytes else "bottlenecks"
 
 
 def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | None = None) -> str:
@@ -36,7 +53,7 @@ def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | 
         return "bottlenecks"
     channels = sum(layer.conv1.out_channels for layer in layers if len(stages(layer)) == 2)
     size, free = x.numel() // x.shape[1] * channels * x.element_size(), memory.free_bytes(x.device)
-    mode = memory.choose_recompute(size, free)
+    mode = choose_recompute(size, free)
     _say(f"{mode!r} for a block by itself", f"its bottlenecks have {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
     if picked is not None:
         picked(mode)
@@ -51,9 +68,8 @@ def _say(choice: str, figures: str) -> None:
 def plan(network: Any, x: Any) -> dict[str, str]:
     """The mode of each block of a :class:`fastdense.DenseNet` for a forward pass of ``x``, by the block's name.
 
-    Empty where nothing is planned, and each block goes by its own rule: a block's ``recompute`` is not ``"auto"``, no
-    gradient is needed, the device cannot be asked (a compiler traces, a CUDA graph is captured), or the network has
-    modules whose sizes are not known.
+    Empty where each block goes by its own rule: a block's ``recompute`` is not ``"auto"``, no gradient is needed, the
+    device cannot be asked (a compiler traces, a CUDA graph is captured), or a module's sizes are not known.
     """
     blocks = [child for child in network.features.children() if isinstance(child, ConcatDenseBlock)]
     if not blocks or any(block.recompute != "auto" for block in blocks) or not torch.is_grad_enabled():
@@ -64,11 +80,12 @@ def plan(network: Any, x: Any) -> dict[str, str]:
     if not sizes:
         return {}
     free = memory.free_bytes(x.device)
-    modes = memory.plan_recompute(list(sizes.values()), int(USABLE * free), also_kept)
-    kept, peak = memory.planned_bytes(list(sizes.values()), modes, also_kept)
-    figures = f"keeps {kept / 1e6:.1f} MB, needs {peak / 1e6:.1f} MB at its peak, {free / 1e6:.1f} MB are free"
-    _say(in_words(dict(zip(sizes, modes, strict=True))), figures)
-    return dict(zip(sizes, modes, strict=True))
+    modes = plan_recompute(list(sizes.values()), int(USABLE * free), also_kept)
+    kept, peak = planned_bytes(list(sizes.values()), modes, also_kept)
+    by_name = dict(zip(sizes, modes, strict=True))
+    bytes_in_words = f"keeps {kept / 1e6:.1f} MB, needs {peak / 1e6:.1f} MB at its peak, {free / 1e6:.1f} MB are free"
+    _say(in_words(by_name), bytes_in_words)
+    return by_name
 
 
 def in_words(modes: dict[str, str]) -> str:
@@ -79,11 +96,92 @@ def in_words(modes: dict[str, str]) -> str:
     return ", ".join(f"{mode!r} for {', '.join(names)}" for mode, names in by_mode.items())
 
 
+class BlockSize(NamedTuple):
+    """What the plan needs of a block: its layers from the first that needs a gradient on, and where they run.
+
+    In the letters of docs/algorithm.md; ``bottlenecks`` is empty for the paper's basic layer, which has none.
+    """
+
+    pixels: int  # m = N*H*W
+    channels: int  # C, leaving
+    reads: tuple[int, ...]  # C_l of each layer
+    bottlenecks: tuple[int, ...]  # B_l of each layer
+    itemsize: int  # bytes of an element
+
+    @property
+    def freed(self) -> int:
+        """Bytes of all bottlenecks: what ``"bottlenecks"`` does not keep."""
+        return self.pixels * sum(self.bottlenecks) * self.itemsize
+
+    @property
+    def work(self) -> int:
+        """Multiplications that ``"bottlenecks"`` repeats: ``m * sum(C_l * B_l)``."""
+        return self.pixels * sum(c * b for c, b in zip(self.reads, self.bottlenecks, strict=False))
+
+    def kept(self, mode: str) -> int:
+        """Bytes kept for backward: ``X``, and every ``Z_l`` unless they are recomputed."""
+        return self.pixels * self.channels * self.itemsize + (self.freed if mode == "activations" else 0)
+
+    def scratch(self, mode: str) -> int:
+        """Bytes that the block's backward needs beside that.
+
+        The gradient that arrives and ``D``, ``C`` channels each; ``D`` of a bottleneck or, later, the gradient handed
+        on; and if they are recomputed, a bottleneck.
+        """
+        widest = max(self.bottlenecks, default=0)
+        channels = 2 * self.channels + max(widest, self.reads[0]) + (widest if mode == "bottlenecks" else 0)
+        return self.pixels * channels * self.itemsize
+
+
+def planned_bytes(blocks: Sequence[BlockSize], modes: Sequence[str], also_kept: int = 0) -> tuple[int, int]:
+    """``(kept, peak)`` of a training step: after the forward pass, and at the worst moment of the backward pass.
+
+    Backward goes from the last block to the first, and each frees what it kept: while block ``b`` is at work there is
+    what blocks ``0 .. b`` keep, and the scratch of ``b``.
+
+    Args:
+        blocks: in the order of their execution.
+        modes: ``"activations"`` or ``"bottlenecks"`` for each.
+        also_kept: bytes that are there all the time: what the stem keeps, gradients that do not exist yet.
+    """
+    kept = peak = also_kept
+    for block, mode in zip(blocks, modes, strict=True):
+        kept += block.kept(mode)
+        peak = max(peak, kept + block.scratch(mode))
+    return kept, peak + WORKSPACE_BYTES
+
+
+def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int = 0) -> list[str]:
+    """``"activations"`` or ``"bottlenecks"`` for each block, so that :func:`planned_bytes` fits into ``free_bytes``.
+
+    While it does not, one more block recomputes, the one where that costs least for each byte that it frees:
+    ``m*sum(C_l*B_l)`` multiplications for ``m*sum(B_l)`` elements is the mean of ``C_l``, so early blocks come first,
+    which are also the largest. Those that were unnecessary after all are taken back, the dearest first. If the network
+    does not fit in any case, all blocks recompute.
+    """
+    modes = ["activations"] * len(blocks)
+    price = {i: block.work / block.freed for i, block in enumerate(blocks) if block.freed}
+    cheapest_first = sorted(price, key=price.__getitem__)
+
+    def fits() -> bool:
+        return planned_bytes(blocks, modes, also_kept)[1] <= free_bytes
+
+    for i in cheapest_first:
+        if not fits():
+            modes[i] = "bottlenecks"
+    for i in reversed(cheapest_first):
+        if modes[i] == "bottlenecks" and fits():
+            modes[i] = "activations"
+            if not fits():
+                modes[i] = "bottlenecks"
+    return modes
+
+
 def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
     """The blocks that keep something for backward, by name, and the bytes that are needed beside them.
 
-    Beside the blocks there are the stem's convolution's output and the gradients that do not exist yet. Nothing of
-    ``x`` but its shape and dtype is looked at. Without blocks where a module's output size is not known.
+    Those are the output of the stem's convolution and the gradients that do not exist yet. Of ``x``, only shape and
+    dtype matter. Without blocks where a module's output size is not known.
     """
     autocast = autocasts(x.device.type) and x.dtype != torch.float64
     itemsize = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).itemsize
@@ -97,7 +195,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             size = _block_size(list(child.values()), pixels, itemsize, learns)
             if size is not None:
                 sizes[name], learns = size, True
-            channels = _leaving(list(child.values()))
+            channels = widths(list(child.values()))[-1]
             continue
         learns = learns or any(parameter.requires_grad for parameter in child.parameters())
         if type(child) in _NORMS and name != "norm5":
@@ -117,17 +215,13 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
     return sizes, also_kept
 
 
-def _leaving(layers: Sequence[Any]) -> int:
-    return layers[0].conv1.in_channels + sum(stages(layer)[-1][1].out_channels for layer in layers)
-
-
 def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool) -> BlockSize | None:
-    """``learns``: whether a gradient goes further back than this block; ``None`` if it does not even come so far."""
+    """``None`` if no gradient comes to this block; ``learns``: whether one goes further back."""
     if not learns:
         learning = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
         if not learning:
             return None
         layers = layers[learning[0] :]
-    reads = tuple(layer.conv1.in_channels for layer in layers)
+    *reads, channels = widths(layers)
     bottlenecks = tuple(layer.conv1.out_channels for layer in layers if len(stages(layer)) == 2)
-    return BlockSize(pixels, _leaving(layers), reads, bottlenecks, itemsize)
+    return BlockSize(pixels, channels, tuple(reads), bottlenecks, itemsize)

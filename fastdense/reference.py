@@ -29,6 +29,7 @@ __all__ = [
     "ConcatTransition",
     "dense_block",
     "stages",
+    "widths",
 ]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -189,3 +190,9 @@ class ConcatTransition(nn.Sequential):
         self.relu = nn.ReLU(inplace=True)
         self.conv = CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False, **at)
         self.pool = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
+
+
+def widths(layers: Sequence[Any]) -> list[int]:
+    """``C_0 .. C_L``: how many channels each layer of a block reads, and how many leave the block."""
+    growth_rate = stages(layers[-1])[-1][1].out_channels
+    return [*(layer.conv1.in_channels for layer in layers), layers[-1].conv1.in_channels + growth_rate]

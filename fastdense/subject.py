@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -25,22 +25,14 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to look at.
-
-    Attributes:
-        model: in training mode.
-        description: for a picture's title.
-        state: where the weights come from.
-        data, image_size: what a checkpoint was trained on, or ``None``.
-        plain: whether its layers have no dense connections.
-    """
+    """A network to look at, in training mode."""
 
     model: nn.Module
-    description: str
-    state: str
-    data: str | None = None
+    description: str  # for a picture's title
+    state: str  # where the weights come from
+    data: str | None = None  # what a checkpoint was trained on
     image_size: int | None = None
-    plain: bool = False
+    plain: bool = False  # without dense connections
 
     @property
     def kind(self) -> str:
@@ -66,11 +58,10 @@ class Batch:
 def subject(
     model: str | None,
     weights: Path | None,
-    *,
     ema: bool = False,
-    seed: int,
+    seed: int = 0,
     depth: int | None = None,
-    block_config: tuple[int, ...] | None = None,
+    block_config: str | None = None,
     growth_rate: int | None = None,
 ) -> Subject:
     """The network that the options of ``fastdense inspect`` describe, with its weights.
@@ -80,14 +71,18 @@ def subject(
         weights: a checkpoint of ``fastdense train``, which describes its network, or a file with a ``state_dict``.
         ema: of a checkpoint, take the averaged weights.
         seed: of the initial weights.
-        depth, block_config, growth_rate: as in :class:`TrainConfig`, where ``model`` is none from elsewhere.
+        depth, block_config, growth_rate: as on the command line of ``fastdense train``; not for a model from elsewhere.
 
     Raises:
         ValueError: an option contradicts another, or the file does not fit; the message names it.
     """
+    try:
+        blocks = None if block_config is None else tuple(map(int, block_config.split(",")))
+    except ValueError as error:
+        raise ValueError(f"--block-config must be whole numbers, as in 6,12,24, got {block_config!r}") from error
     stored = None if weights is None else _read(weights)
-    network = {"--model": model, "--depth": depth, "--block-config": block_config, "--growth-rate": growth_rate}
-    named = [option for option, value in network.items() if value is not None]
+    network: dict[str, Any] = {"model": model, "depth": depth, "block_config": blocks, "growth_rate": growth_rate}
+    named = [f"--{name.replace('_', '-')}" for name, value in network.items() if value is not None]
     torch.manual_seed(seed)
     if stored is not None and "config" in stored and "runs" in stored:
         if named:
@@ -98,34 +93,24 @@ def subject(
     if model is not None and ":" in model:
         if named[1:]:
             raise ValueError(f"{named[1]} is for fastdense's own networks, not for --model {model}")
-        found = Subject(with_dense_blocks(_imported(model)), model, "freshly initialised")
+        built, description = with_dense_blocks(_imported(model)), model
     else:
-        config = TrainConfig(
-            model=model,
-            depth=depth,
-            block_config=block_config,
-            growth_rate=growth_rate,
-            image_size=None if model is None else LARGE_STEM_IMAGE,
-        )
-        sizes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
-        built = config.architecture.build(channels=sizes[0], classes=sizes[1])
-        found = Subject(built, config.architecture.description, "freshly initialised")
+        own = TrainConfig(**network, image_size=None if model is None else LARGE_STEM_IMAGE).architecture
+        channels, classes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
+        built, description = own.build(channels=channels, classes=classes), own.description
     if stored is None:
-        return found
-    _load(found.model, stored, weights)
-    return Subject(found.model, found.description, f"weights of {weights and weights.name}")
+        return Subject(built, description, "freshly initialised")
+    _load(built, stored, weights)
+    return Subject(built, description, f"weights of {weights and weights.name}")
 
 
 def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, seed: int) -> Batch:
     """``count`` images that ``of.model`` can read: the first of the training images, or noise.
 
-    Raises:
-        ValueError: there is no such data, it has too few images, or the network reads other channels.
+    ``ValueError`` if there is no such data, it has too few images, or the network reads other channels.
     """
     data = data or of.data or "digits"
-    stem = of.stem
-    channels, spatial_dims = stem.in_channels, stem.weight.dim() - 2
-    small = max(stem.stride) == 1
+    channels, spatial_dims = of.stem.in_channels, of.stem.weight.dim() - 2
     if data == RANDOM:
         shape = [image_size or of.image_size or LARGE_STEM_IMAGE] * spatial_dims
         images = torch.randn(count, channels, *shape, generator=torch.Generator().manual_seed(seed))
@@ -135,7 +120,7 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
             f"--data {data} has flat images and the network reads {spatial_dims}D ones: use --data {RANDOM}"
         )
     size: int | None = image_size or (of.image_size if data == of.data else None)
-    if size is None and data == "digits" and not small:
+    if size is None and data == "digits" and max(of.stem.stride) > 1:
         size = LARGE_STEM_IMAGE
     try:
         source = open_data(data, image_size=size, augment="none")
@@ -150,22 +135,16 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
         raise ValueError(
             f"the network reads images of {channels} channels, those of --data {data} have {images.shape[1]}"
         )
-    return Batch(images, labels if _knows(of.model, source.classes) else None, source.name)
-
-
-def _knows(model: nn.Module, classes: int) -> bool:
-    """Whether the last linear layer has a score for each of ``classes``, if there is one."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return bool(linear) and linear[-1].out_features >= classes
+    scores = [module.out_features for module in of.model.modules() if isinstance(module, nn.Linear)]
+    return Batch(images, labels if scores and scores[-1] >= source.classes else None, source.name)
 
 
 def _imported(spec: str) -> nn.Module:
-    module, _, function = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own files, as `python -m` finds them
     try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever somebody's module does when it is imported or called
+        model = pkgutil.resolve_name(spec)()
+    except Exception as error:  # user code may raise anything when it is imported or called
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"--model {spec} cannot be built ({reason}): it must be package.module:function") from error
     if not isinstance(model, nn.Module):
@@ -174,16 +153,13 @@ def _imported(spec: str) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
     if zipfile.is_zipfile(path):  # as torch has saved since 2020
         checkpoint.verify(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is none makes of the reader
+    except OSError as error:
+        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a file of another kind makes the reader raise anything
         raise ValueError(
             f"--weights {path} is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
         ) from error
@@ -193,20 +169,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
-    """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the textbook's."""
+    """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the reference block's."""
     config = TrainConfig(**stored["config"])
     run = list(stored["runs"].values())[-1]
     if ema and run["ema"] is None:
         raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")
     weights = run["ema"]["model"] if ema else run["model"]
-    sizes = _sizes(weights)
-    if sizes is None:
+    if (sizes := _sizes(weights)) is None:
         raise ValueError(f"--weights {path} holds no network of fastdense train")
-    model = config.architecture.build(
-        channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate
-    )
+    own = config.architecture
+    model = own.build(channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate)
     _load(model, weights, path)
-    description = config.architecture.description + (", without dense connections" if config.plain else "")
+    description = own.description + (", without dense connections" if config.plain else "")
     state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
     return Subject(model, description, state, config.data, config.image_size, config.plain)
 
@@ -226,7 +200,7 @@ def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        first = [*str(error).splitlines()[1:], str(error)][0].strip()
         first = first if len(first) < 200 else f"{first[:200]} ..."
         raise ValueError(
             f"--weights {path} does not fit the network that --model, --depth, --block-config and --growth-rate "

@@ -14,8 +14,8 @@ import fastdense
 from fastdense import memory
 from fastdense.backends import select
 from fastdense.core import warn
-from fastdense.memory import WORKSPACE_BYTES, BlockSize, peak_bytes, plan_recompute, planned_bytes, saved_bytes
-from fastdense.recompute import network_sizes
+from fastdense.memory import peak_bytes, saved_bytes
+from fastdense.recompute import WORKSPACE_BYTES, BlockSize, network_sizes, plan_recompute, planned_bytes
 
 A, B = "activations", "bottlenecks"
 PLENTY = 1 << 40

@@ -18,7 +18,7 @@ from benchmarks import depth, depth_report, schema, trials
 from benchmarks.counted import LiveBytes, counted_bytes
 from benchmarks.providers import MODELS, PROVIDERS, NetworkSpec, cifar
 from benchmarks.trials import CudaMemory, Trial, largest, real_trial
-from fastdense.memory import WORKSPACE_BYTES
+from fastdense.recompute import WORKSPACE_BYTES
 
 MB = 1 << 20
 

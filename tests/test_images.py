@@ -410,5 +410,5 @@ def test_what_a_worker_gets_can_be_sent(tmp_path: Path) -> None:
     """Where processes are not forked, it is pickled."""
     train, _, _ = folders.find(write_folder(tmp_path))
     reader = images._Reader(train, augment.Views("resized-crop", SIZE), replace=True)
-    first, second = reader.__getitems__([3, 4]), pickle.loads(pickle.dumps(reader)).__getitems__([3, 4])
+    first, second = reader.__getitem__([3, 4]), pickle.loads(pickle.dumps(reader)).__getitem__([3, 4])
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)

@@ -61,6 +61,9 @@ def test_flow_is_that_of_the_network(tmp_path: Path) -> None:
     assert "blocks of 3, 2 layers, k = 4, freshly initialised" in numbers["title"]
     assert "16 images of scikit-learn's digits, 8x8" in numbers["caption"] and "float64" in numbers["caption"]
     assert "denseblock2" in output and "Picture: " in output
+    assert numbers["command"].startswith("fastdense") and numbers["versions"]["torch"] == torch.__version__
+    assert numbers["network"] == "DenseNet-BC, blocks of 3, 2 layers, k = 4" and numbers["loss"] == "cross-entropy"
+    assert numbers["channels"] == {"features.denseblock1": [8, 12, 16, 20], "features.denseblock2": [10, 14, 18]}
 
 
 def test_evaluation_mode_differs(tmp_path: Path) -> None:
@@ -76,6 +79,7 @@ def test_reuse_is_that_of_the_network(tmp_path: Path) -> None:
     for found, want in zip(numbers["blocks"], fastdense.feature_reuse(own()), strict=True):
         assert found["name"] == want.name and torch.allclose(torch.tensor(found["weights"]).double(), want.weights)
     assert "denseblock1" in output
+    assert numbers["channels"]["features.denseblock2"] == [10, 14, 18] and numbers["seed"] == 0
 
 
 def test_a_state_dict_is_loaded(tmp_path: Path) -> None:

@@ -120,13 +120,13 @@ def test_gradient_scratch_covers_only_the_channels_that_learn(monkeypatch: pytes
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name.startswith("denselayer8"))
     starts = []
-    original = fastdense.ops.schedule.backward
+    original = fastdense.ops.dense_block.schedule.backward
 
     def spy(be: Any, G: Any, *rest: Any, **named: Any) -> Any:
         starts.append((G.start, G.D.shape[1]))
         return original(be, G, *rest, **named)
 
-    monkeypatch.setattr(fastdense.ops.schedule, "backward", spy)
+    monkeypatch.setattr(fastdense.ops.dense_block.schedule, "backward", spy)
     block(torch.randn(2, 16, 5, 5)).square().sum().backward()
     assert starts == [(16 + 7 * 8, 8)]  # the last layer's own output
 

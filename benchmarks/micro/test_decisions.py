@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from fastdense import memory
+from fastdense import recompute
 from fastdense.kernels import launch
 from fastdense.ops.running_stats import update_running_statistics
 
@@ -58,8 +58,8 @@ def test_plan_recompute(benchmark: BenchmarkFixture) -> None:
     for layers in (6, 12, 48, 32):
         reads = tuple(channels + layer * GROWTH for layer in range(layers))
         channels += layers * GROWTH
-        blocks.append(memory.BlockSize(64 * size * size, channels, reads, (4 * GROWTH,) * layers, 4))
+        blocks.append(recompute.BlockSize(64 * size * size, channels, reads, (4 * GROWTH,) * layers, 4))
         channels, size = channels // 2, size // 2
-    free = memory.planned_bytes(blocks, ["bottlenecks", "bottlenecks", "activations", "activations"])[1]
-    modes = benchmark(memory.plan_recompute, blocks, free)
+    free = recompute.planned_bytes(blocks, ["bottlenecks", "bottlenecks", "activations", "activations"])[1]
+    modes = benchmark(recompute.plan_recompute, blocks, free)
     assert modes[:2] == ["bottlenecks"] * 2 and "activations" in modes

@@ -19,10 +19,8 @@ __all__ = ["dense_blocks", "with_dense_blocks"]
 def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
     """Every dense block of ``model``, own or converted: its name, itself, and its layers.
 
-    A layer has ``norm1, conv1``, maybe ``norm2, conv2`` in ``_modules``, and ``drop_rate``.
-
-    Raises:
-        ValueError: a converted block cannot run fused any more: a hook on an inner layer, for instance.
+    A layer has ``norm1, conv1``, maybe ``norm2, conv2`` in ``_modules``, and ``drop_rate``. ``ValueError`` where a
+    converted block cannot run fused any more: a hook on an inner layer, for instance.
     """
     for name, module in model.named_modules():
         if isinstance(module, DenseBlock):
@@ -35,11 +33,7 @@ def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]
 
 
 def with_dense_blocks(model: nn.Module) -> nn.Module:
-    """``model``, or a converted copy where none of its blocks is ours.
-
-    Raises:
-        ValueError: the model has no dense block.
-    """
+    """``model``, or a converted copy where none of its blocks is ours; ``ValueError`` if it has no dense block."""
     if any(isinstance(module, DenseBlock) or _is_converted(module) for module in model.modules()):
         return model
     model = copy.deepcopy(model)
