@@ -1,4 +1,9 @@
-"""One network in training: a step, an evaluation, and everything that a checkpoint must hold of it."""
+"""One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
+
+The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
+1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``lr_schedule="step"``); the default
+is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
+"""
 
 from __future__ import annotations
 
@@ -14,16 +19,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import memory
 from .events import EpochEvent, Summary
 from .nn import DenseBlock
 from .processes import Processes
+from .train_config import TrainConfig
 
-__all__ = ["LastStep", "Run", "average", "kept_for_backward", "rng_states"]
+__all__ = ["LastStep", "Run", "average", "lr_scheduler", "rng_states", "saved_for_backward", "sgd"]
 
+WARM_UP_START = 0.1  # of the learning rate
 LEAST_SCALE = 1.0  # of the loss in float16: below, gradients overflow though nothing enlarges them
 
 
@@ -48,33 +55,67 @@ def _set_rng_states(states: Sequence[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def kept_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Bytes that one training forward keeps for backward, parameters and buffers left out.
+def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD as ``config`` says, for all parameters alike."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
 
-    It runs on a copy of the model and forks the generators, so that looking does not change the training.
+
+def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
+    """A linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
+
+    So many steps as a milestone's fraction of all ``steps``, rounded, are made before it. A single step has no warm-up.
     """
-    probe = copy.deepcopy(model).train()
-    forked = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as kept, _autocast(images.device, amp):
-        loss = F.cross_entropy(probe(images), labels)
-    del loss
-    for block, probed in zip(model.modules(), probe.modules(), strict=True):
-        if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
-            block.picked = probed.picked
-    return kept.bytes
+    config = config or TrainConfig()
+    warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
+    rest: LRScheduler
+    if config.lr_schedule == "step":
+        falls = [round(fraction * steps) - warm_up for fraction in config.milestones]
+        rest = MultiStepLR(optimizer, milestones=falls, gamma=config.gamma)
+    else:
+        rest = CosineAnnealingLR(optimizer, T_max=steps - warm_up)
+    if warm_up == 0:
+        return rest
+    linear = LinearLR(optimizer, start_factor=WARM_UP_START, total_iters=warm_up)
+    return SequentialLR(optimizer, [linear, rest], milestones=[warm_up])
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of ``model``: ``average = decay * average + (1 - decay) * value`` a step.
 
-    Running statistics are averaged like the weights: those of the newest weights would not fit weights of a while ago,
-    and the average of both is over the same steps.
+    Running statistics are averaged like the weights: those of the newest weights would not fit the averaged ones.
     """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
+def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
+    """Bytes that one training forward saves for backward, parameters and buffers left out.
+
+    It runs on a copy of the model and forks the generators, so that it does not change the training.
+    """
+    probe = copy.deepcopy(model).train()
+    forked = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, _autocast(images.device, amp):
+        loss = F.cross_entropy(probe(images), labels)
+    del loss
+    for block, probed in zip(model.modules(), probe.modules(), strict=True):
+        if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
+            block.picked = probed.picked
+    return saved.bytes
+
+
 def _autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class _Buffers:
@@ -132,7 +173,7 @@ class Run:
 
     @property
     def picked(self) -> dict[str, str]:
-        """What ``recompute="auto"`` came to, by block; empty where it was not asked for."""
+        """What ``recompute="auto"`` resolved to, by block; empty where it was not asked for."""
         return {
             name.removeprefix("features."): block.picked
             for name, block in self.model.named_modules()
@@ -179,7 +220,7 @@ class Run:
         self.losses.append(value)
 
     def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
-        """The mean loss over all processes and the gradients' norm, which DDP has made everybody's; in one transfer."""
+        """The mean loss over all ranks and the norm of the gradients, which DDP has averaged; in one transfer."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = self.processes.sum(loss.clone()) / self.processes.count
@@ -219,8 +260,7 @@ class Run:
                 with _autocast(images.device, self.amp):
                     for model, seen in zip(models, logits, strict=True):
                         seen.append(model(images))
-            scores = [self._score(seen, labels) for seen in logits]
-        return tuple(number for score in scores for number in score)
+            return tuple(number for seen in logits for number in self._score(seen, labels))
 
     def _score(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[float, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images
@@ -233,23 +273,22 @@ class Run:
         return (loss / count).float().item(), (right / count).item()
 
     def summary(self) -> Summary:
-        last = self.evaluations[-1] if self.evaluations else None
+        """The results so far."""
+        last = asdict(self.evaluations[-1]) if self.evaluations else {}
+        scores = ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy")
         return Summary(
             run=self.name,
             label=self.label,
             impl=self.impl,
             steps=len(self.losses),
             train_loss=self.train_loss,
-            test_loss=last.test_loss if last else None,
-            test_accuracy=last.test_accuracy if last else None,
             step_seconds=statistics.median(self.seconds) if self.seconds else None,
             kept_bytes=self.kept_bytes,
-            ema_test_loss=last.ema_test_loss if last else None,
-            ema_test_accuracy=last.ema_test_accuracy if last else None,
+            **{score: last.get(score) for score in scores},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that goes on from here bit for bit, in types that ``torch.load(weights_only=True)`` reads.
+        """All that training resumes from bit for bit, in types that ``torch.load(weights_only=True)`` reads.
 
         Every process must call it: each adds the states of its generators.
         """
@@ -267,7 +306,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The opposite of :meth:`state_dict`, for as many processes."""
+        """Restores what :meth:`state_dict` returned, with as many processes."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -279,8 +318,3 @@ class Run:
         self.losses = state["losses"].tolist()
         self.seconds = state["seconds"].tolist()
         self.evaluations = [EpochEvent(**evaluation) for evaluation in state["evaluations"]]
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -194,7 +194,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
     """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the textbook's."""
-    config = TrainConfig(**stored["config"])
+    config = TrainConfig.from_dict(stored["config"])
     run = list(stored["runs"].values())[-1]
     if ema and run["ema"] is None:
         raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")

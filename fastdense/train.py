@@ -1,8 +1,7 @@
-"""Training a DenseNet, alone or beside its textbook twin: what ``fastdense train`` runs, without any display.
+"""Training a DenseNet, alone or beside its reference twin: what ``fastdense train`` runs, without any display.
 
 An :class:`Experiment` holds one or two :class:`~fastdense.runs.Run` objects and hands out events after every step and
-epoch; who wants a progress bar, a file of measurements or nothing at all reads those events. Between two rounds of
-events it can be stored with ``state_dict`` and go on elsewhere bit for bit.
+epoch, for a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -17,34 +16,16 @@ import torch
 from torch import Tensor
 
 from .data import Source, batches
-from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss, StepEvent, Summary
+from .diagnose import diagnose, flow
+from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss, StepEvent
 from .processes import Processes
-from .recipe import schedule, sgd
-from .runs import Run, average, kept_for_backward, rng_states
+from .runs import Run, average, lr_scheduler, rng_states, saved_for_backward, sgd
 from .train_config import AMP, TrainConfig
-from .watch import diagnose, flow
 
-__all__ = [
-    "CheckEvent",
-    "Comparison",
-    "EpochEvent",
-    "Event",
-    "Experiment",
-    "NonFiniteLoss",
-    "Run",
-    "StepEvent",
-    "Summary",
-    "TrainConfig",
-    "kept_for_backward",
-    "schedule",
-]
+__all__ = ["Experiment"]
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
-
-
-def _joined(where: str, remedy: str, because: str | None) -> str:
-    return f"{where}: {remedy}" + (f". {because}" if because else "")
 
 
 class Experiment:
@@ -78,7 +59,7 @@ class Experiment:
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
         for run in self.runs:
-            run.kept_bytes = kept_for_backward(run.model, images, labels, run.amp)
+            run.kept_bytes = saved_for_backward(run.model, images, labels, run.amp)
         self.checked: list[CheckEvent] = []
         self.check_steps = min(config.check_steps, self.steps) if config.compare else 0
         self.check_skipped: str | None = None
@@ -130,7 +111,7 @@ class Experiment:
         return [reference, chosen]
 
     def _run(self, name: str, impl: str, dtype: torch.dtype) -> Run:
-        """Build everything from the seed, so that a run does not depend on whether another runs beside it."""
+        """Builds everything from the seed, so that a run does not depend on whether another runs beside it."""
         config, processes = self.config, self.processes
         if impl == "reference" and config.sync_bn and processes.count > 1 and self.device.type == "cpu":
             raise ValueError(
@@ -156,7 +137,7 @@ class Experiment:
             ema=None if config.ema is None else average(model, config.ema),
             network=processes.wrap(model, self.device, sync_bn=config.sync_bn),
             optimizer=optimizer,
-            scheduler=schedule(optimizer, self.steps, config),
+            scheduler=lr_scheduler(optimizer, self.steps, config),
             scaler=torch.amp.GradScaler(self.device.type, enabled=amp == "fp16"),
             rng=rng_states(self.device),
             amp=AMP[amp],
@@ -174,12 +155,12 @@ class Experiment:
                 yield epoch, map(self.processes.share, left)
 
     def events(self) -> Iterator[Event]:
-        """Train, handing out what happens; see :meth:`rounds`."""
+        """Trains, handing out what happens; see :meth:`rounds`."""
         for events in self.rounds():
             yield from events
 
     def rounds(self) -> Iterator[list[Event]]:
-        """Train from the current step on, handing out what happened in each step and in each evaluation.
+        """Trains from the current step on, handing out what happened in each step and in each evaluation.
 
         With ``compare``, the first steps are made in float64 beforehand, where a difference is no rounding
         but a defect. Then each run makes a step before any makes the next, in alternating order, so that a
@@ -228,22 +209,33 @@ class Experiment:
             speed = shared * self.processes.count / run.seconds[-1]
             events.append(StepEvent(run.name, step, epoch, loss, run.seconds[-1], speed, lr, norm, skipped))
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
-            for run in self.runs:
-                events.extend(flow(run, images, labels, step=step, epoch=epoch))
+            events += [flow(run, images, labels, step=step, epoch=epoch) for run in self.runs]
         return events
 
     def _require_finite_steps(self, images: Tensor, labels: Tensor) -> None:
         bad = next((run for run in self.runs if not run.finite), None)
         if bad is None:
             return
+        assert bad.last is not None
         because = diagnose(bad, images, labels)
         self._require_finite("training loss", [run.losses[-1] for run in self.runs], self.step, self.epoch, because)
-        assert bad.last is not None
-        what, remedy = f"gradient of run {bad.name} is not finite", self._smaller_lr
+        what, remedy = "gradient of run {} is not finite", self._smaller_lr
         if bad.last.skipped:
-            what, remedy = f"gradient of run {bad.name} overflows float16 with any scale", "try --amp bf16 or off"
-        where = f"the {what} at epoch {self.epoch}, step {self.step} (loss {bad.last.loss:g})"
-        raise NonFiniteLoss(bad.name, self.epoch, self.step, _joined(where, remedy, because))
+            what, remedy = "gradient of run {} overflows float16 with any scale", "try --amp bf16 or off"
+        raise NonFiniteLoss(bad.name, self.epoch, self.step, what, f"loss {bad.last.loss:g}", remedy, because)
+
+    def _require_finite(
+        self, what: str, values: Sequence[float], step: int, epoch: int, because: str | None = None
+    ) -> None:
+        for bad, value in zip(self.runs, values, strict=True):
+            if not math.isfinite(value):
+                both = ", ".join(f"{run.name} {v:g}" for run, v in zip(self.runs, values, strict=True))
+                what = f"{what} of run {{}} is not finite"
+                raise NonFiniteLoss(bad.name, epoch, step, what, both, self._smaller_lr, because)
+
+    @property
+    def _smaller_lr(self) -> str:
+        return f"try a smaller --lr than {self.config.lr:g}"
 
     def _evaluate(self) -> list[Event]:
         share = self.processes.share(torch.arange(self.data.test_count))
@@ -260,21 +252,8 @@ class Experiment:
             run.evaluations.append(event)
         return [run.evaluations[-1] for run in self.runs]
 
-    def _require_finite(
-        self, what: str, values: Sequence[float], step: int, epoch: int, because: str | None = None
-    ) -> None:
-        for bad, value in zip(self.runs, values, strict=True):
-            if not math.isfinite(value):
-                both = ", ".join(f"{run.name} {v:g}" for run, v in zip(self.runs, values, strict=True))
-                where = f"the {what} of run {bad.name} is not finite at epoch {epoch}, step {step} ({both})"
-                raise NonFiniteLoss(bad.name, epoch, step, _joined(where, self._smaller_lr, because))
-
-    @property
-    def _smaller_lr(self) -> str:
-        return f"try a smaller --lr than {self.config.lr:g}"
-
     def state_dict(self) -> dict[str, Any]:
-        """Where training is, between two rounds; every process must call it."""
+        """The state of training between two rounds; every process must call it."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -283,7 +262,7 @@ class Experiment:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, in an experiment of the same configuration that has not begun."""
+        """Resumes from there, in an experiment of the same configuration that has not begun."""
         self.step = state["step"]
         self.checked = [CheckEvent(**check) for check in state["checked"]]
         for run in self.runs:

@@ -1,4 +1,4 @@
-"""What to train, and how: the options of ``fastdense train``, checked."""
+"""What to train, and how: the options of ``fastdense train``, each a field declared once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,8 +17,20 @@ import fastdense
 
 from . import checks
 from .environment import choose_impl
+from .option_fields import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    Parser,
+    Rule,
+    check_options,
+    one_of,
+    option,
+    option_name,
+    shown,
+)
 
-__all__ = ["AMP", "MACHINE", "NAMED", "Architecture", "TrainConfig", "architecture", "layers_per_block"]
+__all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
 
 NAMED = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 NAMED_BLOCKS = 4
@@ -28,7 +40,7 @@ DIGITS_SIZE = 8  # pixels
 WARM_UP = 0.05  # of all steps, with a cosine
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between the start of a run and its resumption: where it runs, and what it tells.
-MACHINE = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
+MACHINE_OPTIONS = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
 SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, and three transitions leave one
 
 
@@ -80,159 +92,188 @@ def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     )
 
 
-def _check(block_config: Sequence[int], growth_rate: int | None, bn_size: int | None) -> None:
-    if not block_config or min(block_config) < 1:
-        shown = ",".join(map(str, block_config))
-        raise ValueError(f"--block-config must be layers per block, each at least 1, as in 6,12,24; got {shown!r}")
-    if growth_rate is not None and growth_rate < 1:
-        raise ValueError(f"--growth-rate must be at least 1, got {growth_rate}")
-    if bn_size is not None and bn_size < 1:
-        raise ValueError(f"--bn-size must be at least 1, or 0 or none for layers without bottleneck, got {bn_size}")
+def _bn_size(text: str) -> int | None:
+    return None if text.lower() in ("0", "none") else int(text)
 
 
-def architecture(
-    *,
-    model: str | None,
-    depth: int | None,
-    block_config: Sequence[int] | None,
-    growth_rate: int | None,
-    bn_size: int | None,
-    image_size: int,
-) -> Architecture:
-    """The network that at most one of ``model``, ``depth`` and ``block_config`` describes.
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
-    A named model keeps its own first convolution, which is for ImageNet, from 32 pixels on; everything else
-    starts with the paper's 3x3 convolution for small images.
 
-    Args:
-        model: one of :data:`NAMED`.
-        depth: of a network of three equal blocks; the default, with depth 100, where nothing else is given.
-        block_config: layers of each block.
-        growth_rate: ``k``; default 12, or the named model's own.
-        bn_size: bottleneck channels over ``k``; ``None`` for the paper's basic layer.
-        image_size: pixels.
-
-    Raises:
-        ValueError: the options contradict each other, or the images are too small for so many blocks.
-    """
-    given = {"--model": model, "--depth": depth, "--block-config": block_config}
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
-    k = growth_rate or DEFAULT_GROWTH_RATE
-    kind = "DenseNet-C, basic layers" if bn_size is None else "DenseNet-BC"
-    arguments: dict[str, Any] = {"bn_size": bn_size, "small_inputs": True}
-    if model is not None:
-        if model not in NAMED:
-            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
-        _check([1], growth_rate, bn_size)
-        arguments["small_inputs"] = image_size < SMALL_IMAGES
-        if growth_rate is not None:
-            arguments["growth_rate"] = growth_rate
-        found = Architecture(model, model, arguments, NAMED_BLOCKS)
-    else:
-        if block_config is None:
-            depth = DEFAULT_DEPTH if depth is None else depth
-            block_config = (layers_per_block(depth, bottleneck=bn_size is not None),) * 3
-            size = f"depth {depth}"
-        else:
-            size = f"blocks of {', '.join(map(str, block_config))} layers"
-        _check(block_config, growth_rate, bn_size)
-        # The paper's: 16 channels, or twice the growth rate for DenseNet-BC.
-        initial = 16 if bn_size is None else 2 * k
-        arguments |= {"growth_rate": k, "block_config": tuple(block_config), "num_init_features": initial}
-        found = Architecture(f"{kind}, {size}, k = {k}", "DenseNet", arguments, len(block_config))
-    if found.last_resolution(image_size) < 1:
-        least = 2 ** (found.blocks - 1)
-        raise ValueError(
-            f"--image-size {image_size} is too small for {found.blocks} dense blocks, between which the "
-            f"resolution is halved: use at least {least}"
-        )
-    return found
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(float(Fraction(fraction)) for fraction in text.split(","))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a training run computes. The defaults are the demonstration's.
+    """Everything that decides what a training run computes; each field says what it is in its ``help``.
 
-    Attributes:
-        model, depth, block_config, growth_rate, bn_size, image_size: the network, see :func:`architecture`. Without
-            ``image_size`` it is the data's own: 8 for the digits.
-        plain: the same layers without dense connections, each reading the one before it alone.
-        data: ``"digits"`` or a folder of images.
-        augment: ``"auto"`` for what suits the data; see :func:`fastdense.data.open_data`.
-        workers: processes that read images; 0 for none beside this one.
-        on_error: at an image that cannot be read or a file that cannot be written, ``"stop"`` or ``"skip"`` it.
-        drop_rate: dropout after each layer's last convolution, in [0, 1).
-        epochs: passes over the training images.
-        steps: stop after so many steps, even within an epoch; the learning rate's schedule ends there too.
-        batch_size: images a step, over all processes; what is left over at an epoch's end is dropped.
-        lr: highest learning rate, reached after the warm-up.
-        schedule: ``"cosine"``, down to zero, or ``"step"``, which multiplies the rate by ``gamma`` at ``milestones``.
-        milestones: fractions of all steps, in (0, 1), increasing.
-        warm_up: fraction of all steps, in [0, 1), in which the learning rate rises from a tenth; ``None`` for 0.05
-            with ``"cosine"`` and 0 with ``"step"``.
-        momentum, nesterov, weight_decay: of SGD.
-        amp: autocast to ``"bf16"`` or ``"fp16"``, the latter with a scaled loss; or ``"off"``.
-        ema: decay a step of a moving average of the weights, in (0, 1), evaluated beside them; ``None`` for none.
-        sync_bn: BatchNorm over the images of all processes.
-        seed: of the initial weights, the order of the images and dropout.
-        device: ``None`` takes CUDA where there is one, else the CPU.
-        impl, recompute: as in :class:`fastdense.DenseNet`.
-        compare: train the textbook ``torch.cat`` network as well, step by step beside the other.
-        check_steps: with ``compare``, steps that both make in float64 beforehand; 0 for none.
-        watch_flow: look at what flows through the layers after every so many steps.
-        threads: of the CPU; ``None`` for one below 32 pixels, where more of them mostly wait for each other,
-            and as many as PyTorch takes from there on.
+    The network is given by at most one of ``model``, ``depth`` and ``block_config``. Without ``image_size``, images
+    have the data's own. ``impl`` and ``recompute`` are those of :class:`fastdense.DenseNet`.
 
     Raises:
         ValueError: a value is not allowed; the message names it, its command-line option and what is allowed.
     """
 
-    model: str | None = None
-    depth: int | None = None
-    block_config: tuple[int, ...] | None = None
-    growth_rate: int | None = None
-    bn_size: int | None = 4
-    plain: bool = False
-    data: str = "digits"
-    augment: str = "auto"
-    workers: int = 0
-    on_error: str = "stop"
-    drop_rate: float = 0.0
-    epochs: int = 6
-    steps: int | None = None
-    batch_size: int = 64
-    lr: float = 0.1
-    schedule: str = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warm_up: float | None = None
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    amp: str = "off"
-    ema: float | None = None
-    sync_bn: bool = False
-    seed: int = 0
-    device: str | None = None
-    impl: str = "auto"
-    recompute: str | None = None
-    compare: bool = False
-    check_steps: int = 10
-    watch_flow: int | None = None
-    image_size: int | None = None
-    threads: int | None = None
+    model: str | None = option(
+        "Network",
+        None,
+        "densenet121, 161, 169, 201 or 264, named in full. From --image-size 32 on it keeps its ImageNet stem, which "
+        "divides the resolution by 4; below, it starts with one 3x3 convolution like the others.",
+        Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED),
+    )
+    depth: int | None = option(
+        "Network",
+        None,
+        "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.",
+        shown_default=str(DEFAULT_DEPTH),
+    )
+    block_config: tuple[int, ...] | None = option(
+        "Network",
+        None,
+        "Layers of each block, as 6,12,24.",
+        Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1),
+        parser=Parser("whole numbers, as in 6,12,24", _integers),
+    )
+    growth_rate: int | None = option(
+        "Network",
+        None,
+        "Channels that each layer adds.",
+        AT_LEAST_1,
+        shown_default=f"{DEFAULT_GROWTH_RATE}, or the model's own",
+    )
+    bn_size: int | None = option(
+        "Network",
+        4,
+        "Bottleneck channels over the growth rate; 0 or none: no bottleneck.",
+        Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1),
+        parser=Parser("a whole number, 0 or none", _bn_size),
+    )
+    plain: bool = option("Network", False, "The same layers without dense connections.")
+    drop_rate: float = option("Network", 0.0, "Dropout after each layer.", BELOW_1)
+
+    data: str = option("Data", "digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
+    image_size: int | None = option(
+        "Data", None, "Scale images to this many pixels.", shown_default="digits 8, CIFAR 32, a folder 224"
+    )
+    augment: str = option("Data", "auto", "How training images are varied; auto: as suits the data.")
+    workers: int = option("Data", 0, "Processes that read images.", AT_LEAST_0)
+    on_error: str = option(
+        "Data",
+        "stop",
+        "An image that cannot be read, or a file of --out that cannot be written: stop, or skip and warn.",
+        one_of("stop", "skip"),
+    )
+
+    compare: bool = option(
+        "Training",
+        False,
+        "Train the textbook torch.cat network too, from the same weights on the same batches, step by step beside the "
+        "other.",
+    )
+    check_steps: int = option(
+        "Training",
+        10,
+        "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.",
+        AT_LEAST_0,
+    )
+    epochs: int = option("Training", 6, "Passes over the training images.", AT_LEAST_1)
+    steps: int | None = option(
+        "Training", None, "Stop after so many steps; the learning rate's schedule ends there too.", AT_LEAST_1
+    )
+    batch_size: int = option("Training", 64, "Images a step, over all processes.", AT_LEAST_1)
+    lr: float = option(
+        "Training",
+        0.1,
+        "Highest learning rate, reached after the warm-up.",
+        Rule("a positive number", lambda lr: lr > 0 and math.isfinite(lr)),
+    )
+    lr_schedule: str = option(
+        "Training",
+        "cosine",
+        "cosine: down to 0 at the end; step: times --gamma at each of --milestones.",
+        one_of("cosine", "step"),
+        name="schedule",
+    )
+    milestones: tuple[float, ...] = option(
+        "Training",
+        (0.5, 0.75),
+        "With --schedule step: fractions of all steps, as 1/3,2/3.",
+        parser=Parser("fractions of all steps, as in 1/3,2/3", _fractions),
+    )
+    gamma: float = option(
+        "Training",
+        0.1,
+        "What a milestone multiplies the rate by.",
+        Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1),
+    )
+    warm_up: float | None = option(
+        "Training",
+        None,
+        "Fraction of all steps in which the learning rate rises from a tenth.",
+        Rule(f"{BELOW_1.words}, a fraction of all steps", BELOW_1.holds),
+        shown_default=f"{WARM_UP} for cosine, 0 for step",
+    )
+    momentum: float = option("Training", 0.9, "Momentum of SGD.", BELOW_1)
+    nesterov: bool = option("Training", True, "Nesterov's momentum.")
+    weight_decay: float = option(
+        "Training",
+        1e-4,
+        "Weight decay of SGD.",
+        Rule("0 or a positive number", lambda decay: decay >= 0 and math.isfinite(decay)),
+    )
+    amp: str = option("Training", "off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(*AMP))
+    ema: float | None = option(
+        "Training",
+        None,
+        "Decay a step of an average of the weights, as 0.999: evaluated and saved too.",
+        Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1),
+    )
+    sync_bn: bool = option("Training", False, "BatchNorm over the images of all processes.")
+    seed: int = option(
+        "Training",
+        0,
+        "Of weights, order of images and dropout.",
+        Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63),
+    )
+
+    device: str | None = option(
+        "Machine", None, "cpu, cuda, cuda:1.", shown_default="cuda where there is one, else cpu"
+    )
+    impl: str = option(
+        "Machine", "auto", "auto, triton, torch, or reference: the textbook torch.cat.", one_of(*checks.IMPL)
+    )
+    recompute: str | None = option(
+        "Machine",
+        None,
+        "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
+        one_of(*checks.RECOMPUTE),
+        shown_default="activations",
+    )
+    threads: int | None = option(
+        "Machine",
+        None,
+        "CPU threads. Layers of small images are too short to share.",
+        AT_LEAST_1,
+        shown_default=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
+    )
+
+    watch_flow: int | None = option(
+        "Output", None, "Look at what flows through the layers every so many steps.", AT_LEAST_1
+    )
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        self._check_rates()
-        checks.choice("--schedule", self.schedule, ("cosine", "step"))
-        checks.choice("--amp", self.amp, tuple(AMP))
-        checks.choice("--on-error", self.on_error, ("stop", "skip"))
-        checks.choice("--impl", self.impl, checks.IMPL)
-        if self.recompute is not None:
-            checks.choice("--recompute", self.recompute, checks.RECOMPUTE)
+        check_options(self)
+        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
+        if self.image_size is not None and self.image_size < least:
+            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
+        marks = (self.warm_up_fraction, *self.milestones, 1.0)
+        rising = all(a < b for a, b in itertools.pairwise(marks))
+        if self.lr_schedule == "step" and not (self.milestones and rising):
+            raise ValueError(
+                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
+                f"0.5,0.75; got {shown(self.milestones)!r}"
+            )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
                 "--compare trains the textbook block (reference) beside another one: --impl and "
@@ -243,56 +284,20 @@ class TrainConfig:
         if self._pixels is not None:
             self.check_batch(self.batch_size)
 
-    def _check_counts(self) -> None:
-        at_least_one: dict[str, int | None] = {
-            "--epochs": self.epochs,
-            "--batch-size": self.batch_size,
-            "--steps": self.steps,
-            "--threads": self.threads,
-            "--watch-flow": self.watch_flow,
-        }
-        for option, count in at_least_one.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{option} must be at least 1, got {count}")
-        for option, count in {"--check-steps": self.check_steps, "--workers": self.workers}.items():
-            if count < 0:
-                raise ValueError(f"{option} must be at least 0, got {count}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and less than 2**63, got {self.seed}")
-        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
-        if self.image_size is not None and self.image_size < least:
-            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The configuration whose options have these ``values`` by name, as :meth:`as_dict` returns them."""
+        names = {option_name(field): field.name for field in fields(cls)}
+        return cls(**{names.get(name, name): value for name, value in values.items()})
 
-    def _check_rates(self) -> None:
-        if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"--drop-rate must be at least 0 and less than 1, got {self.drop_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"--momentum must be at least 0 and less than 1, got {self.momentum}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"--lr must be a positive number, got {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"--weight-decay must be 0 or a positive number, got {self.weight_decay}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"--gamma must be more than 0 and at most 1, got {self.gamma}")
-        if not 0 <= self.warm_up_fraction < 1:
-            raise ValueError(
-                f"--warm-up must be at least 0 and less than 1, a fraction of all steps, got {self.warm_up}"
-            )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"--ema must be more than 0 and less than 1, as 0.999, got {self.ema}")
-        marks = (self.warm_up_fraction, *self.milestones, 1.0)
-        rising = all(a < b for a, b in itertools.pairwise(marks))
-        if self.schedule == "step" and not (self.milestones and rising):
-            raise ValueError(
-                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
-                f"0.5,0.75; got {','.join(map(str, self.milestones))!r}"
-            )
+    def as_dict(self) -> dict[str, Any]:
+        """All values by the options' names, as they are in checkpoints and in files of measurements."""
+        return {option_name(field): getattr(self, field.name) for field in fields(self)}
 
     def check_batch(self, images: int) -> None:
-        """Raise ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
-        size = self._pixels
-        assert size is not None
-        if images * self.architecture.last_resolution(size) ** 2 == 1:
+        """Raises ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
+        assert self._pixels is not None
+        if images * self.architecture.last_resolution(self._pixels) ** 2 == 1:
             raise ValueError(
                 "--batch-size 1 leaves BatchNorm a single value per channel in the last block: use at least "
                 "2, fewer blocks or a larger --image-size"
@@ -307,24 +312,54 @@ class TrainConfig:
     def warm_up_fraction(self) -> float:
         """Of all steps."""
         if self.warm_up is None:
-            return WARM_UP if self.schedule == "cosine" else 0.0
+            return WARM_UP if self.lr_schedule == "cosine" else 0.0
         return self.warm_up
 
     @property
     def architecture(self) -> Architecture:
-        """The network that the options describe; raises ``ValueError`` where they describe none.
+        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it.
 
         For images in a folder, ``image_size`` must be given: :class:`fastdense.train.Experiment` fills it in.
         """
-        assert self._pixels is not None
-        return architecture(
-            model=self.model,
-            depth=self.depth,
-            block_config=self.block_config,
-            growth_rate=self.growth_rate,
-            bn_size=self.bn_size,
-            image_size=self._pixels,
-        )
+        given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
+        named = [option for option, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
+        size = self._pixels
+        assert size is not None
+        found = self._three_blocks_or_given() if self.model is None else self._named_model(size)
+        if found.last_resolution(size) < 1:
+            raise ValueError(
+                f"--image-size {size} is too small for {found.blocks} dense blocks, between which the "
+                f"resolution is halved: use at least {2 ** (found.blocks - 1)}"
+            )
+        return found
+
+    def _named_model(self, image_size: int) -> Architecture:
+        """One of :data:`NAMED`; its first convolution, which is for ImageNet, is its own from 32 pixels on."""
+        assert self.model is not None
+        arguments: dict[str, Any] = {"bn_size": self.bn_size, "small_inputs": image_size < SMALL_IMAGES}
+        if self.growth_rate is not None:
+            arguments["growth_rate"] = self.growth_rate
+        return Architecture(self.model, self.model, arguments, NAMED_BLOCKS)
+
+    def _three_blocks_or_given(self) -> Architecture:
+        """The paper's networks for small images, which start with a 3x3 convolution."""
+        k, bottleneck, layers = self.growth_rate or DEFAULT_GROWTH_RATE, self.bn_size is not None, self.block_config
+        if layers is None:
+            depth = DEFAULT_DEPTH if self.depth is None else self.depth
+            layers, size = (layers_per_block(depth, bottleneck=bottleneck),) * 3, f"depth {depth}"
+        else:
+            size = f"blocks of {', '.join(map(str, layers))} layers"
+        arguments = {
+            "bn_size": self.bn_size,
+            "small_inputs": True,
+            "growth_rate": k,
+            "block_config": tuple(layers),
+            "num_init_features": 2 * k if bottleneck else 16,  # as in the paper
+        }
+        kind = "DenseNet-BC" if bottleneck else "DenseNet-C, basic layers"
+        return Architecture(f"{kind}, {size}, k = {k}", "DenseNet", arguments, len(layers))
 
     @property
     def cpu_threads(self) -> int:
@@ -349,10 +384,10 @@ class TrainConfig:
         return device
 
     def resolve_impl(self, device: torch.device) -> str:
-        """What runs on ``device``; raises ``ValueError`` where ``impl`` cannot.
+        """``"triton"``, ``"torch"`` or ``"reference"``, whichever runs on ``device``.
 
-        Returns:
-            ``"triton"``, ``"torch"`` or ``"reference"``.
+        Raises:
+            ValueError: ``impl`` cannot run there.
         """
         try:
             return choose_impl(self.impl, device)[0]
