@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+import fastdense
+
 from .environment import versions
 from .option_fields import flag, shown
 from .train import Experiment
@@ -62,7 +64,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
 @functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that this file belongs to; where it is installed, what ``FASTDENSE_COMMIT`` says."""
-    root = Path(__file__).parents[1]
+    root = Path(fastdense.__file__).parents[1]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         with suppress(OSError, subprocess.CalledProcessError):
@@ -70,22 +72,23 @@ def _commit() -> str | None:
     return os.environ.get("FASTDENSE_COMMIT")
 
 
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write what ``path`` shall hold; it takes the place of ``path`` at the end, or is gone after an error.
-
-    Then a power failure does not undo it any more.
-    """
+    """A file that takes the place of ``path`` at the end, for good, or is gone after an error."""
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)
     try:
         yield partial
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too, must survive a power failure
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # the name, too, must survive a power failure
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -98,10 +101,9 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
     torch.save(dict(state), buffer)
-    with _replacing(path) as partial, partial.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    with _replacing(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
+        _sync(partial)
 
 
 def link(path: Path, name: Path) -> None:
@@ -113,8 +115,7 @@ def link(path: Path, name: Path) -> None:
             os.link(path, partial)
         except OSError:  # not every file system can
             shutil.copyfile(path, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(partial)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -124,11 +125,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Compares what ``path`` holds with its checksums, which ``torch.load`` does not do.
-
-    Raises:
-        ValueError: it cannot be read, is damaged, or is no archive as ``torch.save`` writes them.
-    """
+    """Compares what ``path`` holds with its checksums, which ``torch.load`` does not do; raises ``ValueError``."""
     with _reading(path):
         _compare_checksums(path)
 
@@ -180,15 +177,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration to resume with: the checkpoint's, but for what concerns the machine.
-
-    Args:
-        path: of the checkpoint.
-        state: its contents.
-        given: values of the options that the user asks for now.
+    """The configuration to resume with: that of the checkpoint ``state``, but for ``given`` options of the machine.
 
     Raises:
-        ValueError: one of them contradicts the checkpoint, or that was written by another fastdense.
+        ValueError: a given option contradicts the checkpoint, or that was written by another fastdense.
     """
     try:
         config = TrainConfig.from_dict(state["config"]).as_dict()

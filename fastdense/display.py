@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,16 +20,7 @@ from .events import CheckEvent, EpochEvent, Event, FlowEvent, StepEvent, Summary
 from .runs import Run
 from .train import Experiment
 
-__all__ = [
-    "Display",
-    "LiveDisplay",
-    "PlainDisplay",
-    "curve",
-    "display",
-    "environment_tables",
-    "introduction",
-    "result_table",
-]
+__all__ = ["LiveDisplay", "PlainDisplay", "curve", "display", "environment_tables", "introduction", "result_table"]
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
@@ -37,13 +28,6 @@ CURVE_WIDTH = 30
 PLAIN_LINES = 20  # epochs that a log reports, however many there are
 HEARTBEAT_SECONDS = 30.0  # longest silence in a log while steps go on
 STEP_TIME_WINDOW = 20  # steps whose median is shown while training
-
-
-class Display(Protocol):
-    """What shows how training proceeds."""
-
-    def update(self, events: Sequence[Event]) -> None:
-        """Shows what happened in a round."""
 
 
 def number(value: float | None, form: str) -> str:
@@ -77,10 +61,7 @@ def duration(seconds: float) -> str:
 def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *, width: int, bars: str) -> str:
     """A curve of one line: each character is the mean of its share of the ``steps``, on a logarithmic scale.
 
-    Args:
-        losses: so far, positive.
-        steps: that the whole ``width`` stands for.
-        lowest, highest: losses that the first and the last of ``bars`` stand for.
+    The first and the last of ``bars`` stand for the ``lowest`` and the ``highest`` loss, the ``width`` for all steps.
     """
     span = math.log(highest / lowest) if highest > lowest else 1.0
     shown = []
@@ -131,21 +112,12 @@ class LiveDisplay:
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         self.console, self.experiment, self.flow = console, experiment, ""
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("steps,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-        )
-        steps = experiment.check_steps
-        self.check = self.progress.add_task("check in float64", total=steps, visible=steps > 0)
-        self.training = self.progress.add_task(
-            "training", total=experiment.steps, completed=experiment.step, start=steps == 0
-        )
+        bar, left = BarColumn(bar_width=None), (TimeRemainingColumn(), TextColumn("left"))
+        columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TextColumn("steps,"), *left)
+        self.progress = Progress(*columns, console=console, expand=True)
+        checks, done = experiment.check_steps, experiment.step
+        self.check = self.progress.add_task("check in float64", total=checks, visible=checks > 0)
+        self.training = self.progress.add_task("training", total=experiment.steps, completed=done, start=not checks)
 
     def update(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -236,7 +208,7 @@ class PlainDisplay:
 
 
 @contextmanager
-def display(console: Console, experiment: Experiment) -> Iterator[Display]:
+def display(console: Console, experiment: Experiment) -> Iterator[PlainDisplay | LiveDisplay]:
     """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
     if console.quiet or not console.is_terminal or console.is_dumb_terminal:
         yield PlainDisplay(console, experiment)
@@ -254,14 +226,8 @@ def result_table(summaries: Sequence[Summary]) -> Table:
         table.add_column(heading, justify="right")
     for run in summaries:
         milliseconds = "-" if run.step_seconds is None else f"{1e3 * run.step_seconds:.1f} ms"
-        table.add_row(
-            run.label,
-            number(run.train_loss, ".4f"),
-            number(run.test_loss, ".4f"),
-            number(run.test_accuracy, ".2%"),
-            milliseconds,
-            f"{run.kept_bytes / 1e6:.1f} MB",
-        )
+        scores = (number(run.train_loss, ".4f"), number(run.test_loss, ".4f"), number(run.test_accuracy, ".2%"))
+        table.add_row(run.label, *scores, milliseconds, f"{run.kept_bytes / 1e6:.1f} MB")
         if run.ema_test_loss is not None:
             averaged = (number(run.ema_test_loss, ".4f"), number(run.ema_test_accuracy, ".2%"))
             table.add_row(f"{run.label}, averaged weights", "-", *averaged, "-", "-")

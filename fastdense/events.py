@@ -13,6 +13,7 @@ __all__ = [
     "FlowEvent",
     "NonFiniteLoss",
     "Note",
+    "Record",
     "StepEvent",
     "Summary",
     "record",
@@ -100,46 +101,33 @@ class Summary:
 class Comparison:
     """fastdense against the reference block.
 
-    Attributes:
-        steps: steps that both runs have made.
-        difference: largest difference of their training losses. In float32 the two drift apart, as any two
-            ways of rounding do: a ReLU whose input is zero but for rounding opens in one of them only.
-        check_steps: steps made in float64 as well; 0 where there was no such check.
-        check_difference: largest difference of the training losses there.
-        same_curve: whether those losses are equal to 1e-9 of themselves; ``None`` without the check.
-        check_skipped: why there was none, otherwise ``None``.
-        kept_ratio: the reference's bytes saved for backward over fastdense's.
-        time_ratio: fastdense's median step time over the reference's.
+    In float32 the losses drift apart, as with any two ways of rounding: a ReLU whose input is zero but for rounding
+    opens in one of them only. In float64 they do not.
     """
 
-    steps: int
-    difference: float
-    check_steps: int
-    check_difference: float | None
-    same_curve: bool | None
-    check_skipped: str | None
-    kept_ratio: float
-    time_ratio: float
+    steps: int  # that both runs have made
+    difference: float  # largest of their training losses
+    check_steps: int  # made in float64 as well; 0 without that check
+    check_difference: float | None  # largest of the training losses there
+    same_curve: bool | None  # whether those losses are equal to 1e-9 of themselves
+    check_skipped: str | None  # why there was no check
+    kept_ratio: float  # the reference's bytes saved for backward over fastdense's
+    time_ratio: float  # fastdense's median step time over the reference's
     event: ClassVar[str] = "comparison"
 
     def __str__(self) -> str:
         over_all = f"over all {self.steps} steps in float32"
         if self.check_difference is None:
-            curve = (
-                f"loss curves not compared in float64, because {self.check_skipped} (largest difference of "
-                f"the training loss {over_all}: {self.difference:.1e})"
-            )
+            verdict, where = f"loss curves not compared in float64, because {self.check_skipped}", over_all
         else:
             verdict = "same loss curve" if self.same_curve else "DIFFERENT loss curves"
-            curve = (
-                f"{verdict} (largest difference of the training loss over the first {self.check_steps} steps "
-                f"in float64: {self.check_difference:.1e}; {over_all}, where rounding errors grow: "
-                f"{self.difference:.1e})"
-            )
-        fewer = f"{self.kept_ratio:.1f} times fewer bytes kept for backward"
+            first = f"over the first {self.check_steps} steps in float64: {self.check_difference:.1e}"
+            where = f"{first}; {over_all}, where rounding errors grow"
+        curve = f"{verdict} (largest difference of the training loss {where}: {self.difference:.1e})"
+        fewer = f"{self.kept_ratio:.1f} times fewer"
         if self.kept_ratio < 1:
-            fewer = f"{1 / self.kept_ratio:.1f} times MORE bytes kept for backward"
-        return f"{curve}, {fewer}, step time {self.time_ratio:.2f} times"
+            fewer = f"{1 / self.kept_ratio:.1f} times MORE"
+        return f"{curve}, {fewer} bytes kept for backward, step time {self.time_ratio:.2f} times"
 
 
 @dataclass(frozen=True)
@@ -150,10 +138,11 @@ class Note:
     fields: dict[str, Any]
 
 
-Event = CheckEvent | StepEvent | EpochEvent | FlowEvent
+Event = CheckEvent | StepEvent | EpochEvent | FlowEvent  # while training
+Record = Event | Summary | Comparison | Note
 
 
-def record(event: Event | Summary | Comparison | Note) -> dict[str, Any]:
+def record(event: Record) -> dict[str, Any]:
     """``event`` as a line of measurements."""
     return {"event": event.event, **(event.fields if isinstance(event, Note) else asdict(event))}
 

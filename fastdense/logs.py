@@ -9,10 +9,10 @@ import stat
 import struct
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .diagnose import flows
-from .events import Comparison, EpochEvent, Event, FlowEvent, Note, StepEvent, Summary, record
+from .events import EpochEvent, FlowEvent, Record, StepEvent, record
 
 __all__ = ["FlowPictures", "JsonLines", "Log", "TensorBoard", "WholeWrites"]
 
@@ -27,14 +27,14 @@ STEP_SCALARS = {
 EPOCH_SCALARS = {
     name: name for name in ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy", "peak_bytes")
 }
-Record = Event | Summary | Comparison | Note
 
 
-class Log(Protocol):
+class Log:
     """Where events are written; every method may raise ``OSError``."""
 
     def update(self, event: Record) -> None:
         """Writes what concerns this log of ``event``."""
+        raise NotImplementedError
 
     def sync(self) -> int:
         """Lets what was written survive a power failure, and returns the file's length."""
@@ -42,10 +42,9 @@ class Log(Protocol):
 
     def close(self) -> None:
         """Closes the file."""
-        return
 
 
-class WholeWrites:
+class WholeWrites(Log):
     """A file to which each write goes as a whole or not at all.
 
     Unbuffered: what has been written is in the file, and a full disk shows here and not on closing.
@@ -107,31 +106,21 @@ class JsonLines(WholeWrites):
 
 
 class TensorBoard(WholeWrites):
-    """Scalars for TensorBoard: one file in ``folder`` for each start of the program.
+    """Scalars for TensorBoard: one file in ``folder`` for each start of the program, after ``step``.
 
-    Format and protocol buffers are tensorboardX's. Its writers are not used: a full disk ends the thread of
-    ``SummaryWriter``, so that training would wait for ever, and leaves half a record of ``EventsWriter``, behind which
-    TensorBoard finds nothing.
-
-    Args:
-        folder: where TensorBoard looks.
-        step: the last one that is over; TensorBoard hides what earlier files say of later ones.
-
-    Raises:
-        ModuleNotFoundError: tensorboardX is not installed.
+    TensorBoard hides what earlier files say of later steps. tensorboardX's own writers are not used: a full disk ends
+    the thread of ``SummaryWriter``, so that training would wait for ever, and leaves half a record of
+    ``EventsWriter``, behind which TensorBoard finds nothing.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import record_writer
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._checksum: Any = record_writer.masked_crc32c
-        self._event: Any = event_pb2
-        self._summary: Any = summary_pb2.Summary
         super().__init__(folder / f"events.out.tfevents.{int(time.time()):010d}.{step}")
-        self._write_event(file_version="brain.Event:2", step=step + 1)
-        start = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._write_event(session_log=start, step=step + 1)
+        self._checksum, self._event, self._summary = record_writer.masked_crc32c, event_pb2.Event, summary_pb2.Summary
+        self._write_event(step + 1, file_version="brain.Event:2")
+        self._write_event(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def update(self, event: Record) -> None:
         scalars: dict[str, float | None] = {}
@@ -144,23 +133,18 @@ class TensorBoard(WholeWrites):
                 scalars |= {f"{tag}_first": total[1], f"{tag}_last": total[-1]}
         else:
             return
-        values = [
-            self._summary.Value(tag=tag, simple_value=number) for tag, number in scalars.items() if number is not None
-        ]
-        self._write_event(summary=self._summary(value=values), step=event.step)
+        value = self._summary.Value
+        values = [value(tag=tag, simple_value=number) for tag, number in scalars.items() if number is not None]
+        self._write_event(event.step, summary=self._summary(value=values))
 
-    def _write_event(self, **fields: Any) -> None:
-        data: bytes = self._event.Event(wall_time=time.time(), **fields).SerializeToString()
+    def _write_event(self, step: int, **fields: Any) -> None:
+        data: bytes = self._event(wall_time=time.time(), step=step, **fields).SerializeToString()
         framed = (part + struct.pack("<I", self._checksum(part)) for part in (struct.pack("<Q", len(data)), data))
         self.write(b"".join(framed))
 
 
 class FlowPictures(Log):
-    """``flow-RUN-N.png`` in ``folder`` for each look at the gradient flow of ``network`` on ``data``.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """``flow-RUN-N.png`` in ``folder`` for each look at the gradient flow of ``network`` on ``data``."""
 
     def __init__(self, folder: Path, network: str, data: str) -> None:
         from .inspect_plots import flow_picture  # matplotlib takes long to import

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 __all__ = ["PANELS", "Parser", "Rule", "check_options", "flag", "one_of", "option", "option_name", "parse", "shown"]
@@ -25,7 +26,7 @@ class Parser(NamedTuple):
     parse: Callable[[str], Any]
 
 
-def one_of(*allowed: str) -> Rule:
+def one_of(allowed: Iterable[str]) -> Rule:
     """The rule that a value is one of ``allowed``."""
     return Rule(f"one of {', '.join(map(repr, allowed))}", lambda value: value in allowed)
 
@@ -33,6 +34,8 @@ def one_of(*allowed: str) -> Rule:
 AT_LEAST_0 = Rule("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
 BELOW_1 = Rule("at least 0 and less than 1", lambda value: 0 <= value < 1)
+POSITIVE = Rule("a positive number", lambda value: value > 0 and math.isfinite(value))
+NOT_NEGATIVE = Rule("0 or a positive number", lambda value: value >= 0 and math.isfinite(value))
 
 
 def option(
@@ -42,7 +45,7 @@ def option(
     must: Rule | None = None,
     *,
     parser: Parser | None = None,
-    shown_default: str | None = None,
+    default_shown: str | None = None,
     name: str | None = None,
 ) -> Any:
     """A field of a dataclass that is an option of ``fastdense train``, too.
@@ -53,11 +56,11 @@ def option(
         help: what ``--help`` says.
         must: what values are allowed, besides ``None``.
         parser: for values that are more than text, a number or a flag.
-        shown_default: what ``--help`` says of the default, if not its value.
+        default_shown: what ``--help`` says of the default, if not its value.
         name: of the option and in files, if not the field's.
     """
-    metadata = {"panel": panel, "help": help, "must": must, "parser": parser, "shown": shown_default, "name": name}
-    return dataclasses.field(default=default, metadata=metadata)
+    told = {"panel": panel, "help": help, "must": must, "parser": parser, "default": default_shown, "name": name}
+    return dataclasses.field(default=default, metadata=told)
 
 
 def option_name(field: dataclasses.Field[Any]) -> str:

@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from . import checkpoint
-from .events import Event
-from .logs import FlowPictures, JsonLines, Log, Record, TensorBoard
+from .events import Event, Record
+from .logs import FlowPictures, JsonLines, Log, TensorBoard
 from .option_fields import AT_LEAST_0, Rule, check_options, option
 from .train import Experiment
 
@@ -108,25 +108,13 @@ def prepare(options: OutputOptions) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
 
-class MetricsFile(JsonLines):
-    """The file of ``--metrics``, which is written or training ends."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True)
-            super().__init__(path, length=0)
-        except OSError as error:
-            raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
-
-    def update(self, event: Record) -> None:
-        try:
-            super().update(event)
-        except OSError as error:
-            raise OutputError(
-                f"--metrics {self.path} cannot be written: {error.strerror}. Make room or name another file"
-            ) from error
+def _metrics_file(path: Path) -> JsonLines:
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+        return JsonLines(path, 0)
+    except OSError as error:
+        raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
 
 
 class Outputs(AbstractContextManager["Outputs"]):
@@ -155,19 +143,19 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
         self.writing = experiment.processes.first
         self.logs: dict[str, Log] = {}  # by their names in messages
-        self.saved: tuple[int, bool] | None = None
+        self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
         self.failed = False  # whether the newest checkpoint could not be written
         self.failing: set[str] = set()  # what could not be written when that was last tried
         self.stopped = False  # whether a log failed, or a checkpoint, that must not
         if options.metrics is not None and self.writing:
-            self.logs["--metrics"] = MetricsFile(options.metrics)
+            self.logs[f"--metrics {options.metrics}"] = _metrics_file(options.metrics)
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
             self.saved = (experiment.step, experiment.evaluated)
         if self.out is not None and self.writing:
             if resumed is not None:  # after a kill between last.pt and its other names
-                self._attempt(LAST, self._link)
+                self._attempt(LAST, "", self._link)
             self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
     def _open_logs(self, out: Path, length: int) -> None:
@@ -181,11 +169,10 @@ class Outputs(AbstractContextManager["Outputs"]):
         if self.options.tensorboard:
             logs["TensorBoard's file"] = partial(TensorBoard, out, step)
         for what, make in logs.items():
+            self._attempt(what, "Training goes on without it.", self._open_log, what, make)
 
-            def opened(what: str = what, make: Callable[[], Log] = make) -> None:
-                self.logs[what] = make()
-
-            self._attempt(what, opened, "Training goes on without it.")
+    def _open_log(self, what: str, make: Callable[[], Log]) -> None:
+        self.logs[what] = make()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -199,7 +186,7 @@ class Outputs(AbstractContextManager["Outputs"]):
             for what, log in self.logs.items():
                 if not self.stopped:
                     later = "Training goes on, and so does the log once there is space."
-                    self._attempt(what, partial(log.update, event), later)
+                    self._attempt(what, later, log.update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
@@ -236,7 +223,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
             later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
-            self.failed = not self._attempt(LAST, partial(self._save, self.out / LAST, contents), later)
+            self.failed = not self._attempt(LAST, later, self._save, self.out / LAST, contents)
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
@@ -255,14 +242,17 @@ class Outputs(AbstractContextManager["Outputs"]):
             for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
                 old.unlink()
 
-    def _attempt(self, what: str, write: Callable[[], None], later: str = "") -> bool:
+    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> bool:
         """Whether ``write`` succeeded; an error is the end, or a warning that says what comes ``later``.
 
         A disk that stays full is worth one warning for each file, until that can be written again.
         """
         try:
-            write()
+            write(*arguments)
         except OSError as error:
+            if what.startswith("--metrics"):
+                reason = f"{what} cannot be written: {error.strerror}."
+                raise OutputError(f"{reason} Make room or name another file") from error
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
                 self.stopped = True

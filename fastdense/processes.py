@@ -36,19 +36,12 @@ def lost_process(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes, as one of them sees them.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-        local: number of this process on its machine; ``None`` where it is alone.
-        store: what the processes know in common, also while one of them fails.
-    """
+    """All processes, as one of them sees them."""
 
     rank: int = 0
     count: int = 1
-    local: int | None = None
-    store: Any = None
+    local: int | None = None  # number of this process on its machine; None where it is alone
+    store: Any = None  # what the processes know in common, also while one of them fails
 
     @property
     def first(self) -> bool:
@@ -81,10 +74,7 @@ class Processes:
         return gathered
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_bn: bool) -> nn.Module:
-        """``model``, to be called in training: its gradients become the mean over all processes.
-
-        ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place.
-        """
+        """``model``, to be called in training; ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place."""
         if self.count == 1:
             return model
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

@@ -7,13 +7,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import Any
 
 from rich.console import Console
 
-__all__ = ["Interrupted", "PrintError", "Printer", "Stop", "defer_signals"]
+__all__ = ["DeferSignals", "Interrupted", "PrintError", "Printer"]
 
 SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on that its processes have had already, and SIGTERM after it
 
@@ -54,30 +54,27 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signum
 
 
-class Stop:
-    """Which signal asked to stop: 0 so far."""
+class DeferSignals:
+    """Notes SIGINT and SIGTERM while its context lasts, instead of obeying them at once.
+
+    ``signal`` is the first one that came; 0 so far. Another Ctrl-C does not wait for the step to end.
+    """
 
     def __init__(self) -> None:
         self.signal, self.since = 0, 0.0
+        self.before: dict[int, Any] = {}
 
-    def note(self, signum: int, frame: FrameType | None) -> None:
-        """Remembers the first signal; another Ctrl-C does not wait for the step to end."""
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
         if not self.signal:
             self.signal, self.since = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.since > SAME_PRESS:
             raise KeyboardInterrupt
 
+    def __enter__(self) -> DeferSignals:
+        if threading.current_thread() is threading.main_thread():  # others cannot
+            self.before = {signum: signal.signal(signum, self) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-@contextmanager
-def defer_signals() -> Iterator[Stop]:
-    """Notes SIGINT and SIGTERM instead of obeying them at once; outside the main thread, does nothing."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {signum: signal.signal(signum, stop.note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
             signal.signal(signum, handler)

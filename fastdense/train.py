@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .data import Source, batches
 from .diagnose import diagnose, flow
-from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss, StepEvent
+from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss
 from .processes import Processes
-from .runs import Run, average, lr_scheduler, rng_states, saved_for_backward, sgd
-from .train_config import AMP, TrainConfig
+from .runs import Run, saved_for_backward
+from .train_config import TrainConfig
 
 __all__ = ["Experiment"]
 
@@ -40,8 +40,7 @@ class Experiment:
         step: steps made so far.
 
     Raises:
-        ValueError: the device is not there, ``impl`` cannot run on it, or a batch exceeds the training set or cannot
-            be shared.
+        ValueError: the device is not there, ``impl`` cannot run on it, or a batch is too large or cannot be shared.
     """
 
     def __init__(self, config: TrainConfig, data: Source, processes: Processes | None = None) -> None:
@@ -111,38 +110,12 @@ class Experiment:
         return [reference, chosen]
 
     def _run(self, name: str, impl: str, dtype: torch.dtype) -> Run:
-        """Builds everything from the seed, so that a run does not depend on whether another runs beside it."""
         config, processes = self.config, self.processes
         if impl == "reference" and config.sync_bn and processes.count > 1 and self.device.type == "cpu":
             raise ValueError(
                 "--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
             )
-        amp = "off" if dtype is torch.float64 else config.amp
-        torch.manual_seed(config.seed)
-        model = config.architecture.build(
-            channels=self.data.channels,
-            classes=self.data.classes,
-            plain=config.plain,
-            drop_rate=config.drop_rate,
-            recompute=config.recompute,
-            impl=impl,
-        ).to(self.device, dtype)
-        if processes.rank > 0:
-            torch.manual_seed((config.seed + processes.rank) % 2**63)  # other images, other dropout masks
-        optimizer = sgd(model, config)
-        return Run(
-            name=name,
-            impl=impl,
-            model=model,
-            ema=None if config.ema is None else average(model, config.ema),
-            network=processes.wrap(model, self.device, sync_bn=config.sync_bn),
-            optimizer=optimizer,
-            scheduler=lr_scheduler(optimizer, self.steps, config),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=amp == "fp16"),
-            rng=rng_states(self.device),
-            amp=AMP[amp],
-            processes=processes,
-        )
+        return Run(name, impl, config, self.data, processes, steps=self.steps, device=self.device, dtype=dtype)
 
     def _epochs(self, start: int, end: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
         """Each epoch and this process's image numbers of its steps, from the one after ``start`` to ``end``."""
@@ -174,8 +147,6 @@ class Experiment:
         if not self.evaluated:  # stored between the step and its evaluation
             yield self._evaluate()
         for epoch, numbers in self._epochs(self.step, self.steps):
-            for run in self.runs:
-                run.epoch_start = (epoch - 1) * self.steps_per_epoch
             for images, labels in self.data.train(numbers, epoch=epoch):
                 self.step += 1
                 yield self._step(images, labels)
@@ -202,12 +173,7 @@ class Experiment:
         for run in self.runs if step % 2 else reversed(self.runs):
             run.step(images, labels)
         self._require_finite_steps(images, labels)
-        events: list[Event] = []
-        for run in self.runs:
-            assert run.last is not None
-            loss, norm, lr, shared, skipped = run.last
-            speed = shared * self.processes.count / run.seconds[-1]
-            events.append(StepEvent(run.name, step, epoch, loss, run.seconds[-1], speed, lr, norm, skipped))
+        events: list[Event] = [run.last for run in self.runs if run.last is not None]
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
             events += [flow(run, images, labels, step=step, epoch=epoch) for run in self.runs]
         return events
@@ -267,15 +233,13 @@ class Experiment:
         self.checked = [CheckEvent(**check) for check in state["checked"]]
         for run in self.runs:
             run.load_state_dict(state["runs"][run.name])
-            run.epoch_start = max(self.epoch - 1, 0) * self.steps_per_epoch
 
     def comparison(self) -> Comparison | None:
         """The two runs beside each other; ``None`` without ``compare`` or before the first step."""
         if len(self.runs) < 2 or not all(run.losses for run in self.runs):
             return None
-        reference, chosen = self.runs
+        (reference, chosen), checked = self.runs, self.checked
         differences = [abs(a - b) for a, b in zip(reference.losses, chosen.losses, strict=False)]
-        checked = self.checked
         close = [math.isclose(c.reference, c.fastdense, rel_tol=SAME_CURVE, abs_tol=SAME_CURVE) for c in checked]
         return Comparison(
             steps=len(differences),

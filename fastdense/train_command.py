@@ -25,7 +25,7 @@ from .environment import versions
 from .events import NonFiniteLoss, Note
 from .outputs import LAST, OutputError, OutputOptions, Outputs, prepare
 from .processes import LostProcess, Processes, lost_process, processes
-from .terminal import Interrupted, Printer, PrintError, defer_signals
+from .terminal import DeferSignals, Interrupted, Printer, PrintError
 from .train import Experiment
 from .train_config import TrainConfig
 from .train_options import parsed
@@ -34,11 +34,7 @@ __all__ = ["run", "train"]
 
 
 def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
-    """Trains as the command line says.
-
-    Args:
-        options: all of them, by name, as they were written.
-        given: those that the user wrote; the others have their defaults.
+    """Trains as the command line says: with all ``options`` by name, of which the user wrote those ``given``.
 
     Raises:
         typer.BadParameter: an option is wrong.
@@ -92,17 +88,16 @@ def _prepare(
     """Everything that can be wrong with the options is found here; later a ``ValueError`` is a defect."""
     try:
         training, writing = parsed(options)
-        state, resume = None, writing.pop("resume")
-        if resume and writing["out"] is None:
+        state, last = None, (writing["out"] or Path()) / LAST
+        if writing["resume"] and writing["out"] is None:
             raise ValueError("--resume needs --out, the folder of the run to go on with")
-        last = (writing["out"] or Path()) / LAST
-        if resume:
+        if writing["resume"]:
             state = checkpoint.load(last)
             config = checkpoint.resumed(last, state, {name: training[name] for name in training if name in given})
             writing |= {name: value for name, value in state["output"].items() if name not in given}
         else:
             config = TrainConfig.from_dict(training)
-        output = OutputOptions(resume=resume, **writing)
+        output = OutputOptions(**writing)
         if ranks.first:
             prepare(output)
         experiment = _experiment(config, ranks)
@@ -114,14 +109,8 @@ def _prepare(
 
 
 def _experiment(config: TrainConfig, ranks: Processes) -> Experiment:
-    data = open_data(
-        config.data,
-        image_size=config.image_size,
-        augment=config.augment,
-        seed=config.seed,
-        workers=config.workers,
-        on_error=config.on_error,
-    )
+    options = {name: getattr(config, name) for name in ("image_size", "augment", "seed", "workers", "on_error")}
+    data = open_data(config.data, **options)
     torch.set_num_threads(dataclasses.replace(config, image_size=data.image_size).cpu_threads)
     return Experiment(config, data, ranks)
 
@@ -130,22 +119,19 @@ class _Unreadable:
     """Images that are skipped, each named once: by the process that found it, and in the records of the first one."""
 
     def __init__(self, experiment: Experiment, outputs: Outputs) -> None:
-        self.experiment, self.outputs = experiment, outputs
-        self.named = self.recorded = 0
+        self.experiment, self.outputs, self.named = experiment, outputs, 0
         self.all_ranks: list[str] = []
 
-    def warn(self) -> int:
-        """Warns of those found since the last call; returns how many are not recorded."""
-        found = self.experiment.data.unreadable
-        for line in found[self.named :]:
+    def warn(self) -> list[str]:
+        """Warns of those found since the last call, and returns them."""
+        new = self.experiment.data.unreadable[self.named :]
+        for line in new:
             self.outputs.warn(f"Skipped an image that cannot be read: {line}")
-        self.named = len(found)
-        return self.named - self.recorded
+        self.named += len(new)
+        return new
 
-    def record(self) -> None:
-        """Records those of all ranks; every process must call it."""
-        new = self.experiment.data.unreadable[self.recorded :]
-        self.recorded += len(new)
+    def record(self, new: list[str]) -> None:
+        """Records the ``new`` ones of all ranks; every process must call it."""
         for line in itertools.chain(*self.experiment.processes.gather(new)):
             if line not in self.all_ranks:
                 self.all_ranks.append(line)
@@ -158,13 +144,14 @@ def train(console: Printer, experiment: Experiment, outputs: Outputs) -> None:
     try:
         outputs.log(_header(experiment))
         console.print(introduction(experiment), soft_wrap=not console.is_terminal)
-        with display(console, experiment) as shown, defer_signals() as stop:
+        with display(console, experiment) as shown, DeferSignals() as deferred:
             for events in experiment.rounds():
                 for sink in (outputs, shown):  # files first: what is printed may reach no one
                     sink.update(events)
-                signum, failure, new = experiment.processes.largest(stop.signal, console.failure, unreadable.warn())
-                if new:
-                    unreadable.record()
+                new = unreadable.warn()
+                signum, failure, some = experiment.processes.largest(deferred.signal, console.failure, len(new))
+                if some:
+                    unreadable.record(new)
                 if (signum or failure) and not experiment.over:
                     outputs.save(last=True)
                     raise _unprintable(experiment, outputs, failure) if failure else Interrupted(signum)

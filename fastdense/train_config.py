@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +16,9 @@ from torch import nn
 import fastdense
 
 from . import checks
+from . import option_fields as opt
 from .environment import choose_impl
-from .option_fields import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    BELOW_1,
-    Parser,
-    Rule,
-    check_options,
-    one_of,
-    option,
-    option_name,
-    shown,
-)
+from .option_fields import Parser, Rule, one_of
 
 __all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
 
@@ -46,17 +36,10 @@ SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, a
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network, ready to be built as often as needed.
+    """A network, ready to be built as often as needed."""
 
-    Attributes:
-        description: for a human.
-        constructor: name of the function or class in ``fastdense``.
-        arguments: its keywords.
-        blocks: how many dense blocks.
-    """
-
-    description: str
-    constructor: str
+    description: str  # for a human
+    constructor: str  # name of the function or class in ``fastdense``
     arguments: dict[str, Any]
     blocks: int
 
@@ -92,21 +75,26 @@ def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     )
 
 
-def _bn_size(text: str) -> int | None:
-    return None if text.lower() in ("0", "none") else int(text)
+_INTEGERS = Parser("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
+_FRACTIONS = Parser("fractions of all steps, as in 1/3,2/3", lambda text: tuple(map(_fraction, text.split(","))))
+_BN_SIZE = Parser("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
+_A_MODEL = Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED)
+_LAYERS = Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1)
+_BOTTLENECK = Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1)
+_GAMMA = Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1)
+_DECAY = Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1)
+_WARM_UP = Rule("at least 0 and less than 1, a fraction of all steps", opt.BELOW_1.holds)
+_SEED = Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63)
+_network, _data, _training, _machine, _output = (partial(opt.option, panel) for panel in opt.PANELS)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    return tuple(float(Fraction(fraction)) for fraction in text.split(","))
+def _fraction(text: str) -> float:
+    return float(Fraction(text))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a training run computes; each field says what it is in its ``help``.
+    """Everything that decides what a training run computes; each field says what it is in its help.
 
     The network is given by at most one of ``model``, ``depth`` and ``block_config``. Without ``image_size``, images
     have the data's own. ``impl`` and ``recompute`` are those of :class:`fastdense.DenseNet`.
@@ -115,155 +103,100 @@ class TrainConfig:
         ValueError: a value is not allowed; the message names it, its command-line option and what is allowed.
     """
 
-    model: str | None = option(
-        "Network",
+    model: str | None = _network(
         None,
         "densenet121, 161, 169, 201 or 264, named in full. From --image-size 32 on it keeps its ImageNet stem, which "
         "divides the resolution by 4; below, it starts with one 3x3 convolution like the others.",
-        Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED),
+        _A_MODEL,
     )
-    depth: int | None = option(
-        "Network",
-        None,
-        "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.",
-        shown_default=str(DEFAULT_DEPTH),
+    depth: int | None = _network(
+        None, "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.", default_shown=str(DEFAULT_DEPTH)
     )
-    block_config: tuple[int, ...] | None = option(
-        "Network",
-        None,
-        "Layers of each block, as 6,12,24.",
-        Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1),
-        parser=Parser("whole numbers, as in 6,12,24", _integers),
+    block_config: tuple[int, ...] | None = _network(
+        None, "Layers of each block, as 6,12,24.", _LAYERS, parser=_INTEGERS
     )
-    growth_rate: int | None = option(
-        "Network",
-        None,
-        "Channels that each layer adds.",
-        AT_LEAST_1,
-        shown_default=f"{DEFAULT_GROWTH_RATE}, or the model's own",
+    growth_rate: int | None = _network(
+        None, "Channels that each layer adds.", opt.AT_LEAST_1, default_shown="12, or the model's own"
     )
-    bn_size: int | None = option(
-        "Network",
-        4,
-        "Bottleneck channels over the growth rate; 0 or none: no bottleneck.",
-        Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1),
-        parser=Parser("a whole number, 0 or none", _bn_size),
+    bn_size: int | None = _network(
+        4, "Bottleneck channels over the growth rate; 0 or none: no bottleneck.", _BOTTLENECK, parser=_BN_SIZE
     )
-    plain: bool = option("Network", False, "The same layers without dense connections.")
-    drop_rate: float = option("Network", 0.0, "Dropout after each layer.", BELOW_1)
+    plain: bool = _network(False, "The same layers without dense connections.")
+    drop_rate: float = _network(0.0, "Dropout after each layer.", opt.BELOW_1)
 
-    data: str = option("Data", "digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
-    image_size: int | None = option(
-        "Data", None, "Scale images to this many pixels.", shown_default="digits 8, CIFAR 32, a folder 224"
+    data: str = _data("digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
+    image_size: int | None = _data(
+        None, "Scale images to this many pixels.", default_shown="digits 8, CIFAR 32, a folder 224"
     )
-    augment: str = option("Data", "auto", "How training images are varied; auto: as suits the data.")
-    workers: int = option("Data", 0, "Processes that read images.", AT_LEAST_0)
-    on_error: str = option(
-        "Data",
+    augment: str = _data("auto", "How training images are varied; auto: as suits the data.")
+    workers: int = _data(0, "Processes that read images.", opt.AT_LEAST_0)
+    on_error: str = _data(
         "stop",
         "An image that cannot be read, or a file of --out that cannot be written: stop, or skip and warn.",
-        one_of("stop", "skip"),
+        one_of(("stop", "skip")),
     )
 
-    compare: bool = option(
-        "Training",
+    compare: bool = _training(
         False,
         "Train the textbook torch.cat network too, from the same weights on the same batches, step by step beside the "
         "other.",
     )
-    check_steps: int = option(
-        "Training",
+    check_steps: int = _training(
         10,
         "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.",
-        AT_LEAST_0,
+        opt.AT_LEAST_0,
     )
-    epochs: int = option("Training", 6, "Passes over the training images.", AT_LEAST_1)
-    steps: int | None = option(
-        "Training", None, "Stop after so many steps; the learning rate's schedule ends there too.", AT_LEAST_1
+    epochs: int = _training(6, "Passes over the training images.", opt.AT_LEAST_1)
+    steps: int | None = _training(
+        None, "Stop after so many steps; the learning rate's schedule ends there too.", opt.AT_LEAST_1
     )
-    batch_size: int = option("Training", 64, "Images a step, over all processes.", AT_LEAST_1)
-    lr: float = option(
-        "Training",
-        0.1,
-        "Highest learning rate, reached after the warm-up.",
-        Rule("a positive number", lambda lr: lr > 0 and math.isfinite(lr)),
-    )
-    lr_schedule: str = option(
-        "Training",
+    batch_size: int = _training(64, "Images a step, over all processes.", opt.AT_LEAST_1)
+    lr: float = _training(0.1, "Highest learning rate, reached after the warm-up.", opt.POSITIVE)
+    lr_schedule: str = _training(
         "cosine",
         "cosine: down to 0 at the end; step: times --gamma at each of --milestones.",
-        one_of("cosine", "step"),
+        one_of(("cosine", "step")),
         name="schedule",
     )
-    milestones: tuple[float, ...] = option(
-        "Training",
-        (0.5, 0.75),
-        "With --schedule step: fractions of all steps, as 1/3,2/3.",
-        parser=Parser("fractions of all steps, as in 1/3,2/3", _fractions),
+    milestones: tuple[float, ...] = _training(
+        (0.5, 0.75), "With --schedule step: fractions of all steps, as 1/3,2/3.", parser=_FRACTIONS
     )
-    gamma: float = option(
-        "Training",
-        0.1,
-        "What a milestone multiplies the rate by.",
-        Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1),
-    )
-    warm_up: float | None = option(
-        "Training",
+    gamma: float = _training(0.1, "What a milestone multiplies the rate by.", _GAMMA)
+    warm_up: float | None = _training(
         None,
         "Fraction of all steps in which the learning rate rises from a tenth.",
-        Rule(f"{BELOW_1.words}, a fraction of all steps", BELOW_1.holds),
-        shown_default=f"{WARM_UP} for cosine, 0 for step",
+        _WARM_UP,
+        default_shown=f"{WARM_UP} for cosine, 0 for step",
     )
-    momentum: float = option("Training", 0.9, "Momentum of SGD.", BELOW_1)
-    nesterov: bool = option("Training", True, "Nesterov's momentum.")
-    weight_decay: float = option(
-        "Training",
-        1e-4,
-        "Weight decay of SGD.",
-        Rule("0 or a positive number", lambda decay: decay >= 0 and math.isfinite(decay)),
+    momentum: float = _training(0.9, "Momentum of SGD.", opt.BELOW_1)
+    nesterov: bool = _training(True, "Nesterov's momentum.")
+    weight_decay: float = _training(1e-4, "Weight decay of SGD.", opt.NOT_NEGATIVE)
+    amp: str = _training("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(AMP))
+    ema: float | None = _training(
+        None, "Decay a step of an average of the weights, as 0.999: evaluated and saved too.", _DECAY
     )
-    amp: str = option("Training", "off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(*AMP))
-    ema: float | None = option(
-        "Training",
-        None,
-        "Decay a step of an average of the weights, as 0.999: evaluated and saved too.",
-        Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1),
-    )
-    sync_bn: bool = option("Training", False, "BatchNorm over the images of all processes.")
-    seed: int = option(
-        "Training",
-        0,
-        "Of weights, order of images and dropout.",
-        Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63),
-    )
+    sync_bn: bool = _training(False, "BatchNorm over the images of all processes.")
+    seed: int = _training(0, "Of weights, order of images and dropout.", _SEED)
 
-    device: str | None = option(
-        "Machine", None, "cpu, cuda, cuda:1.", shown_default="cuda where there is one, else cpu"
-    )
-    impl: str = option(
-        "Machine", "auto", "auto, triton, torch, or reference: the textbook torch.cat.", one_of(*checks.IMPL)
-    )
-    recompute: str | None = option(
-        "Machine",
+    device: str | None = _machine(None, "cpu, cuda, cuda:1.", default_shown="cuda where there is one, else cpu")
+    impl: str = _machine("auto", "auto, triton, torch, or reference: the textbook torch.cat.", one_of(checks.IMPL))
+    recompute: str | None = _machine(
         None,
         "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
-        one_of(*checks.RECOMPUTE),
-        shown_default="activations",
+        one_of(checks.RECOMPUTE),
+        default_shown="activations",
     )
-    threads: int | None = option(
-        "Machine",
+    threads: int | None = _machine(
         None,
         "CPU threads. Layers of small images are too short to share.",
-        AT_LEAST_1,
-        shown_default=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
+        opt.AT_LEAST_1,
+        default_shown=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
     )
 
-    watch_flow: int | None = option(
-        "Output", None, "Look at what flows through the layers every so many steps.", AT_LEAST_1
-    )
+    watch_flow: int | None = _output(None, "Look at what flows through the layers every so many steps.", opt.AT_LEAST_1)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        opt.check_options(self)
         least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
         if self.image_size is not None and self.image_size < least:
             raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
@@ -272,7 +205,7 @@ class TrainConfig:
         if self.lr_schedule == "step" and not (self.milestones and rising):
             raise ValueError(
                 "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
-                f"0.5,0.75; got {shown(self.milestones)!r}"
+                f"0.5,0.75; got {opt.shown(self.milestones)!r}"
             )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
@@ -287,12 +220,12 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The configuration whose options have these ``values`` by name, as :meth:`as_dict` returns them."""
-        names = {option_name(field): field.name for field in fields(cls)}
+        names = {opt.option_name(field): field.name for field in fields(cls)}
         return cls(**{names.get(name, name): value for name, value in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """All values by the options' names, as they are in checkpoints and in files of measurements."""
-        return {option_name(field): getattr(self, field.name) for field in fields(self)}
+        return {opt.option_name(field): getattr(self, field.name) for field in fields(self)}
 
     def check_batch(self, images: int) -> None:
         """Raises ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
@@ -327,7 +260,13 @@ class TrainConfig:
             raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
         size = self._pixels
         assert size is not None
-        found = self._three_blocks_or_given() if self.model is None else self._named_model(size)
+        if self.model is None:
+            found = self._for_small_images()
+        else:  # its first convolution, which is for ImageNet, is its own from 32 pixels on
+            arguments: dict[str, Any] = {"bn_size": self.bn_size, "small_inputs": size < SMALL_IMAGES}
+            if self.growth_rate is not None:
+                arguments["growth_rate"] = self.growth_rate
+            found = Architecture(self.model, self.model, arguments, NAMED_BLOCKS)
         if found.last_resolution(size) < 1:
             raise ValueError(
                 f"--image-size {size} is too small for {found.blocks} dense blocks, between which the "
@@ -335,16 +274,8 @@ class TrainConfig:
             )
         return found
 
-    def _named_model(self, image_size: int) -> Architecture:
-        """One of :data:`NAMED`; its first convolution, which is for ImageNet, is its own from 32 pixels on."""
-        assert self.model is not None
-        arguments: dict[str, Any] = {"bn_size": self.bn_size, "small_inputs": image_size < SMALL_IMAGES}
-        if self.growth_rate is not None:
-            arguments["growth_rate"] = self.growth_rate
-        return Architecture(self.model, self.model, arguments, NAMED_BLOCKS)
-
-    def _three_blocks_or_given(self) -> Architecture:
-        """The paper's networks for small images, which start with a 3x3 convolution."""
+    def _for_small_images(self) -> Architecture:
+        """The paper's networks, which start with a 3x3 convolution."""
         k, bottleneck, layers = self.growth_rate or DEFAULT_GROWTH_RATE, self.bn_size is not None, self.block_config
         if layers is None:
             depth = DEFAULT_DEPTH if self.depth is None else self.depth
@@ -384,11 +315,7 @@ class TrainConfig:
         return device
 
     def resolve_impl(self, device: torch.device) -> str:
-        """``"triton"``, ``"torch"`` or ``"reference"``, whichever runs on ``device``.
-
-        Raises:
-            ValueError: ``impl`` cannot run there.
-        """
+        """``triton``, ``torch`` or ``reference``, whichever runs there; raises ``ValueError`` where ``impl`` cannot."""
         try:
             return choose_impl(self.impl, device)[0]
         except RuntimeError as error:

@@ -34,7 +34,7 @@ def _parameter(name: str, field: dataclasses.Field[Any]) -> inspect.Parameter:
         *names,
         help=field.metadata["help"],
         rich_help_panel=field.metadata["panel"],
-        show_default=field.metadata["shown"] or True,
+        show_default=field.metadata["default"] or True,
     )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told])
 
