@@ -88,7 +88,7 @@ def introduction(experiment: Experiment) -> str:
     where = str(experiment.device)
     if experiment.device.type == "cpu":
         where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
-    modes = experiment.runs[-1].picked
+    modes = experiment.runs[-1].recompute_modes
     lines = [
         f"{config.architecture.description}: {parameters:,} parameters.",
         f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.",

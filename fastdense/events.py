@@ -15,6 +15,7 @@ __all__ = [
     "Note",
     "Record",
     "StepEvent",
+    "Stopped",
     "Summary",
     "record",
 ]
@@ -147,7 +148,11 @@ def record(event: Record) -> dict[str, Any]:
     return {"event": event.event, **(event.fields if isinstance(event, Note) else asdict(event))}
 
 
-class NonFiniteLoss(RuntimeError):
+class Stopped(RuntimeError):
+    """Training ended early; the message says why, and what to do."""
+
+
+class NonFiniteLoss(Stopped):
     """A loss or a gradient became infinite or NaN; ``run``, ``epoch`` and ``step`` say where.
 
     Weights, running statistics, optimizer and random generators of that run are still those of the step before.

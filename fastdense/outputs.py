@@ -11,30 +11,25 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import checkpoint
-from .events import Event, Record
+from .events import Event, Record, Stopped
 from .logs import FlowPictures, JsonLines, Log, TensorBoard
 from .option_fields import AT_LEAST_0, Rule, check_options, option
 from .train import Experiment
 
-__all__ = ["LAST", "OutputError", "OutputOptions", "Outputs", "prepare"]
+__all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 BEFORE = "metrics.before.jsonl"
 FIRST_RECORD = b'{"event": "header"'  # by which a log is known to be ours
 FIRST_TENSORBOARD = "events.out.tfevents." + 10 * "[0-9]" + ".0"  # the files of runs that began in their folder
 EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
-
-
-class OutputError(RuntimeError):
-    """A file that training leaves behind cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ def _metrics_file(path: Path) -> JsonLines:
         raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
 
 
-class Outputs(AbstractContextManager["Outputs"]):
+class Outputs(ExitStack):
     """Checkpoints and logs of one experiment, in this process.
 
     Every process has one and calls the same methods; only the first one writes.
@@ -129,7 +124,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         resumed: the checkpoint that the experiment resumes from.
 
     Raises:
-        OutputError: a log cannot be opened, or the first checkpoint not be written.
+        Stopped: a log or the first checkpoint cannot be written, and ``on_error`` is ``"stop"``.
         ValueError: the file of ``--metrics`` cannot be opened.
     """
 
@@ -140,15 +135,15 @@ class Outputs(AbstractContextManager["Outputs"]):
         warn: Callable[[str], None],
         resumed: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
         self.writing = experiment.processes.first
         self.logs: dict[str, Log] = {}  # by their names in messages
         self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
-        self.failed = False  # whether the newest checkpoint could not be written
         self.failing: set[str] = set()  # what could not be written when that was last tried
-        self.stopped = False  # whether a log failed, or a checkpoint, that must not
+        self.stopped = False  # by one of them
         if options.metrics is not None and self.writing:
-            self.logs[f"--metrics {options.metrics}"] = _metrics_file(options.metrics)
+            self._open_log(f"--metrics {options.metrics}", partial(_metrics_file, options.metrics))
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
@@ -173,12 +168,7 @@ class Outputs(AbstractContextManager["Outputs"]):
 
     def _open_log(self, what: str, make: Callable[[], Log]) -> None:
         self.logs[what] = make()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for log in self.logs.values():
-            log.close()
+        self.callback(self.logs[what].close)
 
     def log(self, *events: Record) -> None:
         """Appends ``events`` to the logs."""
@@ -208,13 +198,9 @@ class Outputs(AbstractContextManager["Outputs"]):
         return newest > max(earlier, default=-1.0)
 
     def save(self, *, last: bool = False) -> None:
-        """Writes a checkpoint now, unless this very state has been written; every process must call it.
+        """Writes a checkpoint, unless this very state has been written; every process must call it.
 
-        Args:
-            last: whether training ends here, so that no later save makes good for this one.
-
-        Raises:
-            OutputError: it cannot be written, and ``on_error`` is ``"stop"``.
+        ``last`` says that training ends here, so that no later save makes good for a failing one.
         """
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
@@ -223,7 +209,7 @@ class Outputs(AbstractContextManager["Outputs"]):
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
             later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
-            self.failed = not self._attempt(LAST, later, self._save, self.out / LAST, contents)
+            self._attempt(LAST, later, self._save, self.out / LAST, contents)
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
@@ -242,8 +228,8 @@ class Outputs(AbstractContextManager["Outputs"]):
             for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
                 old.unlink()
 
-    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> bool:
-        """Whether ``write`` succeeded; an error is the end, or a warning that says what comes ``later``.
+    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
+        """Calls ``write(*arguments)``; an error is the end, or a warning that says what comes ``later``.
 
         A disk that stays full is worth one warning for each file, until that can be written again.
         """
@@ -252,29 +238,34 @@ class Outputs(AbstractContextManager["Outputs"]):
         except OSError as error:
             if what.startswith("--metrics"):
                 reason = f"{what} cannot be written: {error.strerror}."
-                raise OutputError(f"{reason} Make room or name another file") from error
+                raise Stopped(f"{reason} Make room or name another file") from error
+            assert self.out is not None
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
                 self.stopped = True
-                whole = "What was written before is whole. " if self._resumable else ""
-                raise OutputError(f"{reason} {whole}{self.remedy}") from error
+                whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
+                raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:
                 self.warn(f"{reason} {later}".rstrip())
             self.failing.add(what)
-            return False
-        self.failing.discard(what)
-        return True
+        else:
+            self.failing.discard(what)
+
+    def require_last(self) -> None:
+        """Raises ``Stopped`` if the last checkpoint could not be written."""
+        if LAST in self.failing:
+            raise Stopped(f"the last checkpoint could not be written to {self.out}. {self._remedy}")
+
+    def advise(self, message: str) -> str:
+        """``message``, and how to resume this run if it has a folder."""
+        over = f"Training is over, and {self.out} holds what came of it"
+        advice = "" if self.out is None else over if self.experiment.over else self._remedy
+        return f"{message}. {advice}".rstrip()
 
     @property
-    def _resumable(self) -> bool:
-        return self.out is not None and (self.out / LAST).exists()
-
-    @property
-    def remedy(self) -> str:
-        """How to resume this run; empty without ``--out``."""
-        if self.out is None:
-            return ""
-        if not self._resumable:
+    def _remedy(self) -> str:
+        assert self.out is not None
+        if not (self.out / LAST).exists():
             return "There is no checkpoint to go on from: once --out can be written, start again with the same command"
         count = self.experiment.processes.count
         start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"

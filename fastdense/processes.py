@@ -18,13 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["LostProcess", "Processes", "lost_process", "processes"]
+__all__ = ["Processes", "lost_process", "processes"]
 
 T = TypeVar("T")
-
-
-class LostProcess(RuntimeError):
-    """Another process has ended, and this one cannot train alone."""
 
 
 def lost_process(error: BaseException) -> bool:

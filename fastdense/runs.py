@@ -86,24 +86,16 @@ def _autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextM
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
 
 
+def _copy(tensors: list[Tensor], to: list[Tensor]) -> None:
+    """Copies hundreds of small tensors, in one operation for each dtype."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        source, target = ([tensor for tensor in group if tensor.dtype == dtype] for group in (tensors, to))
+        torch._foreach_copy_(target, source)
+
+
 def _finish(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-class _Buffers:
-    """A model's buffers as they were: one copy for each dtype, because there are hundreds of small ones."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.groups: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in model.buffers():
-            self.groups.setdefault(buffer.dtype, []).append(buffer)
-        self.values = [torch.cat([buffer.flatten() for buffer in group]) for group in self.groups.values()]
-
-    def restore(self) -> None:
-        for group, values in zip(self.groups.values(), self.values, strict=True):
-            for buffer, value in zip(group, values.split([buffer.numel() for buffer in group]), strict=True):
-                buffer.copy_(value.view_as(buffer))
 
 
 class Run:
@@ -168,7 +160,7 @@ class Run:
         return "textbook torch.cat" if self.name == "reference" else "fastdense"
 
     @property
-    def picked(self) -> dict[str, str]:
+    def recompute_modes(self) -> dict[str, str]:
         """What ``recompute="auto"`` resolved to, by block; empty where it was not asked for."""
         return {
             name.removeprefix("features."): block.picked
@@ -179,8 +171,8 @@ class Run:
     @property
     def train_loss(self) -> float | None:
         """Mean over the current epoch's steps."""
-        before = max(len(self.losses) - 1, 0) // self.steps_per_epoch * self.steps_per_epoch
-        return statistics.fmean(self.losses[before:]) if self.losses else None
+        in_epoch = (len(self.losses) - 1) % self.steps_per_epoch + 1
+        return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
@@ -194,7 +186,9 @@ class Run:
         self.model.train()
         _finish(device)
         start = time.perf_counter()
-        before = _Buffers(self.model)
+        buffers = list(self.model.buffers())
+        before = [torch.empty_like(buffer) for buffer in buffers]
+        _copy(buffers, before)
         self.optimizer.zero_grad(set_to_none=True)
         with _autocast(device, self.amp):
             loss = F.cross_entropy(self.network(images), labels)
@@ -213,7 +207,7 @@ class Run:
             self.scaler.update()
             self.rng = _rng_states(device)
         else:
-            before.restore()
+            _copy(before, buffers)
         _finish(device)
         seconds = time.perf_counter() - start
         epoch, speed = len(self.losses) // self.steps_per_epoch + 1, len(labels) * self.processes.count / seconds

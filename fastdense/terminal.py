@@ -13,13 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["DeferSignals", "Interrupted", "PrintError", "Printer"]
+__all__ = ["DeferSignals", "Interrupted", "Printer"]
 
 SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on that its processes have had already, and SIGTERM after it
-
-
-class PrintError(RuntimeError):
-    """Standard output cannot be written any more."""
 
 
 class Printer(Console):

@@ -60,14 +60,14 @@ class Experiment:
         for run in self.runs:
             run.kept_bytes = saved_for_backward(run.model, images, labels, run.amp)
         self.checked: list[CheckEvent] = []
-        self.check_steps = min(config.check_steps, self.steps) if config.compare else 0
         self.check_skipped: str | None = None
         if config.drop_rate > 0:
-            self.check_steps, self.check_skipped = 0, "the two draw different dropout masks by construction"
+            self.check_skipped = "the two draw different dropout masks by construction"
         elif self.device.type == "mps":
-            self.check_steps, self.check_skipped = 0, "mps has no float64"
-        elif self.check_steps == 0:
+            self.check_skipped = "mps has no float64"
+        elif not (config.compare and config.check_steps):
             self.check_skipped = "--check-steps is 0"
+        self.check_steps = min(config.check_steps, self.steps) if self.check_skipped is None else 0
 
     @property
     def epoch(self) -> int:

@@ -22,10 +22,10 @@ from . import checkpoint
 from .data import UnreadableImage, open_data
 from .display import display, introduction, result_table
 from .environment import versions
-from .events import NonFiniteLoss, Note
-from .outputs import LAST, OutputError, OutputOptions, Outputs, prepare
-from .processes import LostProcess, Processes, lost_process, processes
-from .terminal import DeferSignals, Interrupted, Printer, PrintError
+from .events import NonFiniteLoss, Note, Stopped
+from .outputs import LAST, OutputOptions, Outputs, prepare
+from .processes import Processes, lost_process, processes
+from .terminal import DeferSignals, Interrupted, Printer
 from .train import Experiment
 from .train_config import TrainConfig
 from .train_options import parsed
@@ -47,8 +47,7 @@ def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
             experiment, prepared = _prepare(options, given, ranks, errors)
             with prepared as outputs:
                 train(console, experiment, outputs)
-            if outputs.failed:
-                raise OutputError(f"the last checkpoint could not be written to {outputs.out}. {outputs.remedy}")
+            outputs.require_last()
         except BaseException as error:
             # What stops one process stops all of them, and one message is enough.
             if ranks.count > 1 and not ranks.first_to_fail():
@@ -73,7 +72,7 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition(". ")[0]
         return f"Out of memory: {reason}. Try a smaller --batch-size or --recompute bottlenecks."
-    if isinstance(error, NonFiniteLoss | OutputError | PrintError | LostProcess | UnreadableImage):
+    if isinstance(error, Stopped | UnreadableImage):
         return f"Stopped: {str(error).rstrip('.')}."
     if lost_process(error):
         return "Stopped: another process has ended before training began."
@@ -160,18 +159,16 @@ def train(console: Printer, experiment: Experiment, outputs: Outputs) -> None:
         outputs.log(Note("error", {**place, "message": str(error)}))
         raise
     except KeyboardInterrupt as interrupt:
-        message = f"Interrupted {_where(experiment)}."
-        outputs.log(Note("error", {"message": message}))
-        signum = getattr(interrupt, "signal", signal.SIGINT)
-        raise Interrupted(signum, f"{message} {outputs.remedy}".rstrip()) from interrupt
+        message = f"Interrupted {_where(experiment)}"
+        outputs.log(Note("error", {"message": f"{message}."}))
+        raise Interrupted(getattr(interrupt, "signal", signal.SIGINT), outputs.advise(message)) from interrupt
     except RuntimeError as error:
         if not lost_process(error):
             raise
         with suppress(ValueError):  # outside the main thread
             # torchrun sends it now, and this process has something to say
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        message = f"another process has ended, {_where(experiment)}"
-        raise LostProcess(f"{message}. {outputs.remedy}" if outputs.remedy else message) from error
+        raise Stopped(outputs.advise(f"another process has ended, {_where(experiment)}")) from error
     finally:
         unreadable.warn()
         _report(console, experiment, outputs, unreadable.all_ranks)
@@ -183,12 +180,9 @@ def _where(experiment: Experiment) -> str:
     return f"after step {min(len(run.losses) for run in experiment.runs)} of {experiment.steps}"
 
 
-def _unprintable(experiment: Experiment, outputs: Outputs, failure: int) -> PrintError:
-    message = f"standard output cannot be written: {os.strerror(failure)}, {_where(experiment)}"
-    if outputs.out is None:
-        return PrintError(message)
-    over = f"Training is over, and {outputs.out} holds what came of it"
-    return PrintError(f"{message}. {over if experiment.over else outputs.remedy}")
+def _unprintable(experiment: Experiment, outputs: Outputs, failure: int) -> Stopped:
+    reason = f"standard output cannot be written: {os.strerror(failure)}"
+    return Stopped(outputs.advise(f"{reason}, {_where(experiment)}"))
 
 
 def _header(experiment: Experiment) -> Note:
@@ -215,9 +209,7 @@ def _header(experiment: Experiment) -> Note:
 
 def _report(console: Printer, experiment: Experiment, outputs: Outputs, unreadable: list[str]) -> None:
     summaries, comparison = [run.summary() for run in experiment.runs], experiment.comparison()
-    outputs.log(*summaries)
-    if comparison is not None:
-        outputs.log(comparison)
+    outputs.log(*summaries, *([] if comparison is None else [comparison]))
     console.print(result_table(summaries))
     if comparison is not None:
         # Whole on one line in a log, where somebody may search for it; wrapped at words on a screen.

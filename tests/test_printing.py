@@ -20,9 +20,9 @@ from rich.live import Live
 
 from fastdense.data import digits
 from fastdense.display import PlainDisplay
-from fastdense.events import Event
+from fastdense.events import Event, Stopped
 from fastdense.outputs import OutputOptions, Outputs
-from fastdense.terminal import Printer, PrintError
+from fastdense.terminal import Printer
 from fastdense.train import Experiment
 from fastdense.train_command import train
 from fastdense.train_config import TrainConfig
@@ -57,7 +57,7 @@ class Lost(io.StringIO):
 )
 def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, writes: int, step: int, told: str) -> None:
     file, experiment = Lost(writes, number), Experiment(TINY, digits())
-    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(PrintError) as caught:
+    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(Stopped) as caught:
         train(Printer(file=file), experiment, outputs)
     text = str(caught.value)
     assert (

@@ -19,7 +19,7 @@ from torch import nn
 from fastdense import train
 from fastdense.data import digits
 from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.runs import Run, _Buffers, lr_scheduler
+from fastdense.runs import Run, lr_scheduler
 from fastdense.train import Experiment
 from fastdense.train_config import TrainConfig
 
@@ -175,17 +175,6 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeyp
     left = run.state_dict()
     for name in ("model", "optimizer", "scheduler", "ema", "rng"):
         assert same(left[name], good[name], name) == ""
-
-
-def test_buffers_are_restored_with_their_dtypes_and_shapes() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5))
-    before = copy.deepcopy(model.state_dict())
-    kept = _Buffers(model)
-    model[0](torch.randn(4, 3))
-    model[1](torch.randn(4, 5))
-    assert same(model.state_dict(), before) != ""
-    kept.restore()
-    assert same(model.state_dict(), before) == ""
 
 
 def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

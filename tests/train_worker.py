@@ -19,10 +19,10 @@ from states import same
 from fastdense import train_command
 from fastdense.commands import app
 from fastdense.data import digits
-from fastdense.events import EpochEvent, StepEvent
+from fastdense.events import EpochEvent, StepEvent, Stopped
 from fastdense.outputs import OutputOptions, Outputs
 from fastdense.processes import Processes, processes
-from fastdense.terminal import Printer, PrintError
+from fastdense.terminal import Printer
 from fastdense.train import Experiment
 from fastdense.train_config import TrainConfig
 
@@ -169,7 +169,7 @@ def lost_output_of_rank_0_ends_both(ranks: Processes) -> None:
         printer.on_broken_pipe()
     with (
         Outputs(OutputOptions(out=folder), experiment, print) as outputs,
-        pytest.raises(PrintError, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
+        pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
     ):
         train_command.train(printer, experiment, outputs)
     if ranks.rank == 0:
