@@ -151,11 +151,7 @@ def _reading(path: Path, remedy: str = "") -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint in ``path``, with its tensors on the CPU.
-
-    Raises:
-        ValueError: there is none, it cannot be read, is damaged or comes from elsewhere, or from a newer fastdense.
-    """
+    """The checkpoint in ``path``, with its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
     other = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
     with _reading(path, f": {other}"):
         try:
@@ -211,11 +207,7 @@ def _as_written(name: str, value: Any) -> str:
 
 
 def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> None:
-    """Resumes ``experiment`` from ``state``, which was loaded from ``path``.
-
-    Raises:
-        ValueError: it was trained on other data, by another number of processes or with other networks.
-    """
+    """Resumes ``experiment`` from ``state``, loaded from ``path``; raises ``ValueError`` if it is another's."""
     facts, count = _facts(experiment), state["processes"]
     for name, was in state["data"].items():
         if facts[name] != was:

@@ -159,8 +159,8 @@ class Outputs(ExitStack):
             METRICS: partial(JsonLines, out / METRICS, length, "resumed" if step else "header")
         }
         if config.watch_flow is not None:
-            network = config.architecture.description + (", without dense connections" if config.plain else "")
-            logs["a picture of the gradient flow"] = partial(FlowPictures, out, network, self.experiment.data.name)
+            pictures = partial(FlowPictures, out, config.network, self.experiment.data.name)
+            logs["a picture of the gradient flow"] = pictures
         if self.options.tensorboard:
             logs["TensorBoard's file"] = partial(TensorBoard, out, step)
         for what, make in logs.items():

@@ -98,7 +98,7 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Joins the processes that ``torchrun`` started, with gloo on the CPU and nccl on GPUs; alone where it did not."""
+    """Joins the processes that ``torchrun`` started, with gloo on the CPU and nccl on GPUs; alone without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield Processes()
         return

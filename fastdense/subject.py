@@ -206,9 +206,8 @@ def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Su
         channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate
     )
     _load(model, weights, path)
-    description = config.architecture.description + (", without dense connections" if config.plain else "")
     state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
-    return Subject(model, description, state, config.data, config.image_size, config.plain)
+    return Subject(model, config.network, state, config.data, config.image_size, config.plain)
 
 
 def _sizes(weights: dict[str, Any] | None) -> tuple[int, int] | None:

@@ -50,35 +50,26 @@ def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
             outputs.require_last()
         except BaseException as error:
             # What stops one process stops all of them, and one message is enough.
-            if ranks.count > 1 and not ranks.first_to_fail():
-                raise typer.Exit(_exit_code(error)) from error
-            message = _explained(error)
-            if message is None:
-                raise
-            errors.print(message, style="red")
-            raise typer.Exit(_exit_code(error)) from error
+            code, message = _ending(error)
+            if ranks.count == 1 or ranks.first_to_fail():
+                if message is None:
+                    raise
+                errors.print(message, style="red")
+            raise typer.Exit(code) from error
 
 
-def _exit_code(error: BaseException) -> int:
+def _ending(error: BaseException) -> tuple[int, str | None]:
+    """The exit status, and the message for the user; none for a defect, which shows its traceback, or typer's own."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)  # as shells say
+        return 128 + getattr(error, "signal", signal.SIGINT), str(error) or "Interrupted."  # as shells say
     if isinstance(error, typer.Exit | typer.BadParameter):
-        return error.exit_code
-    return 1
-
-
-def _explained(error: BaseException) -> str | None:
-    """The message for the user; ``None`` for a defect, which shows its traceback, and for what explains itself."""
+        return error.exit_code, None
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition(". ")[0]
-        return f"Out of memory: {reason}. Try a smaller --batch-size or --recompute bottlenecks."
+        return 1, f"Out of memory: {reason}. Try a smaller --batch-size or --recompute bottlenecks."
     if isinstance(error, Stopped | UnreadableImage):
-        return f"Stopped: {str(error).rstrip('.')}."
-    if lost_process(error):
-        return "Stopped: another process has ended before training began."
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "Interrupted."
-    return None
+        return 1, f"Stopped: {str(error).rstrip('.')}."
+    return 1, "Stopped: another process has ended before training began." if lost_process(error) else None
 
 
 def _prepare(

@@ -60,8 +60,7 @@ class Architecture:
 def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     """``n`` of a DenseNet of three equal blocks: ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without.
 
-    Raises:
-        ValueError: no ``n`` fits; the message names the nearest depths that do.
+    Raises ``ValueError`` with the nearest depths where no ``n`` fits.
     """
     per_layer = 6 if bottleneck else 3
     n, rest = divmod(depth - 4, per_layer)
@@ -83,7 +82,7 @@ _LAYERS = Rule("layers per block, each at least 1, as in 6,12,24", lambda layers
 _BOTTLENECK = Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1)
 _GAMMA = Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1)
 _DECAY = Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1)
-_WARM_UP = Rule("at least 0 and less than 1, a fraction of all steps", opt.BELOW_1.holds)
+_WARM_UP = Rule(f"{opt.BELOW_1.words}, a fraction of all steps", opt.BELOW_1.holds)
 _SEED = Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63)
 _network, _data, _training, _machine, _output = (partial(opt.option, panel) for panel in opt.PANELS)
 
@@ -247,6 +246,11 @@ class TrainConfig:
         if self.warm_up is None:
             return WARM_UP if self.lr_schedule == "cosine" else 0.0
         return self.warm_up
+
+    @property
+    def network(self) -> str:
+        """The network in words."""
+        return self.architecture.description + (", without dense connections" if self.plain else "")
 
     @property
     def architecture(self) -> Architecture:

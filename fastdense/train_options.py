@@ -54,10 +54,9 @@ def given_options(context: typer.Context) -> frozenset[str]:
 
 
 def parsed(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values of all options by name: those of :class:`TrainConfig`, then those of :class:`OutputOptions`.
+    """The values by name of the options of :class:`TrainConfig`, and of those of :class:`OutputOptions`.
 
-    Raises:
-        ValueError: one cannot be parsed.
+    Raises ``ValueError`` where one cannot be parsed.
     """
     values = {name: parse(_FIELDS[name], value) for name, value in options.items()}
     writing = {field.name: values.pop(field.name) for field in dataclasses.fields(OutputOptions)}
