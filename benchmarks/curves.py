@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastdense.data import Dataset, batches, digits
-from fastdense.train import schedule
+from fastdense.runs import lr_scheduler
 from fastdense.train_config import TrainConfig
 
 from .runner import RESULTS, environment, write_record
@@ -139,7 +139,7 @@ def train(
     rates: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), **rates, nesterov=config.momentum > 0)
     assert config.steps is not None
-    scheduler = schedule(optimizer, config.steps)
+    scheduler = lr_scheduler(optimizer, config.steps)
     losses: list[float] = []
     for batch in _batches(config, data, steps or config.steps):
         labels = data.train_labels[batch]

@@ -1,12 +1,11 @@
 """Checkpoints: one file each, there as a whole or not at all.
 
 A checkpoint is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads: ``runs[NAME]["model"]`` is the
-plain ``state_dict`` of a network. The rest is what training needs to go on bit for bit: see :func:`contents`.
+plain ``state_dict`` of a network. The rest is what training is resumed from bit for bit: see :func:`contents`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import os
@@ -14,16 +13,19 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fastdense
+
 from .environment import versions
+from .option_fields import flag, shown
 from .train import Experiment
-from .train_config import MACHINE, TrainConfig
+from .train_config import MACHINE_OPTIONS, TrainConfig
 
 __all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save", "verify"]
 
@@ -42,7 +44,7 @@ def contents(experiment: Experiment) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": KIND,
-        "config": dataclasses.asdict(experiment.config),
+        "config": experiment.config.as_dict(),
         "data": _facts(experiment),
         "processes": experiment.processes.count,
         # PyTorch's own is no plain str, which weights_only would refuse.
@@ -55,83 +57,75 @@ def contents(experiment: Experiment) -> dict[str, Any]:
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
     """What must be true of the data wherever they lie."""
-    data = experiment.data
     names = ("train_count", "test_count", "channels", "classes", "class_names")
-    return {name: getattr(data, name) for name in names}
+    return {name: getattr(experiment.data, name) for name in names}
 
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to; ``None`` if it is installed elsewhere."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    if not (Path(__file__).parents[1] / ".git").exists():
-        return os.environ.get("FASTDENSE_COMMIT")
+    """The commit of the checkout that this file belongs to; where it is installed, what ``FASTDENSE_COMMIT`` says."""
+    root = Path(fastdense.__file__).parents[1]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("FASTDENSE_COMMIT")
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTDENSE_COMMIT")
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
-def save(state: Mapping[str, Any], path: Path) -> None:
-    """Write ``state`` to ``path``, which holds either its old contents or all of the new ones, whatever happens.
-
-    After it returns, a power failure does not undo it. Raises ``OSError`` where it cannot be written: then ``path`` is
-    as it was and nothing else is left behind.
-    """
-    buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
-    torch.save(dict(state), buffer)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file that takes the place of ``path`` at the end, for good, or is gone after an error."""
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        _put(partial, path)
+        yield partial
+        os.replace(partial, path)
+        _sync(path.parent)  # the name, too, must survive a power failure
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Writes ``state`` to ``path``, which holds either its old contents or all of the new ones, whatever happens.
+
+    Raises ``OSError`` where it cannot be written: then ``path`` is as it was and nothing else is left behind.
+    """
+    buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
+    torch.save(dict(state), buffer)
+    with _replacing(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
+        _sync(partial)
+
+
 def link(path: Path, name: Path) -> None:
-    """Let ``name`` be what ``path`` is now, also after ``path`` is replaced. Raises ``OSError`` as :func:`save`."""
+    """Lets ``name`` be what ``path`` is now, also after ``path`` is replaced. Raises ``OSError`` as :func:`save`."""
     if name.exists() and name.samefile(path):
         return  # os.replace would do nothing, and leave the other name behind
-    partial = name.with_name(name.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    try:
+    with _replacing(name) as partial:
         try:
             os.link(path, partial)
         except OSError:  # not every file system can
             shutil.copyfile(path, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        _put(partial, name)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _put(partial: Path, path: Path) -> None:
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too, must survive a power failure
-    finally:
-        os.close(folder)
+            _sync(partial)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left."""
+    """Removes what a process that was killed while it wrote has left."""
     for partial in folder.glob(f"*.pt{PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> None:
-    """Compare what ``path`` holds with its checksums, which ``torch.load`` does not do.
-
-    Raises:
-        ValueError: it cannot be read, is damaged, or is no archive as ``torch.save`` writes them.
-    """
+    """Compares what ``path`` holds with its checksums, which ``torch.load`` does not do; raises ``ValueError``."""
     with _reading(path):
         _compare_checksums(path)
 
@@ -145,7 +139,7 @@ def _compare_checksums(path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Say of whatever goes wrong that ``path`` cannot be read, or that it is damaged, with the ``remedy`` for that."""
+    """Turns any error into a ``ValueError``: ``path`` cannot be read, or is damaged, with the ``remedy`` for that."""
     try:
         yield
     except OSError as error:
@@ -157,11 +151,7 @@ def _reading(path: Path, remedy: str = "") -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint in ``path``, with its tensors on the CPU.
-
-    Raises:
-        ValueError: there is none, it cannot be read, is damaged or comes from elsewhere, or from a newer fastdense.
-    """
+    """The checkpoint in ``path``, with its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
     other = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
     with _reading(path, f": {other}"):
         try:
@@ -183,56 +173,41 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration to go on with: the checkpoint's, but for what concerns the machine.
-
-    Args:
-        path: of the checkpoint.
-        state: its contents.
-        given: fields that the user asks for now.
+    """The configuration to resume with: that of the checkpoint ``state``, but for ``given`` options of the machine.
 
     Raises:
-        ValueError: one of them contradicts the checkpoint, or that was written by another fastdense.
+        ValueError: a given option contradicts the checkpoint, or that was written by another fastdense.
     """
     try:
-        config = TrainConfig(**state["config"])
+        config = TrainConfig.from_dict(state["config"]).as_dict()
     except TypeError as error:
         version = state["versions"]["fastdense"]
         raise ValueError(f"{path} was written by fastdense {version}, with other options: {error}") from error
     for name, value in given.items():
-        was = getattr(config, name)
-        if name not in MACHINE and value != was:
-            written, begun = _as_written(name, value), f"with {_shown(was)}"
-            if was is None or was is False:
-                begun = "without it"
-            elif was is True:
-                begun = f"with {_as_written(name, was)}"
-            raise ValueError(
-                f"{written} contradicts {path}, which was begun {begun}: leave it out to go on, or start again in "
-                "another --out"
-            )
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if name in MACHINE})
+        was = config[name]
+        if name in MACHINE_OPTIONS or value == was:
+            continue
+        begun = f"with {shown(was)}"
+        if was is None or was is False:
+            begun = "without it"
+        elif was is True:
+            begun = f"with {_as_written(name, was)}"
+        raise ValueError(
+            f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to go on, or start "
+            "again in another --out"
+        )
+    return TrainConfig.from_dict(config | {name: value for name, value in given.items() if name in MACHINE_OPTIONS})
 
 
 def _as_written(name: str, value: Any) -> str:
     """The option as on the command line."""
-    option = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {_shown(value)}"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {shown(value)}"
 
 
 def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> None:
-    """Let ``experiment`` go on from ``state``, which was loaded from ``path``.
-
-    Raises:
-        ValueError: it was trained on other data, by another number of processes or with other networks.
-    """
+    """Resumes ``experiment`` from ``state``, loaded from ``path``; raises ``ValueError`` if it is another's."""
     facts, count = _facts(experiment), state["processes"]
     for name, was in state["data"].items():
         if facts[name] != was:

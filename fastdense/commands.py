@@ -1,4 +1,4 @@
-"""``fastdense train`` and ``fastdense env``, beside ``fastdense bench``."""
+"""``fastdense train`` and ``fastdense env``, beside ``fastdense bench`` and ``fastdense inspect``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from . import train_command
-from . import train_options as opt
 from .bench_commands import bench
 from .display import environment_tables
 from .environment import environment
 from .inspect_commands import inspect
-from .outputs import OutputOptions
-from .train_config import TrainConfig
+from .train_options import given_options, train_options
 
 __all__ = ["app"]
 
@@ -29,7 +27,7 @@ class _Unframed(TyperGroup):
     """Says what is wrong in lines as long as they are: in a frame, a path would be broken and could not be copied."""
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
-        """Run a command; by itself, exits with its status."""
+        """Runs a command; by itself, exits with its status."""
         try:
             found = super().main(*arguments, **{**named, "standalone_mode": False})
         except typer.Abort:
@@ -59,58 +57,14 @@ app.add_typer(inspect, name="inspect")
 
 
 @app.command()
-def train(
-    context: typer.Context,
-    model: opt.Model = None,
-    depth: opt.Depth = None,
-    block_config: opt.Blocks = None,
-    growth_rate: opt.GrowthRate = None,
-    bn_size: opt.BnSize = "4",
-    plain: opt.Plain = TrainConfig.plain,
-    drop_rate: opt.DropRate = TrainConfig.drop_rate,
-    data: opt.Data = TrainConfig.data,
-    image_size: opt.ImageSize = None,
-    augment: opt.Augment = TrainConfig.augment,
-    workers: opt.Workers = TrainConfig.workers,
-    on_error: opt.OnError = TrainConfig.on_error,
-    compare: opt.Compare = TrainConfig.compare,
-    check_steps: opt.CheckSteps = TrainConfig.check_steps,
-    epochs: opt.Epochs = TrainConfig.epochs,
-    steps: opt.Steps = None,
-    batch_size: opt.BatchSize = TrainConfig.batch_size,
-    lr: opt.LearningRate = TrainConfig.lr,
-    schedule: opt.Schedule = TrainConfig.schedule,
-    milestones: opt.Milestones = "0.5,0.75",
-    gamma: opt.Gamma = TrainConfig.gamma,
-    warm_up: opt.WarmUp = None,
-    momentum: opt.Momentum = TrainConfig.momentum,
-    nesterov: opt.Nesterov = TrainConfig.nesterov,
-    weight_decay: opt.WeightDecay = TrainConfig.weight_decay,
-    amp: opt.Amp = TrainConfig.amp,
-    ema: opt.Ema = None,
-    sync_bn: opt.SyncBn = TrainConfig.sync_bn,
-    seed: opt.Seed = TrainConfig.seed,
-    device: opt.Device = None,
-    impl: opt.Impl = TrainConfig.impl,
-    recompute: opt.Recompute = None,
-    threads: opt.Threads = None,
-    out: opt.Out = None,
-    resume: opt.Resume = False,
-    save_every: opt.SaveEvery = OutputOptions.save_every,
-    keep: opt.Keep = OutputOptions.keep,
-    tensorboard: opt.TensorBoard = OutputOptions.tensorboard,
-    metrics: opt.Metrics = None,
-    watch_flow: opt.WatchFlow = None,
-) -> None:
+@train_options
+def train(context: typer.Context, **options: Any) -> None:
     """Train a DenseNet: on scikit-learn's digits, 1,797 real images that need no download, or on a folder of images.
 
     The network is given by one of --model, --depth and --block-config. At the end: loss, accuracy, step time
     and the bytes that a step keeps for its backward pass. Under torchrun, all processes train one network.
     """
-    options = {name: value for name, value in locals().items() if name != "context"}
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
-    train_command.run(options, given)
+    train_command.run(options, given_options(context))
 
 
 @app.command()

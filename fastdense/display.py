@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,20 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .events import FlowEvent
+from .events import CheckEvent, EpochEvent, Event, FlowEvent, StepEvent, Summary
 from .recompute import in_words
-from .train import CheckEvent, EpochEvent, Event, Experiment, Run, Summary
+from .runs import Run
+from .train import Experiment
 
-__all__ = [
-    "Display",
-    "LiveDisplay",
-    "PlainDisplay",
-    "curve",
-    "display",
-    "environment_tables",
-    "introduction",
-    "result_table",
-]
+__all__ = ["LiveDisplay", "PlainDisplay", "curve", "display", "environment_tables", "introduction", "result_table"]
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
@@ -36,12 +28,6 @@ CURVE_WIDTH = 30
 PLAIN_LINES = 20  # epochs that a log reports, however many there are
 HEARTBEAT_SECONDS = 30.0  # longest silence in a log while steps go on
 STEP_TIME_WINDOW = 20  # steps whose median is shown while training
-
-
-class Display(Protocol):
-    """Somebody who is told what happens."""
-
-    def update(self, event: Event) -> None: ...
 
 
 def number(value: float | None, form: str) -> str:
@@ -64,7 +50,7 @@ def _speed(experiment: Experiment) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As somebody would say it, to two units."""
+    """``seconds`` in words, to two units."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"
@@ -75,10 +61,7 @@ def duration(seconds: float) -> str:
 def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *, width: int, bars: str) -> str:
     """A curve of one line: each character is the mean of its share of the ``steps``, on a logarithmic scale.
 
-    Args:
-        losses: so far, positive.
-        steps: that the whole ``width`` stands for.
-        lowest, highest: losses that the first and the last of ``bars`` stand for.
+    The first and the last of ``bars`` stand for the ``lowest`` and the ``highest`` loss, the ``width`` for all steps.
     """
     span = math.log(highest / lowest) if highest > lowest else 1.0
     shown = []
@@ -92,40 +75,30 @@ def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *,
 
 def introduction(experiment: Experiment) -> str:
     """What is about to be trained, on what and how."""
-    config, data = experiment.config, experiment.data
+    config, data, count = experiment.config, experiment.data, experiment.processes.count
     parameters = sum(parameter.numel() for parameter in experiment.runs[0].model.parameters())
-    where = str(experiment.device)
-    if experiment.device.type == "cpu":
-        where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
-    return (
-        f"{config.architecture.description}: {parameters:,} parameters.\n"
-        f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.\n"
-        f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
-        f"SGD, learning rate {config.lr:g}, seed {config.seed}{_more(experiment)}.\n"
-        f"On {where}, implementation {experiment.runs[-1].impl}." + _picked(experiment) + _resumed(experiment)
-    )
-
-
-def _more(experiment: Experiment) -> str:
-    """What is not as in the demonstration."""
-    config, count = experiment.config, experiment.processes.count
     milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
-    told = {
-        f", times {config.gamma:g} at {milestones}": config.schedule == "step",
+    unusual = {
+        f", times {config.gamma:g} at {milestones}": config.lr_schedule == "step",
         f", {config.amp}": config.amp != "off",
         f", weights averaged with decay {config.ema}": config.ema is not None,
         f"; {count} processes" + (" with SyncBatchNorm" if config.sync_bn else ""): count > 1,
     }
-    return "".join(text for text, shown in told.items() if shown)
-
-
-def _resumed(experiment: Experiment) -> str:
-    return f"\nGoing on after step {experiment.step:,}." if experiment.step else ""
-
-
-def _picked(experiment: Experiment) -> str:
-    modes = experiment.runs[-1].picked
-    return f"\nrecompute='auto' picked {in_words(modes)}." if modes else ""
+    recipe = "".join(text for text, applies in unusual.items() if applies)
+    where = str(experiment.device)
+    if experiment.device.type == "cpu":
+        where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
+    modes = experiment.runs[-1].recompute_modes
+    lines = [
+        f"{config.architecture.description}: {parameters:,} parameters.",
+        f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.",
+        f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
+        f"SGD, learning rate {config.lr:g}, seed {config.seed}{recipe}.",
+        f"On {where}, implementation {experiment.runs[-1].impl}.",
+        f"recompute='auto' resolved to {in_words(modes)}." if modes else "",
+        f"Going on after step {experiment.step:,}." if experiment.step else "",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def flow_line(event: FlowEvent) -> str:
@@ -138,36 +111,24 @@ class LiveDisplay:
     """A progress bar and, for each run, its loss, accuracy, step time and loss curve, redrawn in place."""
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
-        self.console, self.experiment = console, experiment
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("steps,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-        )
-        self.check = None
-        if experiment.check_steps:
-            self.check = self.progress.add_task("check in float64", total=experiment.check_steps)
-        self.training = self.progress.add_task(
-            "training", total=experiment.steps, completed=experiment.step, start=self.check is None
-        )
-        self.flow = ""
+        self.console, self.experiment, self.flow = console, experiment, ""
+        bar, left = BarColumn(bar_width=None), (TimeRemainingColumn(), TextColumn("left"))
+        columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TextColumn("steps,"), *left)
+        self.progress = Progress(*columns, console=console, expand=True)
+        checks, done = experiment.check_steps, experiment.step
+        self.check = self.progress.add_task("check in float64", total=checks, visible=checks > 0)
+        self.training = self.progress.add_task("training", total=experiment.steps, completed=done, start=not checks)
 
-    def update(self, event: Event) -> None:
-        if isinstance(event, CheckEvent):
-            assert self.check is not None
-            self.progress.update(self.check, completed=event.step)
-            return
-        if isinstance(event, FlowEvent):
-            self.flow = flow_line(event)
-            return
-        self.progress.start_task(self.training)
-        description = f"epoch {event.epoch}/{self.experiment.epochs}, {_speed(self.experiment)}"
-        self.progress.update(self.training, completed=event.step, description=description)
+    def update(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, CheckEvent):
+                self.progress.update(self.check, completed=event.step)
+            elif isinstance(event, FlowEvent):
+                self.flow = flow_line(event)
+            else:
+                self.progress.start_task(self.training)
+                description = f"epoch {event.epoch}/{self.experiment.epochs}, {_speed(self.experiment)}"
+                self.progress.update(self.training, completed=event.step, description=description)
 
     def __rich__(self) -> Group:
         return Group(self.progress, self._table(), *([Text(self.flow)] if self.flow else []))
@@ -205,26 +166,29 @@ class PlainDisplay:
         self.last_line = time.monotonic()
         self.first_step, self.start = experiment.step, self.last_line
 
-    def update(self, event: Event) -> None:
-        if isinstance(event, CheckEvent):
-            self.start = time.monotonic()  # of the steps that are counted for what is left
-            if event.step == self.experiment.check_steps:
-                largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
-                self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
-            return
-        if event.run != self.experiment.runs[-1].name:
-            return
-        if isinstance(event, FlowEvent):
-            self._line(flow_line(event))
-            return
+    def update(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, CheckEvent):
+                self._check(event)
+            elif event.run == self.experiment.runs[-1].name:
+                self._line(flow_line(event) if isinstance(event, FlowEvent) else self._progress(event))
+
+    def _check(self, event: CheckEvent) -> None:
+        self.start = time.monotonic()  # of the steps that are counted for what is left
+        if event.step == self.experiment.check_steps:
+            largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
+            self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
+
+    def _progress(self, event: StepEvent | EpochEvent) -> str | None:
         over = event.step == self.experiment.steps
         if isinstance(event, EpochEvent):
             due = over or event.epoch % self.every == 0
         else:
             due = not over and time.monotonic() - self.last_line > HEARTBEAT_SECONDS
-        if due:
-            where = f"epoch {event.epoch}/{self.experiment.epochs} step {event.step}/{self.experiment.steps}"
-            self._line("; ".join([where, *(self._state(run) for run in self.experiment.runs), self._pace(event.step)]))
+        if not due:
+            return None
+        where = f"epoch {event.epoch}/{self.experiment.epochs} step {event.step}/{self.experiment.steps}"
+        return "; ".join([where, *map(self._state, self.experiment.runs), self._pace(event.step)])
 
     def _pace(self, step: int) -> str:
         pace, left = _speed(self.experiment), self.experiment.steps - step
@@ -237,13 +201,14 @@ class PlainDisplay:
         accuracy = f"{number(_accuracy(run), '.1%')} right"
         return f"{run.label}: loss {run.losses[-1]:.4f}, {accuracy}, {number(_step_milliseconds(run), '.0f')} ms"
 
-    def _line(self, text: str) -> None:
-        self.last_line = time.monotonic()
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+    def _line(self, text: str | None) -> None:
+        if text is not None:
+            self.last_line = time.monotonic()
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
-def display(console: Console, experiment: Experiment) -> Iterator[Display]:
+def display(console: Console, experiment: Experiment) -> Iterator[PlainDisplay | LiveDisplay]:
     """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
     if console.quiet or not console.is_terminal or console.is_dumb_terminal:
         yield PlainDisplay(console, experiment)
@@ -257,24 +222,12 @@ def result_table(summaries: Sequence[Summary]) -> Table:
     """One row a run, and one for its average where there is one."""
     table = Table()
     table.add_column("run")
-    for heading in (
-        "train\nloss",
-        "test\nloss",
-        "test\naccuracy",
-        "step time\n(median)",
-        "kept for\nbackward",
-    ):
+    for heading in ("train\nloss", "test\nloss", "test\naccuracy", "step time\n(median)", "kept for\nbackward"):
         table.add_column(heading, justify="right")
     for run in summaries:
         milliseconds = "-" if run.step_seconds is None else f"{1e3 * run.step_seconds:.1f} ms"
-        table.add_row(
-            run.label,
-            number(run.train_loss, ".4f"),
-            number(run.test_loss, ".4f"),
-            number(run.test_accuracy, ".2%"),
-            milliseconds,
-            f"{run.kept_bytes / 1e6:.1f} MB",
-        )
+        scores = (number(run.train_loss, ".4f"), number(run.test_loss, ".4f"), number(run.test_accuracy, ".2%"))
+        table.add_row(run.label, *scores, milliseconds, f"{run.kept_bytes / 1e6:.1f} MB")
         if run.ema_test_loss is not None:
             averaged = (number(run.ema_test_loss, ".4f"), number(run.ema_test_accuracy, ".2%"))
             table.add_row(f"{run.label}, averaged weights", "-", *averaged, "-", "-")

@@ -1,11 +1,24 @@
-"""What a training run tells while it goes on, and what it came to."""
+"""What a training run tells while it trains, and its results."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-__all__ = ["CheckEvent", "Comparison", "EpochEvent", "Event", "FlowEvent", "NonFiniteLoss", "StepEvent", "Summary"]
+__all__ = [
+    "CheckEvent",
+    "Comparison",
+    "EpochEvent",
+    "Event",
+    "FlowEvent",
+    "NonFiniteLoss",
+    "Note",
+    "Record",
+    "StepEvent",
+    "Stopped",
+    "Summary",
+    "record",
+]
 
 
 @dataclass(frozen=True)
@@ -20,49 +33,33 @@ class CheckEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step of one run.
-
-    Attributes:
-        loss: mean over the batch, before the step.
-        seconds: forward, backward and optimizer, until the device has finished.
-        images_per_second: of all processes together.
-        lr: learning rate of this step.
-        grad_norm: 2-norm of all gradients together.
-        skipped: whether the gradients overflowed float16, so that the weights stayed as they were.
-    """
+    """One step of one run."""
 
     run: str
     step: int
     epoch: int
-    loss: float
-    seconds: float
-    images_per_second: float
+    loss: float  # mean over the batch, before the step
+    seconds: float  # forward, backward and optimizer, until the device has finished
+    images_per_second: float  # of all processes together
     lr: float
-    grad_norm: float
-    skipped: bool
+    grad_norm: float  # 2-norm of all gradients together
+    skipped: bool  # whether the gradients overflowed float16, so that the weights stayed as they were
     event: ClassVar[str] = "step"
 
 
 @dataclass(frozen=True)
 class EpochEvent:
-    """One run after an epoch, or after the last step.
-
-    Attributes:
-        train_loss: mean over the epoch's steps.
-        test_loss, test_accuracy: over all test images; accuracies are in [0, 1].
-        ema_test_loss, ema_test_accuracy: the same with averaged weights; ``None`` without ``--ema``.
-        peak_bytes: most bytes that PyTorch has had allocated on the GPU; ``None`` elsewhere.
-    """
+    """One run after an epoch, or after the last step; losses and accuracies (in [0, 1]) are over all test images."""
 
     run: str
     epoch: int
     step: int
-    train_loss: float
+    train_loss: float  # mean over the epoch's steps
     test_loss: float
     test_accuracy: float
-    ema_test_loss: float | None = None
+    ema_test_loss: float | None = None  # with averaged weights; None without --ema
     ema_test_accuracy: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # most bytes that PyTorch has had allocated on the GPU; None elsewhere
     event: ClassVar[str] = "epoch"
 
 
@@ -83,12 +80,9 @@ class FlowEvent:
     event: ClassVar[str] = "flow"
 
 
-Event = CheckEvent | StepEvent | EpochEvent | FlowEvent
-
-
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. ``None`` stands for what it did not live to see."""
+    """The results of a run; ``None`` where it ended earlier."""
 
     run: str
     label: str
@@ -98,64 +92,75 @@ class Summary:
     test_loss: float | None
     test_accuracy: float | None  # in [0, 1]
     step_seconds: float | None  # median
-    kept_bytes: int
-    ema_test_loss: float | None = None  # of the averaged weights
+    kept_bytes: int  # saved for backward in a step
+    ema_test_loss: float | None = None
     ema_test_accuracy: float | None = None
     event: ClassVar[str] = "summary"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """fastdense against the textbook block.
+    """fastdense against the reference block.
 
-    Attributes:
-        steps: steps that both runs have made.
-        difference: largest difference of their training losses. In float32 the two drift apart, as any two
-            ways of rounding do: a ReLU whose input is zero but for rounding opens in one of them only.
-        check_steps: steps made in float64 as well; 0 where there was no such check.
-        check_difference: largest difference of the training losses there.
-        same_curve: whether those losses are equal to 1e-9 of themselves; ``None`` without the check.
-        check_skipped: why there was none, otherwise ``None``.
-        kept_ratio: textbook bytes kept for backward over fastdense's.
-        time_ratio: fastdense's median step time over the textbook's.
+    In float32 the losses drift apart, as with any two ways of rounding: a ReLU whose input is zero but for rounding
+    opens in one of them only. In float64 they do not.
     """
 
-    steps: int
-    difference: float
-    check_steps: int
-    check_difference: float | None
-    same_curve: bool | None
-    check_skipped: str | None
-    kept_ratio: float
-    time_ratio: float
+    steps: int  # that both runs have made
+    difference: float  # largest of their training losses
+    check_steps: int  # made in float64 as well; 0 without that check
+    check_difference: float | None  # largest of the training losses there
+    same_curve: bool | None  # whether those losses are equal to 1e-9 of themselves
+    check_skipped: str | None  # why there was no check
+    kept_ratio: float  # the reference's bytes saved for backward over fastdense's
+    time_ratio: float  # fastdense's median step time over the reference's
     event: ClassVar[str] = "comparison"
 
     def __str__(self) -> str:
         over_all = f"over all {self.steps} steps in float32"
         if self.check_difference is None:
-            curve = (
-                f"loss curves not compared in float64, because {self.check_skipped} (largest difference of "
-                f"the training loss {over_all}: {self.difference:.1e})"
-            )
+            verdict, where = f"loss curves not compared in float64, because {self.check_skipped}", over_all
         else:
             verdict = "same loss curve" if self.same_curve else "DIFFERENT loss curves"
-            curve = (
-                f"{verdict} (largest difference of the training loss over the first {self.check_steps} steps "
-                f"in float64: {self.check_difference:.1e}; {over_all}, where rounding errors grow: "
-                f"{self.difference:.1e})"
-            )
-        fewer = f"{self.kept_ratio:.1f} times fewer bytes kept for backward"
+            first = f"over the first {self.check_steps} steps in float64: {self.check_difference:.1e}"
+            where = f"{first}; {over_all}, where rounding errors grow"
+        curve = f"{verdict} (largest difference of the training loss {where}: {self.difference:.1e})"
+        fewer = f"{self.kept_ratio:.1f} times fewer"
         if self.kept_ratio < 1:
-            fewer = f"{1 / self.kept_ratio:.1f} times MORE bytes kept for backward"
-        return f"{curve}, {fewer}, step time {self.time_ratio:.2f} times"
+            fewer = f"{1 / self.kept_ratio:.1f} times MORE"
+        return f"{curve}, {fewer} bytes kept for backward, step time {self.time_ratio:.2f} times"
 
 
-class NonFiniteLoss(RuntimeError):
+@dataclass(frozen=True)
+class Note:
+    """Anything else that is recorded: ``event`` is header, error or unreadable."""
+
+    event: str
+    fields: dict[str, Any]
+
+
+Event = CheckEvent | StepEvent | EpochEvent | FlowEvent  # while training
+Record = Event | Summary | Comparison | Note
+
+
+def record(event: Record) -> dict[str, Any]:
+    """``event`` as a line of measurements."""
+    return {"event": event.event, **(event.fields if isinstance(event, Note) else asdict(event))}
+
+
+class Stopped(RuntimeError):
+    """Training ended early; the message says why, and what to do."""
+
+
+class NonFiniteLoss(Stopped):
     """A loss or a gradient became infinite or NaN; ``run``, ``epoch`` and ``step`` say where.
 
     Weights, running statistics, optimizer and random generators of that run are still those of the step before.
     """
 
-    def __init__(self, run: str, epoch: int, step: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(
+        self, run: str, epoch: int, step: int, what: str, values: str, remedy: str, because: str | None = None
+    ) -> None:
+        message = f"the {what.format(run)} at epoch {epoch}, step {step} ({values}): {remedy}"
+        super().__init__(f"{message}. {because}" if because else message)
         self.run, self.epoch, self.step = run, epoch, step

@@ -1,4 +1,4 @@
-"""Measurements in files that a full disk or a kill cannot spoil: JSON lines, and what TensorBoard shows."""
+"""Measurements in files that a full disk or a kill cannot spoil: JSON lines, what TensorBoard shows, and pictures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .events import EpochEvent, Event, FlowEvent, StepEvent
+from .diagnose import flows
+from .events import EpochEvent, FlowEvent, Record, StepEvent, record
 
-__all__ = ["JsonLines", "TensorBoard", "WholeWrites"]
+__all__ = ["FlowPictures", "JsonLines", "Log", "TensorBoard", "WholeWrites"]
 
 # What TensorBoard shows: fields of the events to its tags, which get the run's name.
 STEP_SCALARS = {
@@ -25,15 +25,26 @@ STEP_SCALARS = {
     "images_per_second": "images_per_second",
 }
 EPOCH_SCALARS = {
-    "test_loss": "test_loss",
-    "test_accuracy": "test_accuracy",
-    "ema_test_loss": "ema_test_loss",
-    "ema_test_accuracy": "ema_test_accuracy",
-    "peak_bytes": "peak_bytes",
+    name: name for name in ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy", "peak_bytes")
 }
 
 
-class WholeWrites:
+class Log:
+    """Where events are written; every method may raise ``OSError``."""
+
+    def update(self, event: Record) -> None:
+        """Writes what concerns this log of ``event``."""
+        raise NotImplementedError
+
+    def sync(self) -> int:
+        """Lets what was written survive a power failure, and returns the file's length."""
+        return 0
+
+    def close(self) -> None:
+        """Closes the file."""
+
+
+class WholeWrites(Log):
     """A file to which each write goes as a whole or not at all.
 
     Unbuffered: what has been written is in the file, and a full disk shows here and not on closing.
@@ -41,9 +52,6 @@ class WholeWrites:
     Args:
         path: the file, appended to.
         length: bytes of it to keep, from its start; ``None`` for all.
-
-    Raises:
-        OSError: it cannot be opened.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
@@ -58,7 +66,7 @@ class WholeWrites:
         return os.fstat(self.file.fileno()).st_size
 
     def write(self, data: bytes) -> None:
-        """Append ``data``; raises ``OSError`` with the file as it was."""
+        """Appends ``data``, or raises ``OSError`` with the file as it was."""
         before = self.length
         view = memoryview(data)
         try:
@@ -73,7 +81,6 @@ class WholeWrites:
             os.ftruncate(self.file.fileno(), length)
 
     def sync(self) -> int:
-        """Let what was written survive a power failure, and return the file's length."""
         if self.regular:
             os.fsync(self.file.fileno())
         return self.length
@@ -82,74 +89,78 @@ class WholeWrites:
         self.file.close()
 
 
-class JsonLines:
-    """Records, one a line."""
+class JsonLines(WholeWrites):
+    """Records, one a line; the header's ``event`` is ``header``."""
 
-    def __init__(self, path: Path, length: int | None = None) -> None:
-        self.file = WholeWrites(path, length)
+    def __init__(self, path: Path, length: int, header: str = "header") -> None:
+        super().__init__(path, length)
+        self.header = header
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append ``record``; raises ``OSError``."""
+    def update(self, event: Record) -> None:
+        fields = record(event)
+        if event.event == "header":
+            fields["event"] = self.header
         # JSON has no NaN and no infinity; float() reads these words back.
-        plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self.file.write(f"{json.dumps(plain, allow_nan=False)}\n".encode())
+        plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
+        self.write(f"{json.dumps(plain, allow_nan=False)}\n".encode())
 
 
-class TensorBoard:
-    """Scalars for TensorBoard: one file in ``folder`` for each start of the program.
+class TensorBoard(WholeWrites):
+    """Scalars for TensorBoard: one file in ``folder`` for each start of the program, after ``step``.
 
-    Format and protocol buffers are tensorboardX's. Its ``SummaryWriter`` is not used: it hands events to a thread,
-    which a full disk ends, so that training would wait for ever; and a kill loses what the thread still holds, up to
-    two minutes that a checkpoint has already passed.
-
-    Args:
-        folder: where TensorBoard looks.
-        step: the last one that is over; TensorBoard hides what earlier files say of later ones.
-
-    Raises:
-        OSError: the file cannot be written.
-        ModuleNotFoundError: tensorboardX is not installed.
+    TensorBoard hides what earlier files say of later steps. tensorboardX's own writers are not used: a full disk ends
+    the thread of ``SummaryWriter``, so that training would wait for ever, and leaves half a record of
+    ``EventsWriter``, behind which TensorBoard finds nothing.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import record_writer
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._crc: Any = record_writer.masked_crc32c
-        self._event: Any = event_pb2
-        self._summary: Any = summary_pb2
-        self.file = WholeWrites(folder / f"events.out.tfevents.{int(time.time()):010d}.{step}")
-        start = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._write(file_version="brain.Event:2", step=step + 1)
-        self._write(session_log=start, step=step + 1)
+        super().__init__(folder / f"events.out.tfevents.{int(time.time()):010d}.{step}")
+        self._checksum, self._event, self._summary = record_writer.masked_crc32c, event_pb2.Event, summary_pb2.Summary
+        self._write_event(step + 1, file_version="brain.Event:2")
+        self._write_event(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
-    def update(self, event: Event) -> None:
-        """Write the numbers of ``event``; raises ``OSError``."""
+    def update(self, event: Record) -> None:
+        scalars: dict[str, float | None] = {}
         if isinstance(event, StepEvent | EpochEvent):
             names = STEP_SCALARS if isinstance(event, StepEvent) else EPOCH_SCALARS
-            found = {tag: getattr(event, name) for name, tag in names.items()}
-            scalars = {f"{tag}/{event.run}": value for tag, value in found.items() if value is not None}
-            self._write(summary=self._scalars(scalars), step=event.step)
-        elif isinstance(event, FlowEvent):
-            # A layer's gradient at both ends of each block: the picture beside the file has all of them.
-            ends = {
-                f"{tag}_{end}": total[i]
-                for tag, total in event.total.items()
-                for end, i in (("first", 1), ("last", -1))
-            }
-            self._write(
-                summary=self._scalars({f"gradient_flow/{event.run}/{tag}": value for tag, value in ends.items()}),
-                step=event.step,
-            )
+            scalars = {f"{tag}/{event.run}": getattr(event, name) for name, tag in names.items()}
+        elif isinstance(event, FlowEvent):  # at both ends of each block: the picture beside the file has all layers
+            for block, total in event.total.items():
+                tag = f"gradient_flow/{event.run}/{block}"
+                scalars |= {f"{tag}_first": total[1], f"{tag}_last": total[-1]}
+        else:
+            return
+        value = self._summary.Value
+        values = [value(tag=tag, simple_value=number) for tag, number in scalars.items() if number is not None]
+        self._write_event(event.step, summary=self._summary(value=values))
 
-    def _scalars(self, scalars: Mapping[str, float]) -> Any:
-        value = self._summary.Summary.Value
-        return self._summary.Summary(value=[value(tag=tag, simple_value=number) for tag, number in scalars.items()])
+    def _write_event(self, step: int, **fields: Any) -> None:
+        data: bytes = self._event(wall_time=time.time(), step=step, **fields).SerializeToString()
+        framed = (part + struct.pack("<I", self._checksum(part)) for part in (struct.pack("<Q", len(data)), data))
+        self.write(b"".join(framed))
 
-    def _write(self, **fields: Any) -> None:
-        data: bytes = self._event.Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        self.file.write(b"".join([length, self._checksum(length), data, self._checksum(data)]))
 
-    def _checksum(self, data: bytes) -> bytes:
-        return struct.pack("<I", self._crc(data))
+class FlowPictures(Log):
+    """``flow-RUN-N.png`` in ``folder`` for each look at the gradient flow of ``network`` on ``data``."""
+
+    def __init__(self, folder: Path, network: str, data: str) -> None:
+        from .inspect_plots import flow_picture  # matplotlib takes long to import
+
+        self._draw, self._folder, self._network, self._data = flow_picture, folder, network, data
+
+    def update(self, event: Record) -> None:
+        if not isinstance(event, FlowEvent):
+            return
+        path = self._folder / f"flow-{event.run}-{event.step:08d}.png"
+        title = f"Gradient flow: {self._network}, after {event.step:,} steps"
+        caption = f"Loss: cross-entropy, on images of the newest batch of {self._data}; float64."
+        unfinished = path.with_suffix(".partial.png")
+        try:
+            self._draw({event.run: flows(event)}, unfinished, title=title, caption=caption)
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise

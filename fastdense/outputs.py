@@ -1,4 +1,4 @@
-"""The folder of a run that goes on for long: checkpoints and logs, and what happens when they cannot be written.
+"""The folder of a run: checkpoints and logs, and what happens when they cannot be written.
 
 ``last.pt`` is the newest checkpoint, ``best.pt`` the one with the best test accuracy; ``step-N.pt`` are the newest few
 (``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured, ``flow-RUN-N.png`` are pictures of the
@@ -11,20 +11,19 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import checkpoint
-from .events import Event, FlowEvent
-from .logs import JsonLines, TensorBoard
+from .events import Event, Record, Stopped
+from .logs import FlowPictures, JsonLines, Log, TensorBoard
+from .option_fields import AT_LEAST_0, Rule, check_options, option
 from .train import Experiment
-from .watch import flows
 
-__all__ = ["LAST", "OutputError", "OutputOptions", "Outputs", "prepare"]
+__all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 BEFORE = "metrics.before.jsonl"
@@ -33,36 +32,36 @@ FIRST_TENSORBOARD = "events.out.tfevents." + 10 * "[0-9]" + ".0"  # the files of
 EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
 
 
-class OutputError(RuntimeError):
-    """A file that training leaves behind cannot be written."""
-
-
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written besides what is printed.
-
-    Attributes:
-        out: the folder; ``None`` for nothing.
-        save_every: how often ``last.pt`` is written: ``"2"`` or ``"2epochs"``, or ``"500steps"``.
-        keep: how many of the newest checkpoints are there as ``step-N.pt``, too.
-        tensorboard: whether TensorBoard's files are written.
+    """What is written besides what is printed; each field says what it is in its ``help``.
 
     Raises:
         ValueError: a value is not allowed.
     """
 
-    out: Path | None = None
-    save_every: str = "1epoch"
-    keep: int = 0
-    tensorboard: bool = True
+    out: Path | None = option(  # noqa: RUF009 (a field)
+        "Output", None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
+    )
+    resume: bool = option("Output", False, "Go on from last.pt in --out, bit for bit; its options hold.")
+    save_every: str = option(
+        "Output",
+        "1epoch",
+        "How often last.pt is written: 2epochs, 500steps.",
+        Rule("a number of epochs or steps, as in 2epochs or 500steps", lambda text: EVERY.fullmatch(text) is not None),
+    )
+    keep: int = option("Output", 0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
+    tensorboard: bool = option("Output", True, "Write TensorBoard's files to --out.")
+    metrics: Path | None = option(  # noqa: RUF009
+        "Output", None, "Write every step, epoch and result to this file, as JSON lines."
+    )
 
     def __post_init__(self) -> None:
-        if EVERY.fullmatch(self.save_every) is None:
-            raise ValueError(
-                f"--save-every must be a number of epochs or steps, as in 2epochs or 500steps, got {self.save_every!r}"
-            )
-        if self.keep < 0:
-            raise ValueError(f"--keep must be at least 0, got {self.keep}")
+        check_options(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {name: getattr(self, name) for name in ("save_every", "keep", "tensorboard")}
 
     def steps(self, steps_per_epoch: int) -> int:
         """Steps from one checkpoint to the next."""
@@ -71,17 +70,20 @@ class OutputOptions:
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
 
 
-def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
-    """Make the folder ready for a run, or for going on with one.
+def prepare(options: OutputOptions) -> None:
+    """Makes the folder ready for a run, or for resuming one.
 
-    A run that never came to a checkpoint, as on a full disk, cannot be gone on with: a new one takes its place, and
-    what it measured stays as ``metrics.before.jsonl``.
+    A run that never came to a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
+    measured stays as ``metrics.before.jsonl``.
 
     Raises:
         ValueError: it cannot be written, or holds a run already.
         ModuleNotFoundError: tensorboardX is not installed.
     """
-    if tensorboard:
+    out = options.out
+    if out is None:
+        return
+    if options.tensorboard:
         importlib.import_module("tensorboardX")  # before anything is written
     try:
         if out.exists() and not out.is_dir():
@@ -92,7 +94,7 @@ def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
             for log in (*out.glob(FIRST_TENSORBOARD), *out.glob("flow-*.png")):  # whose numbers it has, too
                 log.unlink()
             held = []
-        if held and not resume:
+        if held and not options.resume:
             remedy = "go on with --resume, or name another folder" if LAST in held else "name another folder"
             raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
         out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,16 @@ def prepare(out: Path, *, resume: bool, tensorboard: bool) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
 
-class Outputs(AbstractContextManager["Outputs"]):
+def _metrics_file(path: Path) -> JsonLines:
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+        return JsonLines(path, 0)
+    except OSError as error:
+        raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
+
+
+class Outputs(ExitStack):
     """Checkpoints and logs of one experiment, in this process.
 
     Every process has one and calls the same methods; only the first one writes.
@@ -110,10 +121,11 @@ class Outputs(AbstractContextManager["Outputs"]):
         options: what to write.
         experiment: of what.
         warn: told what could not be written and was skipped.
-        resumed: the checkpoint that the experiment goes on from.
+        resumed: the checkpoint that the experiment resumes from.
 
     Raises:
-        OutputError: a log cannot be opened, or the first checkpoint not be written.
+        Stopped: a log or the first checkpoint cannot be written, and ``on_error`` is ``"stop"``.
+        ValueError: the file of ``--metrics`` cannot be opened.
     """
 
     def __init__(
@@ -123,123 +135,90 @@ class Outputs(AbstractContextManager["Outputs"]):
         warn: Callable[[str], None],
         resumed: Mapping[str, Any] | None = None,
     ) -> None:
-        self.options, self.experiment, self.warn = options, experiment, warn
-        self.out = options.out
-        self.writing = options.out is not None and experiment.processes.first
-        self.metrics: JsonLines | None = None
-        self.tensorboard: TensorBoard | None = None
-        self.saved: tuple[int, bool] | None = None
-        self.failed = False  # whether the newest checkpoint could not be written
+        super().__init__()
+        self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
+        self.writing = experiment.processes.first
+        self.logs: dict[str, Log] = {}  # by their names in messages
+        self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
         self.failing: set[str] = set()  # what could not be written when that was last tried
-        self.stopped = False  # whether a log failed, or a checkpoint, that must not
-        if resumed is not None:
-            self.saved = (experiment.step, experiment.evaluated)
-            if self.writing:  # a kill between last.pt and its other names
-                self._attempt(LAST, self._link)
-        else:
+        self.stopped = False  # by one of them
+        if options.metrics is not None and self.writing:
+            self._open_log(f"--metrics {options.metrics}", partial(_metrics_file, options.metrics))
+        if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
-        if self.writing:
-            length = 0 if resumed is None else resumed["metrics_bytes"]
-            self._attempt(METRICS, partial(self._open_metrics, length), "Training goes on without it.")
-            if options.tensorboard:
-                self._attempt("TensorBoard's file", self._open_tensorboard, "Training goes on without it.")
-            if experiment.config.watch_flow is not None:
-                from . import inspect_plots  # noqa: F401  (matplotlib may be missing: now is better than at a picture)
+        else:
+            self.saved = (experiment.step, experiment.evaluated)
+        if self.out is not None and self.writing:
+            if resumed is not None:  # after a kill between last.pt and its other names
+                self._attempt(LAST, "", self._link)
+            self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
-    def _open_metrics(self, length: int) -> None:
-        assert self.out is not None
-        self.metrics = JsonLines(self.out / METRICS, length)
+    def _open_logs(self, out: Path, length: int) -> None:
+        config, step = self.experiment.config, self.experiment.step
+        logs: dict[str, Callable[[], Log]] = {
+            METRICS: partial(JsonLines, out / METRICS, length, "resumed" if step else "header")
+        }
+        if config.watch_flow is not None:
+            pictures = partial(FlowPictures, out, config.network, self.experiment.data.name)
+            logs["a picture of the gradient flow"] = pictures
+        if self.options.tensorboard:
+            logs["TensorBoard's file"] = partial(TensorBoard, out, step)
+        for what, make in logs.items():
+            self._attempt(what, "Training goes on without it.", self._open_log, what, make)
 
-    def _open_tensorboard(self) -> None:
-        assert self.out is not None
-        self.tensorboard = TensorBoard(self.out, self.experiment.step)
+    def _open_log(self, what: str, make: Callable[[], Log]) -> None:
+        self.logs[what] = make()
+        self.callback(self.logs[what].close)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for log in (self.metrics, self.tensorboard):
-            if log is not None:
-                log.file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append ``record`` to ``metrics.jsonl``."""
-        if self.metrics is not None:
-            self._log(METRICS, partial(self.metrics.write, record))
+    def log(self, *events: Record) -> None:
+        """Appends ``events`` to the logs."""
+        for event in events:
+            for what, log in self.logs.items():
+                if not self.stopped:
+                    later = "Training goes on, and so does the log once there is space."
+                    self._attempt(what, later, log.update, event)
 
     def update(self, events: Sequence[Event]) -> None:
-        """Log what happened in a round, and write a checkpoint if one is due."""
-        for event in events:
-            self.write({"event": event.event, **asdict(event)})
-            if isinstance(event, FlowEvent) and self.writing:
-                self._log("a picture of the gradient flow", partial(self._draw, event))
-            if self.tensorboard is not None:
-                self._log("TensorBoard's file", partial(self.tensorboard.update, event))
+        """Logs what happened in a round, and writes a checkpoint if one is due."""
+        self.log(*events)
         experiment = self.experiment
-        if experiment.step and experiment.evaluated and (self._due() or self._best()):
+        every = self.options.steps(experiment.steps_per_epoch)
+        due = experiment.step % every == 0 or experiment.step == experiment.steps
+        if experiment.step and experiment.evaluated and (due or self._best()):
             self.save()
-
-    def _draw(self, event: FlowEvent) -> None:
-        from .inspect_plots import flow_picture  # matplotlib takes long to import
-
-        assert self.out is not None
-        path = self.out / f"flow-{event.run}-{event.step:08d}.png"
-        config = self.experiment.config
-        network = config.architecture.description + (", without dense connections" if config.plain else "")
-        title = f"Gradient flow: {network}, after {event.step:,} steps"
-        caption = f"Loss: cross-entropy, on images of the newest batch of {self.experiment.data.name}; float64."
-        unfinished = path.with_suffix(".partial.png")
-        try:
-            flow_picture({event.run: flows(event)}, unfinished, title=title, caption=caption)
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-    def _due(self) -> bool:
-        step, every = self.experiment.step, self.options.steps(self.experiment.steps_per_epoch)
-        return step % every == 0 or step == self.experiment.steps
 
     def _best(self) -> bool:
         """Whether the newest step has the best test accuracy so far: the average's, where there is one."""
-        run = self.experiment.runs[-1]
-        if not run.evaluations or run.evaluations[-1].step != self.experiment.step:
+        evaluations = self.experiment.runs[-1].evaluations
+        if not evaluations or evaluations[-1].step != self.experiment.step:
             return False
         *earlier, newest = [
-            event.test_accuracy if event.ema_test_accuracy is None else event.ema_test_accuracy
-            for event in run.evaluations
+            e.test_accuracy if e.ema_test_accuracy is None else e.ema_test_accuracy for e in evaluations
         ]
         return newest > max(earlier, default=-1.0)
 
     def save(self, *, last: bool = False) -> None:
-        """Write a checkpoint now, unless this very state has been written; every process must call it.
+        """Writes a checkpoint, unless this very state has been written; every process must call it.
 
-        Args:
-            last: whether training ends here, so that no later save makes good for this one.
-
-        Raises:
-            OutputError: it cannot be written, and ``on_error`` is ``"stop"``.
+        ``last`` says that training ends here, so that no later save makes good for a failing one.
         """
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
             return
-        contents = checkpoint.contents(self.experiment)
-        contents["output"] = {name: value for name, value in asdict(self.options).items() if name != "out"}
-        self.saved = state  # or tried to: everybody must agree whether there is something to do
+        contents = checkpoint.contents(self.experiment) | {"output": self.options.as_dict()}
+        self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
             later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
-            self.failed = not self._attempt(LAST, partial(self._save, contents), later)
+            self._attempt(LAST, later, self._save, self.out / LAST, contents)
 
-    def _save(self, contents: dict[str, Any]) -> None:
-        assert self.out is not None
+    def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
-        contents["metrics_bytes"] = self.metrics.file.sync() if self.metrics is not None else 0
-        if self.tensorboard is not None:
-            self.tensorboard.file.sync()
-        checkpoint.save(contents, self.out / LAST)
+        lengths = {what: log.sync() for what, log in self.logs.items()}
+        checkpoint.save({**contents, "metrics_bytes": lengths.get(METRICS, 0)}, path)
         self._link()
 
     def _link(self) -> None:
-        """Give ``last.pt`` its other names."""
+        """Gives ``last.pt`` its other names."""
         assert self.out is not None
         last = self.out / LAST
         if self._best():
@@ -249,34 +228,42 @@ class Outputs(AbstractContextManager["Outputs"]):
             for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
                 old.unlink()
 
-    def _log(self, what: str, write: Callable[[], None]) -> None:
-        if not self.stopped:
-            self._attempt(what, write, "Training goes on, and so does the log once there is space.")
-
-    def _attempt(self, what: str, write: Callable[[], None], later: str = "") -> bool:
-        """Whether ``write`` succeeded; an error is the end, or a warning that says what comes ``later``.
+    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
+        """Calls ``write(*arguments)``; an error is the end, or a warning that says what comes ``later``.
 
         A disk that stays full is worth one warning for each file, until that can be written again.
         """
-        assert self.out is not None
         try:
-            write()
+            write(*arguments)
         except OSError as error:
+            if what.startswith("--metrics"):
+                reason = f"{what} cannot be written: {error.strerror}."
+                raise Stopped(f"{reason} Make room or name another file") from error
+            assert self.out is not None
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
                 self.stopped = True
                 whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
-                raise OutputError(f"{reason} {whole}{self.remedy}") from error
+                raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:
                 self.warn(f"{reason} {later}".rstrip())
             self.failing.add(what)
-            return False
-        self.failing.discard(what)
-        return True
+        else:
+            self.failing.discard(what)
+
+    def require_last(self) -> None:
+        """Raises ``Stopped`` if the last checkpoint could not be written."""
+        if LAST in self.failing:
+            raise Stopped(f"the last checkpoint could not be written to {self.out}. {self._remedy}")
+
+    def advise(self, message: str) -> str:
+        """``message``, and how to resume this run if it has a folder."""
+        over = f"Training is over, and {self.out} holds what came of it"
+        advice = "" if self.out is None else over if self.experiment.over else self._remedy
+        return f"{message}. {advice}".rstrip()
 
     @property
-    def remedy(self) -> str:
-        """How to go on with this run."""
+    def _remedy(self) -> str:
         assert self.out is not None
         if not (self.out / LAST).exists():
             return "There is no checkpoint to go on from: once --out can be written, start again with the same command"

@@ -1,7 +1,7 @@
 """Several processes that train one network together: what ``torchrun`` starts, or this process alone.
 
 Every process has the whole network, takes its share of each batch, and gets the mean of all gradients
-(``torch.nn.parallel.DistributedDataParallel``). The first one, rank 0, is the one that prints and writes files.
+(``torch.nn.parallel.DistributedDataParallel``). Rank 0 prints and writes files.
 """
 
 from __future__ import annotations
@@ -18,37 +18,26 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["LostProcess", "Processes", "lost_process", "processes"]
+__all__ = ["Processes", "lost_process", "processes"]
 
 T = TypeVar("T")
 
 
-class LostProcess(RuntimeError):
-    """Another process has ended, and this one cannot go on alone."""
-
-
-def lost_process(error: RuntimeError) -> bool:
+def lost_process(error: BaseException) -> bool:
     """Whether ``error`` is what a collective raises when a process at its other end is gone."""
-    if not dist.is_available():
+    if not dist.is_available() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or ("gloo" in str(error) and "peer" in str(error))
 
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes, as one of them sees them.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-        local: number of this process on its machine; ``None`` where it is alone.
-        store: what the processes know in common, also while one of them fails.
-    """
+    """All processes, as one of them sees them."""
 
     rank: int = 0
     count: int = 1
-    local: int | None = None
-    store: Any = None
+    local: int | None = None  # number of this process on its machine; None where it is alone
+    store: Any = None  # what the processes know in common, also while one of them fails
 
     @property
     def first(self) -> bool:
@@ -73,7 +62,7 @@ class Processes:
         return [int(number) for number in shared.tolist()]
 
     def gather(self, mine: T) -> list[T]:
-        """Everybody's, by rank."""
+        """``mine`` of all ranks, in their order."""
         if self.count == 1:
             return [mine]
         gathered: list[Any] = [None] * self.count
@@ -81,14 +70,10 @@ class Processes:
         return gathered
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_bn: bool) -> nn.Module:
-        """``model``, to be called in training: its gradients become the mean over all processes.
-
-        ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place.
-        """
+        """``model``, to be called in training; ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place."""
         if self.count == 1:
             return model
-        ids = [device] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids)
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         if sync_bn:
             # DDP refuses SyncBatchNorm on the CPU when it wraps, because PyTorch's own needs a GPU; fastdense's does
             # not. The norms keep their Parameters and buffers, so DDP's hooks and broadcasts stay right.
@@ -96,7 +81,7 @@ class Processes:
         return wrapped
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Running statistics of rank 0 for everybody."""
+        """Gives all ranks the running statistics of rank 0."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -113,10 +98,7 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started; alone where it did not.
-
-    nccl carries what lies on GPUs, gloo what lies on the CPU.
-    """
+    """Joins the processes that ``torchrun`` started, with gloo on the CPU and nccl on GPUs; alone without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield Processes()
         return

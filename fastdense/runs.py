@@ -1,4 +1,9 @@
-"""One network in training: a step, an evaluation, and everything that a checkpoint must hold of it."""
+"""One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
+
+The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
+1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``lr_schedule="step"``); the default
+is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
+"""
 
 from __future__ import annotations
 
@@ -8,36 +13,30 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import memory
-from .events import EpochEvent, Summary
+from .data import Source
+from .events import EpochEvent, StepEvent, Summary
 from .nn import DenseBlock
 from .processes import Processes
+from .train_config import AMP, TrainConfig
 
-__all__ = ["LastStep", "Run", "average", "kept_for_backward", "rng_states"]
+__all__ = ["Run", "lr_scheduler", "saved_for_backward"]
 
+WARM_UP_START = 0.1  # of the learning rate
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # parts of a run that a checkpoint holds under their names
 LEAST_SCALE = 1.0  # of the loss in float16: below, gradients overflow though nothing enlarges them
 
 
-class LastStep(NamedTuple):
-    """What a step was like; see :class:`fastdense.events.StepEvent`."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    images: int
-    skipped: bool
-
-
-def rng_states(device: torch.device) -> list[Tensor]:
+def _rng_states(device: torch.device) -> list[Tensor]:
     """States of the generators that a step on ``device`` draws from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
@@ -48,91 +47,121 @@ def _set_rng_states(states: Sequence[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def kept_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Bytes that one training forward keeps for backward, parameters and buffers left out.
+def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
+    """A linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
 
-    It runs on a copy of the model and forks the generators, so that looking does not change the training.
+    A milestone comes after its fraction of all ``steps``, rounded. A single step has no warm-up.
+    """
+    config = config or TrainConfig()
+    warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
+    rest: LRScheduler
+    if config.lr_schedule == "step":
+        falls = [round(fraction * steps) - warm_up for fraction in config.milestones]
+        rest = MultiStepLR(optimizer, milestones=falls, gamma=config.gamma)
+    else:
+        rest = CosineAnnealingLR(optimizer, T_max=steps - warm_up)
+    if warm_up == 0:
+        return rest
+    linear = LinearLR(optimizer, start_factor=WARM_UP_START, total_iters=warm_up)
+    return SequentialLR(optimizer, [linear, rest], milestones=[warm_up])
+
+
+def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
+    """Bytes that one training forward saves for backward, parameters and buffers left out.
+
+    It runs on a copy of the model and forks the generators, so that it does not change the training.
     """
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as kept, _autocast(images.device, amp):
+    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, _autocast(images.device, amp):
         loss = F.cross_entropy(probe(images), labels)
     del loss
     for block, probed in zip(model.modules(), probe.modules(), strict=True):
         if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
             block.picked = probed.picked
-    return kept.bytes
-
-
-def average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of ``model``: ``average = decay * average + (1 - decay) * value`` a step.
-
-    Running statistics are averaged like the weights: those of the newest weights would not fit weights of a while ago,
-    and the average of both is over the same steps.
-    """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return saved.bytes
 
 
 def _autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
 
 
-class _Buffers:
-    """A model's buffers as they were: one copy for each dtype, because there are hundreds of small ones."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.groups: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in model.buffers():
-            self.groups.setdefault(buffer.dtype, []).append(buffer)
-        self.values = [torch.cat([buffer.flatten() for buffer in group]) for group in self.groups.values()]
-
-    def restore(self) -> None:
-        for group, values in zip(self.groups.values(), self.values, strict=True):
-            for buffer, value in zip(group, values.split([buffer.numel() for buffer in group]), strict=True):
-                buffer.copy_(value.view_as(buffer))
+def _copy(tensors: list[Tensor], to: list[Tensor]) -> None:
+    """Copies hundreds of small tensors, in one operation for each dtype."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        source, target = ([tensor for tensor in group if tensor.dtype == dtype] for group in (tensors, to))
+        torch._foreach_copy_(target, source)
 
 
-@dataclass
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Run:
     """One network in training, and its history.
 
+    Everything is built from the seed, so that a run does not depend on whether another runs beside it. With ``dtype``
+    float64 there is no autocast.
+
     Attributes:
-        name: ``"reference"`` or ``"fastdense"``, as in the file of measurements.
+        name: ``"reference"`` or ``"fastdense"``, as in the files of measurements.
         model: the network; ``state_dict`` has its plain names.
         network: what is called in training: ``model``, or DDP round it.
         rng: states of the random generators that belong to this run.
-        amp: what autocast computes in; ``None`` without it.
-        scaler: of the loss, for float16; idle otherwise.
         ema: the averaged network; ``None`` without one.
-        epoch_start: number of steps before the current epoch.
-        last: the newest step.
+        kept_bytes: saved for backward in a step.
     """
 
-    name: str
-    impl: str
-    model: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    scaler: torch.amp.GradScaler
-    rng: list[Tensor]
-    amp: torch.dtype | None = None
-    ema: AveragedModel | None = None
-    processes: Processes = field(default_factory=Processes)
-    kept_bytes: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    evaluations: list[EpochEvent] = field(default_factory=list)
-    epoch_start: int = 0
-    last: LastStep | None = None
+    def __init__(
+        self,
+        name: str,
+        impl: str,
+        config: TrainConfig,
+        data: Source,
+        processes: Processes,
+        *,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.impl, self.processes = name, impl, processes
+        amp = "off" if dtype is torch.float64 else config.amp
+        self.amp, self.scaler = AMP[amp], torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        torch.manual_seed(config.seed)
+        blocks = {"drop_rate": config.drop_rate, "recompute": config.recompute, "impl": impl}
+        model = config.architecture.build(channels=data.channels, classes=data.classes, plain=config.plain, **blocks)
+        self.model = model.to(device, dtype)
+        if processes.rank > 0:  # other images, other dropout masks
+            torch.manual_seed((config.seed + processes.rank) % 2**63)
+        self.rng = _rng_states(device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov and config.momentum > 0,
+        )
+        self.scheduler = lr_scheduler(self.optimizer, steps, config)
+        self.ema: AveragedModel | None = None
+        if config.ema is not None:
+            # Running statistics are averaged like the weights: those of the newest weights would not fit the average.
+            average = get_ema_multi_avg_fn(config.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.network = processes.wrap(self.model, device, sync_bn=config.sync_bn)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.evaluations: list[EpochEvent] = []
+        self.kept_bytes, self.steps_per_epoch = 0, data.train_count // config.batch_size
+        self.last: StepEvent | None = None
 
     @property
     def label(self) -> str:
         return "textbook torch.cat" if self.name == "reference" else "fastdense"
 
     @property
-    def picked(self) -> dict[str, str]:
-        """What ``recompute="auto"`` came to, by block; empty where it was not asked for."""
+    def recompute_modes(self) -> dict[str, str]:
+        """What ``recompute="auto"`` resolved to, by block; empty where it was not asked for."""
         return {
             name.removeprefix("features."): block.picked
             for name, block in self.model.named_modules()
@@ -142,8 +171,8 @@ class Run:
     @property
     def train_loss(self) -> float | None:
         """Mean over the current epoch's steps."""
-        epoch = self.losses[self.epoch_start :] or self.losses[-1:]
-        return statistics.fmean(epoch) if epoch else None
+        in_epoch = (len(self.losses) - 1) % self.steps_per_epoch + 1
+        return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
@@ -157,7 +186,9 @@ class Run:
         self.model.train()
         _finish(device)
         start = time.perf_counter()
-        before = _Buffers(self.model)
+        buffers = list(self.model.buffers())
+        before = [torch.empty_like(buffer) for buffer in buffers]
+        _copy(buffers, before)
         self.optimizer.zero_grad(set_to_none=True)
         with _autocast(device, self.amp):
             loss = F.cross_entropy(self.network(images), labels)
@@ -166,31 +197,30 @@ class Run:
         value, norm = self._loss_and_norm(loss.detach())
         finite = math.isfinite(value) and math.isfinite(norm)
         overflow = math.isfinite(value) and not finite and self.scaler.is_enabled()
-        self.last = LastStep(value, norm, self.optimizer.param_groups[0]["lr"], len(labels), overflow)
+        lr = self.optimizer.param_groups[0]["lr"]
         if finite:
-            self._apply()
+            self.scaler.step(self.optimizer)
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
         if finite or overflow:
             self.scaler.update()
-            self.rng = rng_states(device)
+            self.rng = _rng_states(device)
         else:
-            before.restore()
+            _copy(before, buffers)
         _finish(device)
-        self.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        epoch, speed = len(self.losses) // self.steps_per_epoch + 1, len(labels) * self.processes.count / seconds
         self.losses.append(value)
+        self.seconds.append(seconds)
+        self.last = StepEvent(self.name, len(self.losses), epoch, value, seconds, speed, lr, norm, overflow)
 
     def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
-        """The mean loss over all processes and the gradients' norm, which DDP has made everybody's; in one transfer."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        """The mean loss over all ranks and the norm of the gradients, which DDP has averaged; in one transfer."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         loss = self.processes.sum(loss.clone()) / self.processes.count
         value, length = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         return value, length
-
-    def _apply(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
 
     @property
     def finite(self) -> bool:
@@ -203,8 +233,7 @@ class Run:
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
         """Mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
 
-        Args:
-            batches: this process's share of the test images.
+        ``batches`` are this process's share of the test images; the results are those of all processes.
         """
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
         for model in models:
@@ -219,8 +248,7 @@ class Run:
                 with _autocast(images.device, self.amp):
                     for model, seen in zip(models, logits, strict=True):
                         seen.append(model(images))
-            scores = [self._score(seen, labels) for seen in logits]
-        return tuple(number for score in scores for number in score)
+            return tuple(number for seen in logits for number in self._score(seen, labels))
 
     def _score(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[float, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images
@@ -233,32 +261,25 @@ class Run:
         return (loss / count).float().item(), (right / count).item()
 
     def summary(self) -> Summary:
-        last = self.evaluations[-1] if self.evaluations else None
+        """The results so far."""
+        last = asdict(self.evaluations[-1]) if self.evaluations else {}
+        scores = ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy")
         return Summary(
             run=self.name,
             label=self.label,
             impl=self.impl,
             steps=len(self.losses),
             train_loss=self.train_loss,
-            test_loss=last.test_loss if last else None,
-            test_accuracy=last.test_accuracy if last else None,
             step_seconds=statistics.median(self.seconds) if self.seconds else None,
             kept_bytes=self.kept_bytes,
-            ema_test_loss=last.ema_test_loss if last else None,
-            ema_test_accuracy=last.ema_test_accuracy if last else None,
+            **{score: last.get(score) for score in scores},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that goes on from here bit for bit, in types that ``torch.load(weights_only=True)`` reads.
-
-        Every process must call it: each adds the states of its generators.
-        """
+        """All that training is resumed from, for ``torch.load(weights_only=True)``; every process must call it."""
         ema = self.ema
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{part: getattr(self, part).state_dict() for part in STATEFUL},
             "ema": None if ema is None else {"steps": int(ema.n_averaged), "model": ema.module.state_dict()},
             "rng": self.processes.gather(self.rng),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
@@ -267,11 +288,9 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The opposite of :meth:`state_dict`, for as many processes."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Restores what :meth:`state_dict` returned, with as many processes."""
+        for part in STATEFUL:
+            getattr(self, part).load_state_dict(state[part])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"]["model"])
             self.ema.n_averaged.fill_(state["ema"]["steps"])
@@ -279,8 +298,3 @@ class Run:
         self.losses = state["losses"].tolist()
         self.seconds = state["seconds"].tolist()
         self.evaluations = [EpochEvent(**evaluation) for evaluation in state["evaluations"]]
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -170,7 +170,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
     """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the reference block's."""
-    config = TrainConfig(**stored["config"])
+    config = TrainConfig.from_dict(stored["config"])
     run = list(stored["runs"].values())[-1]
     if ema and run["ema"] is None:
         raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")
@@ -180,9 +180,8 @@ def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Su
     own = config.architecture
     model = own.build(channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate)
     _load(model, weights, path)
-    description = own.description + (", without dense connections" if config.plain else "")
     state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
-    return Subject(model, description, state, config.data, config.image_size, config.plain)
+    return Subject(model, config.network, state, config.data, config.image_size, config.plain)
 
 
 def _sizes(weights: dict[str, Any] | None) -> tuple[int, int] | None:

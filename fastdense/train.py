@@ -1,8 +1,7 @@
-"""Training a DenseNet, alone or beside its textbook twin: what ``fastdense train`` runs, without any display.
+"""Training a DenseNet, alone or beside its reference twin: what ``fastdense train`` runs, without any display.
 
 An :class:`Experiment` holds one or two :class:`~fastdense.runs.Run` objects and hands out events after every step and
-epoch; who wants a progress bar, a file of measurements or nothing at all reads those events. Between two rounds of
-events it can be stored with ``state_dict`` and go on elsewhere bit for bit.
+epoch, for a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -17,34 +16,16 @@ import torch
 from torch import Tensor
 
 from .data import Source, batches
-from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss, StepEvent, Summary
+from .diagnose import diagnose, flow
+from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss
 from .processes import Processes
-from .recipe import schedule, sgd
-from .runs import Run, average, kept_for_backward, rng_states
-from .train_config import AMP, TrainConfig
-from .watch import diagnose, flow
+from .runs import Run, saved_for_backward
+from .train_config import TrainConfig
 
-__all__ = [
-    "CheckEvent",
-    "Comparison",
-    "EpochEvent",
-    "Event",
-    "Experiment",
-    "NonFiniteLoss",
-    "Run",
-    "StepEvent",
-    "Summary",
-    "TrainConfig",
-    "kept_for_backward",
-    "schedule",
-]
+__all__ = ["Experiment"]
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
-
-
-def _joined(where: str, remedy: str, because: str | None) -> str:
-    return f"{where}: {remedy}" + (f". {because}" if because else "")
 
 
 class Experiment:
@@ -59,8 +40,7 @@ class Experiment:
         step: steps made so far.
 
     Raises:
-        ValueError: the device is not there, ``impl`` cannot run on it, or a batch exceeds the training set or cannot
-            be shared.
+        ValueError: the device is not there, ``impl`` cannot run on it, or a batch is too large or cannot be shared.
     """
 
     def __init__(self, config: TrainConfig, data: Source, processes: Processes | None = None) -> None:
@@ -78,16 +58,16 @@ class Experiment:
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
         for run in self.runs:
-            run.kept_bytes = kept_for_backward(run.model, images, labels, run.amp)
+            run.kept_bytes = saved_for_backward(run.model, images, labels, run.amp)
         self.checked: list[CheckEvent] = []
-        self.check_steps = min(config.check_steps, self.steps) if config.compare else 0
         self.check_skipped: str | None = None
         if config.drop_rate > 0:
-            self.check_steps, self.check_skipped = 0, "the two draw different dropout masks by construction"
+            self.check_skipped = "the two draw different dropout masks by construction"
         elif self.device.type == "mps":
-            self.check_steps, self.check_skipped = 0, "mps has no float64"
-        elif self.check_steps == 0:
+            self.check_skipped = "mps has no float64"
+        elif not (config.compare and config.check_steps):
             self.check_skipped = "--check-steps is 0"
+        self.check_steps = min(config.check_steps, self.steps) if self.check_skipped is None else 0
 
     @property
     def epoch(self) -> int:
@@ -130,38 +110,12 @@ class Experiment:
         return [reference, chosen]
 
     def _run(self, name: str, impl: str, dtype: torch.dtype) -> Run:
-        """Build everything from the seed, so that a run does not depend on whether another runs beside it."""
         config, processes = self.config, self.processes
         if impl == "reference" and config.sync_bn and processes.count > 1 and self.device.type == "cpu":
             raise ValueError(
                 "--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
             )
-        amp = "off" if dtype is torch.float64 else config.amp
-        torch.manual_seed(config.seed)
-        model = config.architecture.build(
-            channels=self.data.channels,
-            classes=self.data.classes,
-            plain=config.plain,
-            drop_rate=config.drop_rate,
-            recompute=config.recompute,
-            impl=impl,
-        ).to(self.device, dtype)
-        if processes.rank > 0:
-            torch.manual_seed((config.seed + processes.rank) % 2**63)  # other images, other dropout masks
-        optimizer = sgd(model, config)
-        return Run(
-            name=name,
-            impl=impl,
-            model=model,
-            ema=None if config.ema is None else average(model, config.ema),
-            network=processes.wrap(model, self.device, sync_bn=config.sync_bn),
-            optimizer=optimizer,
-            scheduler=schedule(optimizer, self.steps, config),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=amp == "fp16"),
-            rng=rng_states(self.device),
-            amp=AMP[amp],
-            processes=processes,
-        )
+        return Run(name, impl, config, self.data, processes, steps=self.steps, device=self.device, dtype=dtype)
 
     def _epochs(self, start: int, end: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
         """Each epoch and this process's image numbers of its steps, from the one after ``start`` to ``end``."""
@@ -174,12 +128,12 @@ class Experiment:
                 yield epoch, map(self.processes.share, left)
 
     def events(self) -> Iterator[Event]:
-        """Train, handing out what happens; see :meth:`rounds`."""
+        """Trains, handing out what happens; see :meth:`rounds`."""
         for events in self.rounds():
             yield from events
 
     def rounds(self) -> Iterator[list[Event]]:
-        """Train from the current step on, handing out what happened in each step and in each evaluation.
+        """Trains from the current step on, handing out what happened in each step and in each evaluation.
 
         With ``compare``, the first steps are made in float64 beforehand, where a difference is no rounding
         but a defect. Then each run makes a step before any makes the next, in alternating order, so that a
@@ -193,8 +147,6 @@ class Experiment:
         if not self.evaluated:  # stored between the step and its evaluation
             yield self._evaluate()
         for epoch, numbers in self._epochs(self.step, self.steps):
-            for run in self.runs:
-                run.epoch_start = (epoch - 1) * self.steps_per_epoch
             for images, labels in self.data.train(numbers, epoch=epoch):
                 self.step += 1
                 yield self._step(images, labels)
@@ -221,29 +173,35 @@ class Experiment:
         for run in self.runs if step % 2 else reversed(self.runs):
             run.step(images, labels)
         self._require_finite_steps(images, labels)
-        events: list[Event] = []
-        for run in self.runs:
-            assert run.last is not None
-            loss, norm, lr, shared, skipped = run.last
-            speed = shared * self.processes.count / run.seconds[-1]
-            events.append(StepEvent(run.name, step, epoch, loss, run.seconds[-1], speed, lr, norm, skipped))
+        events: list[Event] = [run.last for run in self.runs if run.last is not None]
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
-            for run in self.runs:
-                events.extend(flow(run, images, labels, step=step, epoch=epoch))
+            events += [flow(run, images, labels, step=step, epoch=epoch) for run in self.runs]
         return events
 
     def _require_finite_steps(self, images: Tensor, labels: Tensor) -> None:
         bad = next((run for run in self.runs if not run.finite), None)
         if bad is None:
             return
+        assert bad.last is not None
         because = diagnose(bad, images, labels)
         self._require_finite("training loss", [run.losses[-1] for run in self.runs], self.step, self.epoch, because)
-        assert bad.last is not None
-        what, remedy = f"gradient of run {bad.name} is not finite", self._smaller_lr
+        what, remedy = "gradient of run {} is not finite", self._smaller_lr
         if bad.last.skipped:
-            what, remedy = f"gradient of run {bad.name} overflows float16 with any scale", "try --amp bf16 or off"
-        where = f"the {what} at epoch {self.epoch}, step {self.step} (loss {bad.last.loss:g})"
-        raise NonFiniteLoss(bad.name, self.epoch, self.step, _joined(where, remedy, because))
+            what, remedy = "gradient of run {} overflows float16 with any scale", "try --amp bf16 or off"
+        raise NonFiniteLoss(bad.name, self.epoch, self.step, what, f"loss {bad.last.loss:g}", remedy, because)
+
+    def _require_finite(
+        self, what: str, values: Sequence[float], step: int, epoch: int, because: str | None = None
+    ) -> None:
+        for bad, value in zip(self.runs, values, strict=True):
+            if not math.isfinite(value):
+                both = ", ".join(f"{run.name} {v:g}" for run, v in zip(self.runs, values, strict=True))
+                what = f"{what} of run {{}} is not finite"
+                raise NonFiniteLoss(bad.name, epoch, step, what, both, self._smaller_lr, because)
+
+    @property
+    def _smaller_lr(self) -> str:
+        return f"try a smaller --lr than {self.config.lr:g}"
 
     def _evaluate(self) -> list[Event]:
         share = self.processes.share(torch.arange(self.data.test_count))
@@ -260,21 +218,8 @@ class Experiment:
             run.evaluations.append(event)
         return [run.evaluations[-1] for run in self.runs]
 
-    def _require_finite(
-        self, what: str, values: Sequence[float], step: int, epoch: int, because: str | None = None
-    ) -> None:
-        for bad, value in zip(self.runs, values, strict=True):
-            if not math.isfinite(value):
-                both = ", ".join(f"{run.name} {v:g}" for run, v in zip(self.runs, values, strict=True))
-                where = f"the {what} of run {bad.name} is not finite at epoch {epoch}, step {step} ({both})"
-                raise NonFiniteLoss(bad.name, epoch, step, _joined(where, self._smaller_lr, because))
-
-    @property
-    def _smaller_lr(self) -> str:
-        return f"try a smaller --lr than {self.config.lr:g}"
-
     def state_dict(self) -> dict[str, Any]:
-        """Where training is, between two rounds; every process must call it."""
+        """The state of training between two rounds; every process must call it."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -283,20 +228,18 @@ class Experiment:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, in an experiment of the same configuration that has not begun."""
+        """Resumes from there, in an experiment of the same configuration that has not begun."""
         self.step = state["step"]
         self.checked = [CheckEvent(**check) for check in state["checked"]]
         for run in self.runs:
             run.load_state_dict(state["runs"][run.name])
-            run.epoch_start = max(self.epoch - 1, 0) * self.steps_per_epoch
 
     def comparison(self) -> Comparison | None:
         """The two runs beside each other; ``None`` without ``compare`` or before the first step."""
         if len(self.runs) < 2 or not all(run.losses for run in self.runs):
             return None
-        reference, chosen = self.runs
+        (reference, chosen), checked = self.runs, self.checked
         differences = [abs(a - b) for a, b in zip(reference.losses, chosen.losses, strict=False)]
-        checked = self.checked
         close = [math.isclose(c.reference, c.fastdense, rel_tol=SAME_CURVE, abs_tol=SAME_CURVE) for c in checked]
         return Comparison(
             steps=len(differences),

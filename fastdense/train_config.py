@@ -1,13 +1,13 @@
-"""What to train, and how: the options of ``fastdense train``, checked."""
+"""What to train, and how: the options of ``fastdense train``, each a field declared once."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import nn
 
 import fastdense
 
+from . import option_fields as opt
 from .core import checks
 from .environment import choose_impl
+from .option_fields import Parser, Rule, one_of
 
-__all__ = ["AMP", "MACHINE", "NAMED", "Architecture", "TrainConfig", "architecture", "layers_per_block"]
+__all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
 
 NAMED = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 NAMED_BLOCKS = 4
@@ -28,23 +30,16 @@ DIGITS_SIZE = 8  # pixels
 WARM_UP = 0.05  # of all steps, with a cosine
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between the start of a run and its resumption: where it runs, and what it tells.
-MACHINE = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
+MACHINE_OPTIONS = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
 SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, and three transitions leave one
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network, ready to be built as often as needed.
+    """A network, ready to be built as often as needed."""
 
-    Attributes:
-        description: for a human.
-        constructor: name of the function or class in ``fastdense``.
-        arguments: its keywords.
-        blocks: how many dense blocks.
-    """
-
-    description: str
-    constructor: str
+    description: str  # for a human
+    constructor: str  # name of the function or class in ``fastdense``
     arguments: dict[str, Any]
     blocks: int
 
@@ -65,8 +60,7 @@ class Architecture:
 def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     """``n`` of a DenseNet of three equal blocks: ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without.
 
-    Raises:
-        ValueError: no ``n`` fits; the message names the nearest depths that do.
+    Raises ``ValueError`` with the nearest depths where no ``n`` fits.
     """
     per_layer = 6 if bottleneck else 3
     n, rest = divmod(depth - 4, per_layer)
@@ -80,159 +74,138 @@ def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     )
 
 
-def _check(block_config: Sequence[int], growth_rate: int | None, bn_size: int | None) -> None:
-    if not block_config or min(block_config) < 1:
-        shown = ",".join(map(str, block_config))
-        raise ValueError(f"--block-config must be layers per block, each at least 1, as in 6,12,24; got {shown!r}")
-    if growth_rate is not None and growth_rate < 1:
-        raise ValueError(f"--growth-rate must be at least 1, got {growth_rate}")
-    if bn_size is not None and bn_size < 1:
-        raise ValueError(f"--bn-size must be at least 1, or 0 or none for layers without bottleneck, got {bn_size}")
+_INTEGERS = Parser("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
+_FRACTIONS = Parser("fractions of all steps, as in 1/3,2/3", lambda text: tuple(map(_fraction, text.split(","))))
+_BN_SIZE = Parser("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
+_A_MODEL = Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED)
+_LAYERS = Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1)
+_BOTTLENECK = Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1)
+_GAMMA = Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1)
+_DECAY = Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1)
+_WARM_UP = Rule(f"{opt.BELOW_1.words}, a fraction of all steps", opt.BELOW_1.holds)
+_SEED = Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63)
+_network, _data, _training, _machine, _output = (partial(opt.option, panel) for panel in opt.PANELS)
 
 
-def architecture(
-    *,
-    model: str | None,
-    depth: int | None,
-    block_config: Sequence[int] | None,
-    growth_rate: int | None,
-    bn_size: int | None,
-    image_size: int,
-) -> Architecture:
-    """The network that at most one of ``model``, ``depth`` and ``block_config`` describes.
-
-    A named model keeps its own first convolution, which is for ImageNet, from 32 pixels on; everything else
-    starts with the paper's 3x3 convolution for small images.
-
-    Args:
-        model: one of :data:`NAMED`.
-        depth: of a network of three equal blocks; the default, with depth 100, where nothing else is given.
-        block_config: layers of each block.
-        growth_rate: ``k``; default 12, or the named model's own.
-        bn_size: bottleneck channels over ``k``; ``None`` for the paper's basic layer.
-        image_size: pixels.
-
-    Raises:
-        ValueError: the options contradict each other, or the images are too small for so many blocks.
-    """
-    given = {"--model": model, "--depth": depth, "--block-config": block_config}
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
-    k = growth_rate or DEFAULT_GROWTH_RATE
-    kind = "DenseNet-C, basic layers" if bn_size is None else "DenseNet-BC"
-    arguments: dict[str, Any] = {"bn_size": bn_size, "small_inputs": True}
-    if model is not None:
-        if model not in NAMED:
-            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
-        _check([1], growth_rate, bn_size)
-        arguments["small_inputs"] = image_size < SMALL_IMAGES
-        if growth_rate is not None:
-            arguments["growth_rate"] = growth_rate
-        found = Architecture(model, model, arguments, NAMED_BLOCKS)
-    else:
-        if block_config is None:
-            depth = DEFAULT_DEPTH if depth is None else depth
-            block_config = (layers_per_block(depth, bottleneck=bn_size is not None),) * 3
-            size = f"depth {depth}"
-        else:
-            size = f"blocks of {', '.join(map(str, block_config))} layers"
-        _check(block_config, growth_rate, bn_size)
-        # The paper's: 16 channels, or twice the growth rate for DenseNet-BC.
-        initial = 16 if bn_size is None else 2 * k
-        arguments |= {"growth_rate": k, "block_config": tuple(block_config), "num_init_features": initial}
-        found = Architecture(f"{kind}, {size}, k = {k}", "DenseNet", arguments, len(block_config))
-    if found.last_resolution(image_size) < 1:
-        least = 2 ** (found.blocks - 1)
-        raise ValueError(
-            f"--image-size {image_size} is too small for {found.blocks} dense blocks, between which the "
-            f"resolution is halved: use at least {least}"
-        )
-    return found
+def _fraction(text: str) -> float:
+    return float(Fraction(text))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a training run computes. The defaults are the demonstration's.
+    """Everything that decides what a training run computes; each field says what it is in its help.
 
-    Attributes:
-        model, depth, block_config, growth_rate, bn_size, image_size: the network, see :func:`architecture`. Without
-            ``image_size`` it is the data's own: 8 for the digits.
-        plain: the same layers without dense connections, each reading the one before it alone.
-        data: ``"digits"`` or a folder of images.
-        augment: ``"auto"`` for what suits the data; see :func:`fastdense.data.open_data`.
-        workers: processes that read images; 0 for none beside this one.
-        on_error: at an image that cannot be read or a file that cannot be written, ``"stop"`` or ``"skip"`` it.
-        drop_rate: dropout after each layer's last convolution, in [0, 1).
-        epochs: passes over the training images.
-        steps: stop after so many steps, even within an epoch; the learning rate's schedule ends there too.
-        batch_size: images a step, over all processes; what is left over at an epoch's end is dropped.
-        lr: highest learning rate, reached after the warm-up.
-        schedule: ``"cosine"``, down to zero, or ``"step"``, which multiplies the rate by ``gamma`` at ``milestones``.
-        milestones: fractions of all steps, in (0, 1), increasing.
-        warm_up: fraction of all steps, in [0, 1), in which the learning rate rises from a tenth; ``None`` for 0.05
-            with ``"cosine"`` and 0 with ``"step"``.
-        momentum, nesterov, weight_decay: of SGD.
-        amp: autocast to ``"bf16"`` or ``"fp16"``, the latter with a scaled loss; or ``"off"``.
-        ema: decay a step of a moving average of the weights, in (0, 1), evaluated beside them; ``None`` for none.
-        sync_bn: BatchNorm over the images of all processes.
-        seed: of the initial weights, the order of the images and dropout.
-        device: ``None`` takes CUDA where there is one, else the CPU.
-        impl, recompute: as in :class:`fastdense.DenseNet`.
-        compare: train the textbook ``torch.cat`` network as well, step by step beside the other.
-        check_steps: with ``compare``, steps that both make in float64 beforehand; 0 for none.
-        watch_flow: look at what flows through the layers after every so many steps.
-        threads: of the CPU; ``None`` for one below 32 pixels, where more of them mostly wait for each other,
-            and as many as PyTorch takes from there on.
+    The network is given by at most one of ``model``, ``depth`` and ``block_config``. Without ``image_size``, images
+    have the data's own. ``impl`` and ``recompute`` are those of :class:`fastdense.DenseNet`.
 
     Raises:
         ValueError: a value is not allowed; the message names it, its command-line option and what is allowed.
     """
 
-    model: str | None = None
-    depth: int | None = None
-    block_config: tuple[int, ...] | None = None
-    growth_rate: int | None = None
-    bn_size: int | None = 4
-    plain: bool = False
-    data: str = "digits"
-    augment: str = "auto"
-    workers: int = 0
-    on_error: str = "stop"
-    drop_rate: float = 0.0
-    epochs: int = 6
-    steps: int | None = None
-    batch_size: int = 64
-    lr: float = 0.1
-    schedule: str = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warm_up: float | None = None
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    amp: str = "off"
-    ema: float | None = None
-    sync_bn: bool = False
-    seed: int = 0
-    device: str | None = None
-    impl: str = "auto"
-    recompute: str | None = None
-    compare: bool = False
-    check_steps: int = 10
-    watch_flow: int | None = None
-    image_size: int | None = None
-    threads: int | None = None
+    model: str | None = _network(
+        None,
+        "densenet121, 161, 169, 201 or 264, named in full. From --image-size 32 on it keeps its ImageNet stem, which "
+        "divides the resolution by 4; below, it starts with one 3x3 convolution like the others.",
+        _A_MODEL,
+    )
+    depth: int | None = _network(
+        None, "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.", default_shown=str(DEFAULT_DEPTH)
+    )
+    block_config: tuple[int, ...] | None = _network(
+        None, "Layers of each block, as 6,12,24.", _LAYERS, parser=_INTEGERS
+    )
+    growth_rate: int | None = _network(
+        None, "Channels that each layer adds.", opt.AT_LEAST_1, default_shown="12, or the model's own"
+    )
+    bn_size: int | None = _network(
+        4, "Bottleneck channels over the growth rate; 0 or none: no bottleneck.", _BOTTLENECK, parser=_BN_SIZE
+    )
+    plain: bool = _network(False, "The same layers without dense connections.")
+    drop_rate: float = _network(0.0, "Dropout after each layer.", opt.BELOW_1)
+
+    data: str = _data("digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
+    image_size: int | None = _data(
+        None, "Scale images to this many pixels.", default_shown="digits 8, CIFAR 32, a folder 224"
+    )
+    augment: str = _data("auto", "How training images are varied; auto: as suits the data.")
+    workers: int = _data(0, "Processes that read images.", opt.AT_LEAST_0)
+    on_error: str = _data(
+        "stop",
+        "An image that cannot be read, or a file of --out that cannot be written: stop, or skip and warn.",
+        one_of(("stop", "skip")),
+    )
+
+    compare: bool = _training(
+        False,
+        "Train the textbook torch.cat network too, from the same weights on the same batches, step by step beside the "
+        "other.",
+    )
+    check_steps: int = _training(
+        10,
+        "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.",
+        opt.AT_LEAST_0,
+    )
+    epochs: int = _training(6, "Passes over the training images.", opt.AT_LEAST_1)
+    steps: int | None = _training(
+        None, "Stop after so many steps; the learning rate's schedule ends there too.", opt.AT_LEAST_1
+    )
+    batch_size: int = _training(64, "Images a step, over all processes.", opt.AT_LEAST_1)
+    lr: float = _training(0.1, "Highest learning rate, reached after the warm-up.", opt.POSITIVE)
+    lr_schedule: str = _training(
+        "cosine",
+        "cosine: down to 0 at the end; step: times --gamma at each of --milestones.",
+        one_of(("cosine", "step")),
+        name="schedule",
+    )
+    milestones: tuple[float, ...] = _training(
+        (0.5, 0.75), "With --schedule step: fractions of all steps, as 1/3,2/3.", parser=_FRACTIONS
+    )
+    gamma: float = _training(0.1, "What a milestone multiplies the rate by.", _GAMMA)
+    warm_up: float | None = _training(
+        None,
+        "Fraction of all steps in which the learning rate rises from a tenth.",
+        _WARM_UP,
+        default_shown=f"{WARM_UP} for cosine, 0 for step",
+    )
+    momentum: float = _training(0.9, "Momentum of SGD.", opt.BELOW_1)
+    nesterov: bool = _training(True, "Nesterov's momentum.")
+    weight_decay: float = _training(1e-4, "Weight decay of SGD.", opt.NOT_NEGATIVE)
+    amp: str = _training("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(AMP))
+    ema: float | None = _training(
+        None, "Decay a step of an average of the weights, as 0.999: evaluated and saved too.", _DECAY
+    )
+    sync_bn: bool = _training(False, "BatchNorm over the images of all processes.")
+    seed: int = _training(0, "Of weights, order of images and dropout.", _SEED)
+
+    device: str | None = _machine(None, "cpu, cuda, cuda:1.", default_shown="cuda where there is one, else cpu")
+    impl: str = _machine("auto", "auto, triton, torch, or reference: the textbook torch.cat.", one_of(checks.IMPL))
+    recompute: str | None = _machine(
+        None,
+        "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
+        one_of(checks.RECOMPUTE),
+        default_shown="activations",
+    )
+    threads: int | None = _machine(
+        None,
+        "CPU threads. Layers of small images are too short to share.",
+        opt.AT_LEAST_1,
+        default_shown=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
+    )
+
+    watch_flow: int | None = _output(None, "Look at what flows through the layers every so many steps.", opt.AT_LEAST_1)
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        self._check_rates()
-        checks.choice("--schedule", self.schedule, ("cosine", "step"))
-        checks.choice("--amp", self.amp, tuple(AMP))
-        checks.choice("--on-error", self.on_error, ("stop", "skip"))
-        checks.choice("--impl", self.impl, checks.IMPL)
-        if self.recompute is not None:
-            checks.choice("--recompute", self.recompute, checks.RECOMPUTE)
+        opt.check_options(self)
+        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
+        if self.image_size is not None and self.image_size < least:
+            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
+        marks = (self.warm_up_fraction, *self.milestones, 1.0)
+        rising = all(a < b for a, b in itertools.pairwise(marks))
+        if self.lr_schedule == "step" and not (self.milestones and rising):
+            raise ValueError(
+                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
+                f"0.5,0.75; got {opt.shown(self.milestones)!r}"
+            )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
                 "--compare trains the textbook block (reference) beside another one: --impl and "
@@ -243,56 +216,20 @@ class TrainConfig:
         if self._pixels is not None:
             self.check_batch(self.batch_size)
 
-    def _check_counts(self) -> None:
-        at_least_one: dict[str, int | None] = {
-            "--epochs": self.epochs,
-            "--batch-size": self.batch_size,
-            "--steps": self.steps,
-            "--threads": self.threads,
-            "--watch-flow": self.watch_flow,
-        }
-        for option, count in at_least_one.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{option} must be at least 1, got {count}")
-        for option, count in {"--check-steps": self.check_steps, "--workers": self.workers}.items():
-            if count < 0:
-                raise ValueError(f"{option} must be at least 0, got {count}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and less than 2**63, got {self.seed}")
-        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
-        if self.image_size is not None and self.image_size < least:
-            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The configuration whose options have these ``values`` by name, as :meth:`as_dict` returns them."""
+        names = {opt.option_name(field): field.name for field in fields(cls)}
+        return cls(**{names.get(name, name): value for name, value in values.items()})
 
-    def _check_rates(self) -> None:
-        if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"--drop-rate must be at least 0 and less than 1, got {self.drop_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"--momentum must be at least 0 and less than 1, got {self.momentum}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"--lr must be a positive number, got {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"--weight-decay must be 0 or a positive number, got {self.weight_decay}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"--gamma must be more than 0 and at most 1, got {self.gamma}")
-        if not 0 <= self.warm_up_fraction < 1:
-            raise ValueError(
-                f"--warm-up must be at least 0 and less than 1, a fraction of all steps, got {self.warm_up}"
-            )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"--ema must be more than 0 and less than 1, as 0.999, got {self.ema}")
-        marks = (self.warm_up_fraction, *self.milestones, 1.0)
-        rising = all(a < b for a, b in itertools.pairwise(marks))
-        if self.schedule == "step" and not (self.milestones and rising):
-            raise ValueError(
-                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
-                f"0.5,0.75; got {','.join(map(str, self.milestones))!r}"
-            )
+    def as_dict(self) -> dict[str, Any]:
+        """All values by the options' names, as they are in checkpoints and in files of measurements."""
+        return {opt.option_name(field): getattr(self, field.name) for field in fields(self)}
 
     def check_batch(self, images: int) -> None:
-        """Raise ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
-        size = self._pixels
-        assert size is not None
-        if images * self.architecture.last_resolution(size) ** 2 == 1:
+        """Raises ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
+        assert self._pixels is not None
+        if images * self.architecture.last_resolution(self._pixels) ** 2 == 1:
             raise ValueError(
                 "--batch-size 1 leaves BatchNorm a single value per channel in the last block: use at least "
                 "2, fewer blocks or a larger --image-size"
@@ -307,24 +244,57 @@ class TrainConfig:
     def warm_up_fraction(self) -> float:
         """Of all steps."""
         if self.warm_up is None:
-            return WARM_UP if self.schedule == "cosine" else 0.0
+            return WARM_UP if self.lr_schedule == "cosine" else 0.0
         return self.warm_up
 
     @property
+    def network(self) -> str:
+        """The network in words."""
+        return self.architecture.description + (", without dense connections" if self.plain else "")
+
+    @property
     def architecture(self) -> Architecture:
-        """The network that the options describe; raises ``ValueError`` where they describe none.
+        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it.
 
         For images in a folder, ``image_size`` must be given: :class:`fastdense.train.Experiment` fills it in.
         """
-        assert self._pixels is not None
-        return architecture(
-            model=self.model,
-            depth=self.depth,
-            block_config=self.block_config,
-            growth_rate=self.growth_rate,
-            bn_size=self.bn_size,
-            image_size=self._pixels,
-        )
+        given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
+        named = [option for option, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
+        size = self._pixels
+        assert size is not None
+        if self.model is None:
+            found = self._for_small_images()
+        else:  # its first convolution, which is for ImageNet, is its own from 32 pixels on
+            arguments: dict[str, Any] = {"bn_size": self.bn_size, "small_inputs": size < SMALL_IMAGES}
+            if self.growth_rate is not None:
+                arguments["growth_rate"] = self.growth_rate
+            found = Architecture(self.model, self.model, arguments, NAMED_BLOCKS)
+        if found.last_resolution(size) < 1:
+            raise ValueError(
+                f"--image-size {size} is too small for {found.blocks} dense blocks, between which the "
+                f"resolution is halved: use at least {2 ** (found.blocks - 1)}"
+            )
+        return found
+
+    def _for_small_images(self) -> Architecture:
+        """The paper's networks, which start with a 3x3 convolution."""
+        k, bottleneck, layers = self.growth_rate or DEFAULT_GROWTH_RATE, self.bn_size is not None, self.block_config
+        if layers is None:
+            depth = DEFAULT_DEPTH if self.depth is None else self.depth
+            layers, size = (layers_per_block(depth, bottleneck=bottleneck),) * 3, f"depth {depth}"
+        else:
+            size = f"blocks of {', '.join(map(str, layers))} layers"
+        arguments = {
+            "bn_size": self.bn_size,
+            "small_inputs": True,
+            "growth_rate": k,
+            "block_config": tuple(layers),
+            "num_init_features": 2 * k if bottleneck else 16,  # as in the paper
+        }
+        kind = "DenseNet-BC" if bottleneck else "DenseNet-C, basic layers"
+        return Architecture(f"{kind}, {size}, k = {k}", "DenseNet", arguments, len(layers))
 
     @property
     def cpu_threads(self) -> int:
@@ -349,11 +319,7 @@ class TrainConfig:
         return device
 
     def resolve_impl(self, device: torch.device) -> str:
-        """What runs on ``device``; raises ``ValueError`` where ``impl`` cannot.
-
-        Returns:
-            ``"triton"``, ``"torch"`` or ``"reference"``.
-        """
+        """``triton``, ``torch`` or ``reference``, whichever runs there; raises ``ValueError`` where ``impl`` cannot."""
         try:
             return choose_impl(self.impl, device)[0]
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -23,10 +24,13 @@ import fastdense
 from fastdense import display
 from fastdense.commands import app
 from fastdense.data import digits
+from fastdense.option_fields import flag, option_name
 from fastdense.outputs import OutputOptions, Outputs
-from fastdense.printing import Printer
-from fastdense.train import Experiment, Run, TrainConfig
-from fastdense.train_command import MetricsFile, train
+from fastdense.runs import Run
+from fastdense.terminal import Printer
+from fastdense.train import Experiment
+from fastdense.train_command import train
+from fastdense.train_config import TrainConfig
 
 TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
 FINAL = re.compile(
@@ -83,8 +87,8 @@ def test_help_lists_the_commands_and_every_option() -> None:
     result = fastdense_command("train", "--help")
     assert result.exit_code == 0
     text = words(result.output)
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text, name
+    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(OutputOptions)):
+        assert f"{flag(option_name(field))} " in text, field.name
     for default in ("100", "12, or the model's own", "1 below 32 pixels", "digits 8, CIFAR 32, a folder 224"):
         assert default in text
 
@@ -301,7 +305,7 @@ def test_terminal_shows_both_curves_grow() -> None:
     console = Printer(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
     experiment = Experiment(config, digits())
     with Outputs(OutputOptions(), experiment, print) as outputs:
-        train(console, experiment, MetricsFile(None), outputs)
+        train(console, experiment, outputs)
     shown = screen.getvalue()
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden, then shown again"
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)

@@ -20,11 +20,12 @@ from rich.live import Live
 
 from fastdense.data import digits
 from fastdense.display import PlainDisplay
-from fastdense.events import Event
+from fastdense.events import Event, Stopped
 from fastdense.outputs import OutputOptions, Outputs
-from fastdense.printing import Printer, PrintError
-from fastdense.train import Experiment, TrainConfig
-from fastdense.train_command import MetricsFile, train
+from fastdense.terminal import Printer
+from fastdense.train import Experiment
+from fastdense.train_command import train
+from fastdense.train_config import TrainConfig
 
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=3, batch_size=480, device="cpu", impl="torch")
 
@@ -56,8 +57,8 @@ class Lost(io.StringIO):
 )
 def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, writes: int, step: int, told: str) -> None:
     file, experiment = Lost(writes, number), Experiment(TINY, digits())
-    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(PrintError) as caught:
-        train(Printer(file=file), experiment, MetricsFile(None), outputs)
+    with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(Stopped) as caught:
+        train(Printer(file=file), experiment, outputs)
     text = str(caught.value)
     assert (
         f"standard output cannot be written: {os.strerror(number)}, after step {step} of 6. " in text and told in text
@@ -69,14 +70,14 @@ def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, wri
 
 
 def test_files_come_before_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(display: PlainDisplay, event: Event) -> None:
-        if event.event == "epoch":
+    def fail(display: PlainDisplay, events: list[Event]) -> None:
+        if events[0].event == "epoch":
             raise ZeroDivisionError("a defect of ours")
 
     monkeypatch.setattr(PlainDisplay, "update", fail)
     experiment = Experiment(TINY, digits())
     with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(ZeroDivisionError):
-        train(Printer(file=io.StringIO()), experiment, MetricsFile(None), outputs)
+        train(Printer(file=io.StringIO()), experiment, outputs)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
 
 

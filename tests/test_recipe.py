@@ -18,9 +18,10 @@ from torch import nn
 
 from fastdense import train
 from fastdense.data import digits
-from fastdense.recipe import schedule
-from fastdense.runs import Run, _Buffers
-from fastdense.train import Experiment, NonFiniteLoss, StepEvent, TrainConfig
+from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
+from fastdense.runs import Run, lr_scheduler
+from fastdense.train import Experiment
+from fastdense.train_config import TrainConfig
 
 DIGITS = digits()
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=1, batch_size=64, device="cpu", impl="torch")
@@ -33,7 +34,7 @@ def prepared(**changes: Any) -> Experiment:
 def rates(steps: int, **changes: Any) -> list[float]:
     config = dataclasses.replace(TINY, **changes)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    scheduler, found = schedule(optimizer, steps, config), []
+    scheduler, found = lr_scheduler(optimizer, steps, config), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -43,15 +44,15 @@ def rates(steps: int, **changes: Any) -> list[float]:
 
 def test_the_papers_schedules() -> None:
     """CIFAR: a tenth at 50 % and 75 %; ImageNet: at a third and two thirds."""
-    assert rates(8, schedule="step") == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
-    assert rates(9, schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0) == pytest.approx(
+    assert rates(8, lr_schedule="step") == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates(9, lr_schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0) == pytest.approx(
         [1.0] * 3 + [0.1] * 3 + [0.01] * 3
     )
-    assert rates(4, schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
+    assert rates(4, lr_schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
 
 
 def test_warm_up_comes_before_both_schedules() -> None:
-    assert rates(8, schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(8, lr_schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert rates(10, warm_up=0.0, lr=1.0) == pytest.approx([(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
     assert rates(10) == rates(10, warm_up=0.05)
 
@@ -59,12 +60,12 @@ def test_warm_up_comes_before_both_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
-        ({"schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
-        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
-        ({"schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
-        ({"schedule": "step", "milestones": ()}, "--milestones must be"),
-        ({"schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
+        ({"lr_schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
+        ({"lr_schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
+        ({"lr_schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
+        ({"lr_schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
+        ({"lr_schedule": "step", "milestones": ()}, "--milestones must be"),
+        ({"lr_schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
         ({"warm_up": 1.0}, r"--warm-up must be at least 0 and less than 1, .* got 1\.0"),
         ({"gamma": 0.0}, r"--gamma must be more than 0 .* got 0\.0"),
         ({"amp": "fp8"}, "--amp must be one of 'off', 'bf16', 'fp16', got 'fp8'"),
@@ -91,7 +92,7 @@ def test_autocast_reaches_the_layers_and_training_follows_float32(amp: str) -> N
     assert mixed.runs[0].losses == pytest.approx(full.runs[0].losses, rel=0.05)
     assert mixed.runs[0].losses != full.runs[0].losses
     norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
-    assert all(0.01 < norm < 100 for norm in norms), "gradients are unscaled before anybody looks at them"
+    assert all(0.01 < norm < 100 for norm in norms), "gradients are unscaled before anyone looks at them"
 
 
 def test_a_step_that_overflows_float16_is_skipped_and_reported() -> None:
@@ -176,17 +177,6 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeyp
         assert same(left[name], good[name], name) == ""
 
 
-def test_buffers_are_restored_with_their_dtypes_and_shapes() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5))
-    before = copy.deepcopy(model.state_dict())
-    kept = _Buffers(model)
-    model[0](torch.randn(4, 3))
-    model[1](torch.randn(4, 5))
-    assert same(model.state_dict(), before) != ""
-    kept.restore()
-    assert same(model.state_dict(), before) == ""
-
-
 def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = types.ModuleType("fastdense.plain")
     plain.without_dense_connections = lambda model: model.requires_grad_(False)  # type: ignore[attr-defined]
@@ -199,9 +189,9 @@ def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def flow(run: Run, images: torch.Tensor, labels: torch.Tensor, **_: int) -> tuple[()]:
+    def flow(run: Run, images: torch.Tensor, labels: torch.Tensor, *, step: int, epoch: int) -> FlowEvent:
         seen.append((len(run.losses), all(p.grad is not None for p in run.model.parameters()), images.shape[0]))
-        return ()
+        return FlowEvent(run.name, step, epoch, {}, {})
 
     monkeypatch.setattr(train, "flow", flow)
     list(prepared(steps=5, watch_flow=2).events())

@@ -1,4 +1,4 @@
-"""Training: the same weights, batches and losses as the textbook network, and honest words about the rest."""
+"""Training: the same weights, batches and losses as the reference network, and honest words about the rest."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ from torch import nn
 
 from fastdense import train_config
 from fastdense.data import batches, digits
-from fastdense.train import (
-    CheckEvent,
-    EpochEvent,
-    Event,
-    Experiment,
-    NonFiniteLoss,
-    Run,
-    StepEvent,
-    TrainConfig,
-    kept_for_backward,
-    schedule,
-)
+from fastdense.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
+from fastdense.runs import Run, lr_scheduler, saved_for_backward
+from fastdense.train import Experiment
+from fastdense.train_config import TrainConfig
 
 DIGITS = digits()
 TINY = TrainConfig(depth=16, growth_rate=8, epochs=2, device="cpu", impl="torch")
@@ -215,7 +207,7 @@ def test_measuring_the_bytes_changes_nothing() -> None:
     model = experiment.runs[0].model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    kept = kept_for_backward(model, DIGITS.train_images[:64].clone(), DIGITS.train_labels[:64].clone())
+    kept = saved_for_backward(model, DIGITS.train_images[:64].clone(), DIGITS.train_labels[:64].clone())
     assert kept == experiment.runs[0].kept_bytes > 0
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():
@@ -249,7 +241,7 @@ def test_non_finite_test_loss_stops_too(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (100, 5), (101, 6)])
 def test_schedule_warms_up_and_ends_near_zero(steps: int, warm_up: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    scheduler = schedule(optimizer, steps)
+    scheduler = lr_scheduler(optimizer, steps)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -16,7 +16,8 @@ import fastdense
 from fastdense.commands import app
 from fastdense.data import digits
 from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.train import Experiment, TrainConfig
+from fastdense.train import Experiment
+from fastdense.train_config import TrainConfig
 
 TINY = TrainConfig(depth=16, growth_rate=4, epochs=1, steps=6, batch_size=32, device="cpu", impl="torch")
 
@@ -85,7 +86,7 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
     def fail(*args: object) -> str:
         raise torch.OutOfMemoryError("no memory for a copy")
 
-    monkeypatch.setattr("fastdense.watch.first_not_finite", fail)
+    monkeypatch.setattr("fastdense.diagnose.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
         list(experiment(lr=1e30).events())
 

@@ -19,10 +19,12 @@ from states import same
 from fastdense import train_command
 from fastdense.commands import app
 from fastdense.data import digits
+from fastdense.events import EpochEvent, StepEvent, Stopped
 from fastdense.outputs import OutputOptions, Outputs
-from fastdense.printing import Printer, PrintError
 from fastdense.processes import Processes, processes
-from fastdense.train import EpochEvent, Experiment, StepEvent, TrainConfig
+from fastdense.terminal import Printer
+from fastdense.train import Experiment
+from fastdense.train_config import TrainConfig
 
 DATA = digits()
 UNEVEN = dataclasses.replace(DATA, test_images=DATA.test_images[:37], test_labels=DATA.test_labels[:37])
@@ -30,10 +32,10 @@ TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=64, steps=6, de
 FILE = ""  # where the cases may write, beside what they say
 
 
-def two_are_one_with_sync_bn(everybody: Processes) -> None:
+def two_are_one_with_sync_bn(ranks: Processes) -> None:
     """The same losses, gradients and scores up to rounding."""
     config = dataclasses.replace(TINY, sync_bn=True)
-    pair, alone = Experiment(config, UNEVEN, everybody), Experiment(config, UNEVEN)
+    pair, alone = Experiment(config, UNEVEN, ranks), Experiment(config, UNEVEN)
     for ours, theirs in zip(pair.events(), alone.events(), strict=True):
         if isinstance(ours, StepEvent):
             assert isinstance(theirs, StepEvent)
@@ -44,12 +46,12 @@ def two_are_one_with_sync_bn(everybody: Processes) -> None:
         torch.testing.assert_close(value, alone.runs[0].model.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-def evaluation_is_shared_exactly(everybody: Processes) -> None:
+def evaluation_is_shared_exactly(ranks: Processes) -> None:
     """37 images: 19 here and 18 there; and rank 0's running statistics for both."""
-    pair, alone = Experiment(TINY, UNEVEN, everybody), Experiment(TINY, UNEVEN)
+    pair, alone = Experiment(TINY, UNEVEN, ranks), Experiment(TINY, UNEVEN)
     list(pair.events())
     model = pair.runs[0].model
-    if everybody.rank:
+    if ranks.rank:
         next(model.buffers()).add_(1)
     (event,) = pair._evaluate()
     alone.runs[0].model.load_state_dict(model.state_dict())
@@ -58,36 +60,36 @@ def evaluation_is_shared_exactly(everybody: Processes) -> None:
     assert isinstance(event, EpochEvent) and isinstance(wanted, EpochEvent)
     assert event.test_accuracy == wanted.test_accuracy and 0 < wanted.test_accuracy < 1
     assert event.test_loss == pytest.approx(wanted.test_loss, rel=1e-6)
-    models = everybody.gather(model.state_dict())
+    models = ranks.gather(model.state_dict())
     assert same(models[0], models[1]) == ""
 
 
-def resumed_bit_for_bit(everybody: Processes) -> None:
+def resumed_bit_for_bit(ranks: Processes) -> None:
     """Dropout, an average, BatchNorm of each process alone; from the middle of an epoch and from its end."""
     config = dataclasses.replace(TINY, drop_rate=0.2, ema=0.9, epochs=3, steps=None, batch_size=480)
-    whole = Experiment(config, UNEVEN, everybody)
+    whole = Experiment(config, UNEVEN, ranks)
     states = {}
     for _ in whole.rounds():
         # Rank 0's file is all that there is.
         stored = io.BytesIO()
         torch.save(whole.state_dict(), stored)
-        (stored, _) = everybody.gather(stored.getvalue())
+        (stored, _) = ranks.gather(stored.getvalue())
         states[whole.step, whole.evaluated] = stored
     last = torch.load(io.BytesIO(states[6, True]), weights_only=True)
     assert same(last["runs"]["fastdense"]["rng"][0], last["runs"]["fastdense"]["rng"][1]), "the same dropout masks"
     for at in ((1, True), (2, False), (2, True)):
-        resumed = Experiment(config, UNEVEN, everybody)
+        resumed = Experiment(config, UNEVEN, ranks)
         resumed.load_state_dict(torch.load(io.BytesIO(states[at]), weights_only=True))
         list(resumed.events())
-        found = everybody.gather(resumed.state_dict())[0]
+        found = ranks.gather(resumed.state_dict())[0]
         assert same(found, last) == "", (at, same(found, last))
 
 
-def each_takes_its_share(everybody: Processes) -> None:
+def each_takes_its_share(ranks: Processes) -> None:
     config = dataclasses.replace(TINY, steps=1)
-    pair = Experiment(config, UNEVEN, everybody)
+    pair = Experiment(config, UNEVEN, ranks)
     list(pair.events())
-    weights = everybody.gather({name: p.detach() for name, p in pair.runs[0].model.named_parameters()})
+    weights = ranks.gather({name: p.detach() for name, p in pair.runs[0].model.named_parameters()})
     assert same(weights[0], weights[1]) == ""
     # The mean of what two strangers find on their halves of the first batch.
     alone = Experiment(config, UNEVEN)
@@ -106,28 +108,28 @@ def each_takes_its_share(everybody: Processes) -> None:
         torch.testing.assert_close(p.detach(), weights[0][name])
 
 
-def batches_that_cannot_be_shared(everybody: Processes) -> None:
+def batches_that_cannot_be_shared(ranks: Processes) -> None:
     with pytest.raises(ValueError, match=r"--batch-size must be divisible by the 2 processes, as 64 is; got 65"):
-        Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, everybody)
+        Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, ranks)
     with pytest.raises(
         ValueError, match="--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU"
     ):
-        Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, everybody)
+        Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, ranks)
 
 
-def non_finite_on_one_stops_all(everybody: Processes) -> None:
-    pair = Experiment(TINY, UNEVEN, everybody)
-    if everybody.rank == 1:
+def non_finite_on_one_stops_all(ranks: Processes) -> None:
+    pair = Experiment(TINY, UNEVEN, ranks)
+    if ranks.rank == 1:
         pair.data.train_images[:] = torch.nan
     with pytest.raises(RuntimeError, match="training loss of run fastdense is not finite at epoch 1, step 1"):
         list(pair.events())
 
 
-def command_line(everybody: Processes) -> None:
+def command_line(ranks: Processes) -> None:
     """Rank 0 alone writes and prints."""
     folder = Path(f"{FILE}.out")
     # A process joins the others once in its life.
-    train_command.processes = lambda: contextlib.nullcontext(everybody)
+    train_command.processes = lambda: contextlib.nullcontext(ranks)
     tiny = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--steps", "6", "--sync-bn", "--out"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -141,36 +143,36 @@ def command_line(everybody: Processes) -> None:
         assert [record["step"] for record in records if record["event"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
-def unreadable_images_are_recorded_by_rank_0(everybody: Processes) -> None:
+def unreadable_images_are_recorded_by_rank_0(ranks: Processes) -> None:
     """Each is named by the process that found it."""
     folder, warned = Path(f"{FILE}.unreadable"), []
     folder.mkdir(exist_ok=True)
-    experiment = Experiment(TINY, dataclasses.replace(UNEVEN, unreadable=[]), everybody)
-    if everybody.rank == 1:
+    experiment = Experiment(TINY, dataclasses.replace(UNEVEN, unreadable=[]), ranks)
+    if ranks.rank == 1:
         experiment.data.unreadable.append("cat.png: broken")
     printed = io.StringIO()
     with Outputs(OutputOptions(out=folder), experiment, warned.append) as outputs:
-        train_command.train(Printer(file=printed), experiment, train_command.MetricsFile(None), outputs)
-    assert warned == everybody.rank * ["Skipped an image that cannot be read: cat.png: broken"], warned
+        train_command.train(Printer(file=printed), experiment, outputs)
+    assert warned == ranks.rank * ["Skipped an image that cannot be read: cat.png: broken"], warned
     assert "could not be read: 1, the first cat.png: broken." in printed.getvalue()
-    if everybody.rank == 0:
+    if ranks.rank == 0:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [r["message"] for r in records if r["event"] == "unreadable"] == ["cat.png: broken"]
 
 
-def lost_output_of_rank_0_ends_both(everybody: Processes) -> None:
+def lost_output_of_rank_0_ends_both(ranks: Processes) -> None:
     """With a checkpoint, which both must write together."""
     folder = Path(f"{FILE}.lost")
     folder.mkdir(exist_ok=True)
-    experiment, printer = Experiment(TINY, UNEVEN, everybody), Printer(file=io.StringIO())
-    if everybody.rank == 0:
+    experiment, printer = Experiment(TINY, UNEVEN, ranks), Printer(file=io.StringIO())
+    if ranks.rank == 0:
         printer.on_broken_pipe()
     with (
         Outputs(OutputOptions(out=folder), experiment, print) as outputs,
-        pytest.raises(PrintError, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
+        pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
     ):
-        train_command.train(printer, experiment, train_command.MetricsFile(None), outputs)
-    if everybody.rank == 0:
+        train_command.train(printer, experiment, outputs)
+    if ranks.rank == 0:
         assert torch.load(folder / "last.pt", weights_only=True)["step"] == 1
 
 
@@ -187,10 +189,10 @@ def main(file: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     said = {}
     try:
-        with processes() as everybody:
+        with processes() as ranks:
             for case in CASES:
                 if case.__name__ in names:
-                    case(everybody)
+                    case(ranks)
                     said[case.__name__] = "ok"
             dist.barrier()
     except BaseException:

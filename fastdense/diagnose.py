@@ -1,9 +1,8 @@
-"""What ``fastdense train`` asks of gradient flow: pictures as training goes on, and who is to blame when it breaks."""
+"""Gradient flow while a network trains, and which layer breaks first when a loss is not finite."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +17,24 @@ __all__ = ["diagnose", "flow", "flows"]
 IMAGES = 32  # at most, of a step's batch: float64 takes twice the memory, and a GPU many times the time
 
 
-def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> Iterator[FlowEvent]:
+def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> FlowEvent:
     """The gradient flow of ``run`` as it is now, on the first images of the newest batch; never changes the run."""
-    seen = gradient_flow(run.model, images[:IMAGES], labels[:IMAGES])
-    blocks = {block.name: _plain(block.total) for block in seen}
-    yield FlowEvent(run.name, step, epoch, blocks, {block.name: _plain(block.contributions) for block in seen})
+    blocks = gradient_flow(run.model, images[:IMAGES], labels[:IMAGES])
+    total = {block.name: _six_digits(block.total.tolist()) for block in blocks}
+    contributions = {block.name: [_six_digits(row) for row in block.contributions.tolist()] for block in blocks}
+    return FlowEvent(run.name, step, epoch, total, contributions)
+
+
+def _six_digits(numbers: list[float]) -> list[float]:
+    return [float(f"{number:.6g}") for number in numbers]
 
 
 def flows(event: FlowEvent) -> list[BlockFlow]:
-    """What ``event`` tells, as :func:`fastdense.gradient_flow` does."""
+    """What ``event`` holds, as :func:`fastdense.gradient_flow` returns it."""
     return [
         BlockFlow(name, torch.tensor(total).double(), torch.tensor(event.contributions[name]).double())
         for name, total in event.total.items()
     ]
-
-
-def _plain(tensor: Tensor) -> list:  # type: ignore[type-arg]
-    """Numbers of six digits, which is what a file of measurements can use."""
-    if tensor.dim() > 1:
-        return [_plain(row) for row in tensor]
-    return [float(f"{value:.6g}") for value in tensor.tolist()]
 
 
 def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
