@@ -1,34 +1,36 @@
-"""The networks that are compared, all with the same weights, and whether they are right."""
+"""The networks that are compared, all with the same weights, and a training step of one."""
 
 from __future__ import annotations
 
-import copy
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdense
 
 from ..peers import torchvision_densenet
 from ..traffic import NETWORKS, Network
-from .machine import tf32
-from .measure import relative_error
+from .machine import synchronize
 from .stage import Job
 
 DTYPE = torch.bfloat16
 REHEARSED, REHEARSED_SIZE = Network(8, (1, 1), 16), 16
 SIZE, CLASSES = 224, 1000
+MODES = ("activations", "bottlenecks")
 BASE, EFFICIENT = "torchvision", "torchvision memory_efficient"
 COMPILED, REDUCED = "torchvision compile", "torchvision compile reduce-overhead"
-OURS = ("fastdense activations", "fastdense bottlenecks")
+OURS = tuple(f"fastdense {mode}" for mode in MODES)
+CONVERTED = "fastdense converted"
 
 
-def network(job: Job, name: str) -> Network:
-    """The network of that name; in a rehearsal, whose steps are interpreted, one of two layers."""
-    return REHEARSED if job.rehearsal else NETWORKS[name]
+def rehearsed(job: Job, name: str, batch: int, size: int = SIZE) -> tuple[Network, int, int]:
+    """Network, images and their size; in a rehearsal, whose steps are interpreted, two small layers and images."""
+    return (REHEARSED, 2, REHEARSED_SIZE) if job.rehearsal else (NETWORKS[name], batch, size)
 
 
 def _fastdense(of: Network, recompute: str, rehearsal: bool) -> nn.Module:
@@ -58,22 +60,22 @@ def _compiled(of: Network, rehearsal: bool, **options: Any) -> nn.Module:
 PROVIDERS: dict[str, Callable[..., Any]] = {  # of a network; Any, because Module.to(memory_format=...) has no type
     BASE: _torchvision,
     EFFICIENT: partial(_torchvision, memory_efficient=True),
-    **{f"fastdense {mode}": partial(_fastdense, recompute=mode) for mode in ("activations", "bottlenecks")},
-    "fastdense converted": _converted,
+    **{label: partial(_fastdense, recompute=mode) for label, mode in zip(OURS, MODES, strict=True)},
+    CONVERTED: _converted,
     COMPILED: _compiled,
     REDUCED: partial(_compiled, mode="reduce-overhead"),
 }
 
 
-def models(of: Network, labels: Iterable[str], job: Job) -> dict[str, Any]:
+def models(of: Network, labels: Iterable[str], device: torch.device, *, rehearsal: bool = False) -> dict[str, Any]:
     """The providers' networks, all with the same weights."""
     torch.manual_seed(0)
     weights = _torchvision(of).state_dict()
     found = {}
     for label in labels:
-        model = PROVIDERS[label](of, rehearsal=job.rehearsal)
+        model = PROVIDERS[label](of, rehearsal=rehearsal)
         model.load_state_dict(weights)
-        found[label] = model.to(job.device).to(memory_format=torch.channels_last)
+        found[label] = model.to(device).to(memory_format=torch.channels_last)
     return found
 
 
@@ -85,50 +87,79 @@ def images(batch: int, size: int, device: torch.device, seed: int = 0) -> tuple[
     return x.contiguous(memory_format=torch.channels_last), classes
 
 
-def outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Class scores and all gradients of one step of a copy, as one vector; a ``dtype`` of 16 bit means autocast."""
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    model = copy.deepcopy(model).to(arithmetic)
-    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
-        scores = model(x.to(arithmetic))
-    generator = torch.Generator().manual_seed(1)
-    scores.backward(torch.randn(scores.shape, generator=generator).to(scores))
-    found = [scores.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+class Step:
+    """One training step: forward, cross-entropy and backward under autocast, without an optimizer.
+
+    Args:
+        model: one provider's network.
+        x, classes: fixed images and their classes.
+        dtype: of 16 bit for autocast.
+    """
+
+    way = "eager"
+    keeps_casts = True  # of the weights, from their first use in the step on
+
+    def __init__(self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE) -> None:
+        self.model, self.x, self.classes, self.dtype = model, x, classes, dtype
+        self.loss: Tensor | None = None
+
+    def launch(self) -> None:
+        """Queue the step."""
+        self.model.zero_grad(set_to_none=True)
+        low = self.dtype.itemsize == 2
+        with torch.autocast(self.x.device.type, self.dtype, enabled=low, cache_enabled=self.keeps_casts):
+            self.loss = F.cross_entropy(self.model(self.x), self.classes)
+        self.loss.backward()
+
+    def __call__(self) -> Mapping[str, float]:
+        """Seconds until the device has finished, and until the host has queued everything."""
+        synchronize(self.x.device)
+        start = time.perf_counter()
+        self.launch()
+        queued = time.perf_counter()
+        synchronize(self.x.device)
+        return {"step": time.perf_counter() - start, "host": queued - start}
+
+    def gradients(self) -> Tensor:
+        """Loss and all gradients of a step, as one vector."""
+        self()
+        assert self.loss is not None
+        return with_gradients(self.loss, self.model).float()
+
+
+class GraphedStep(Step):
+    """The same, captured once as a CUDA graph and replayed; gradients lie where the capture put them."""
+
+    way = "graph"
+    keeps_casts = False  # they would outlive the capture
+    warmups = 3  # before a capture, as PyTorch's documentation asks for
+
+    def __init__(self, model: nn.Module, x: Tensor, classes: Tensor) -> None:
+        super().__init__(model, x, classes)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if x.device.type != "cuda":
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.warmups):
+                super().launch()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        model.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            super().launch()
+        self.graph = graph
+
+    def launch(self) -> None:
+        """Queue the step."""
+        if self.graph is None:
+            super().launch()
+        else:
+            self.graph.replay()
+
+
+def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
+    """``output`` and all gradients of ``model`` as one vector, in float64."""
+    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     return torch.cat([tensor.double().flatten() for tensor in found])
-
-
-def errors(candidates: Mapping[str, nn.Module], base: nn.Module, x: Tensor) -> dict[str, dict[str, Any]]:
-    """Each network's error against float64, beside torchvision's in the same arithmetic.
-
-    A value within a rounding of 0 switches a ReLU, and a network this deep everything after it: two right ones differ
-    by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
-    off by 100. So float32 is what finds a wrong network, and bfloat16 must be about as good as torchvision's. The tight
-    bounds are the kernels' own.
-    """
-    truth = outcome(base, x, torch.float64)
-    rows: dict[str, dict[str, Any]] = {label: {"checked": True} for label in candidates}
-    for dtype in (torch.float32, DTYPE):
-        with tf32(False):
-            theirs = relative_error(outcome(base, x, dtype), truth)
-            for label, model in candidates.items():
-                mine = relative_error(outcome(model, x, dtype), truth)
-                name = str(dtype).removeprefix("torch.")
-                rows[label][name] = {"error": mine, "torchvision": theirs}
-                rows[label]["checked"] &= mine <= (4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs)
-    return rows
-
-
-def check(job: Job) -> None:
-    """Whether DenseNet-121 is right in both modes and converted: one that is wrong is not timed.
-
-    Raises:
-        RuntimeError: if one is not.
-    """
-    of = network(job, "densenet121")
-    batch, size = (2, REHEARSED_SIZE) if job.rehearsal else (16, 64)
-    found = models(of, [BASE, *OURS, "fastdense converted"], job)
-    job.result |= errors(found, found.pop(BASE), images(batch, size, job.device, seed=1)[0])
-    job.save()
-    wrong = [label for label, row in job.result.items() if not row["checked"]]
-    if wrong:
-        raise RuntimeError(f"wrong: {', '.join(wrong)}")
