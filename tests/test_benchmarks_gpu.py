@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import networks, steps
+from benchmarks.gpu import steps
 from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, _Process, variables
 from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
@@ -195,8 +195,8 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
         assert all(row["checked"] for label, row in rows.items() if label.startswith("fastdense"))
         labels |= timed.keys()
     assert labels == {
-        *(f"{label}, eager" for label in networks.PROVIDERS if label != "fastdense converted"),
-        *(f"{label}, graph" for label in steps.PLAIN if label != networks.EFFICIENT),
+        *(f"{label}, eager" for label in (*steps.PLAIN, steps.COMPILED, steps.REDUCED)),
+        *(f"{label}, graph" for label in steps.PLAIN if label != steps.EFFICIENT),
     }
     assert all(row["equals_eager"] for row in results["batch64"]["rows"].values() if "equals_eager" in row)
     assert results["sanitizer"]["primitives"] == 13

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks import runner, traffic
-from benchmarks.gpu import candidates, networks, primitives, right, steps, tools
+from benchmarks.gpu import candidates, primitives, right, steps, tools
 from benchmarks.gpu.primitives import Case
 from benchmarks.gpu.stage import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
@@ -192,7 +192,7 @@ def test_what_ncu_prints_is_read() -> None:
 
 
 class Greedy(nn.Module):
-    def __init__(self, of: traffic.Network, rehearsal: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.zeros(())))
 
@@ -204,9 +204,9 @@ class Greedy(nn.Module):
 
 
 class Wrong(nn.Module):
-    def __init__(self, of: traffic.Network, rehearsal: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = networks._fastdense(of, "activations", rehearsal=True)
+        self.model = model
 
     def load_state_dict(self, state: Any, *arguments: Any, **options: Any) -> Any:
         return self.model.load_state_dict(state)
@@ -216,8 +216,16 @@ class Wrong(nn.Module):
 
 
 def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    monkeypatch.setitem(networks.PROVIDERS, "fastdense bottlenecks", Wrong)
-    monkeypatch.setitem(networks.PROVIDERS, networks.EFFICIENT, Greedy)
+    real = steps.build
+
+    def build(of: traffic.Network, label: str, *, rehearsal: bool = False) -> Any:
+        if label == steps.EFFICIENT:
+            return Greedy()
+        if label == steps.OURS[1]:
+            return Wrong(real(of, steps.OURS[0], rehearsal=True))
+        return real(of, label, rehearsal=rehearsal)
+
+    monkeypatch.setattr(steps, "build", build)
     with pytest.raises(RuntimeError, match="wrong: fastdense bottlenecks"):
         right.check(job)
     job.earlier["check"] = job.result
@@ -225,9 +233,9 @@ def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytes
     steps.compare(job)
     rows = job.result["rows"]
     assert rows["fastdense activations, eager"]["checked"] and not rows["fastdense bottlenecks, graph"]["checked"]
-    assert rows[f"{networks.EFFICIENT}, eager"]["status"] == "out of memory"
+    assert rows[f"{steps.EFFICIENT}, eager"]["status"] == "out of memory"
     timed = {label for label, row in rows.items() if "step" in row}
-    assert timed == {f"{label}, {way}" for label in (networks.BASE, networks.OURS[0]) for way in ("eager", "graph")}
+    assert timed == {f"{label}, {way}" for label in (steps.BASE, steps.OURS[0]) for way in ("eager", "graph")}
     entry = {"status": "ok", "seconds": 1.0, "environment": {}}
     text = summary({"batch64": entry | {"result": runner.plain(job.result)}})
     assert "not timed: wrong" in text and "out of memory" in text
@@ -242,7 +250,7 @@ def test_a_graph_that_computes_something_else_is_not_timed(monkeypatch: pytest.M
                     parameter.grad *= 1.01
 
     monkeypatch.setattr(steps, "GraphedStep", Stale)
-    steps.measure(job, steps.Comparison("densenet121", 64, (), (networks.BASE, networks.OURS[0])))
+    steps.measure(job, steps.Comparison("densenet121", 64, (), (steps.BASE, steps.OURS[0])))
     rows = job.result["rows"]
     assert not rows["fastdense activations, graph"]["checked"] and "step" not in rows["fastdense activations, graph"]
     assert "step" in rows["torchvision, graph"] and rows["torchvision, graph"]["differs_by"] > 1e-3

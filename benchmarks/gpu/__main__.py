@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..roofline import bars_of_record, plot
-from . import ahead, cache
+from . import ahead
 from .run import MINUTES, PICTURE, Run
 from .stage import Stage
 from .summary import summary
@@ -72,12 +72,12 @@ def main() -> None:
     options = parser.parse_args()
     say = partial(print, flush=True)
     if options.ahead is not None:
-        say(ahead.make(options.ahead))
+        ahead.make(options.ahead, ahead.everything(), say)
         return
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU here; --rehearse runs the same stages on the CPU and measures nothing")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopping the run stops its stages
-    taken = None if options.cache is None else cache.take(options.cache)
+    report = None if options.cache is None else ahead.take(options.cache)
     run = Run(options.out, minutes=options.minutes, rehearsal=options.rehearse, say=say)
     complete = run.run(chosen(options.stages, again=options.again))
     if groups := bars_of_record({"stages": run.stages}):
@@ -86,8 +86,8 @@ def main() -> None:
         except Exception as error:  # whatever a picture needs, the results are kept
             say(f"no picture: {type(error).__name__}: {error}")
     say(summary(run.stages))
-    if taken is not None:
-        say(taken.report())
+    if report is not None:
+        say(report())
     sys.exit(not complete)
 
 

@@ -1,42 +1,53 @@
-"""Compile, without a GPU, every kernel that a run on one launches: ``python -m benchmarks.gpu --ahead DIR``.
+"""Compile, without a GPU, every kernel that a run on one launches; and use there what was compiled.
 
 Each piece of work goes through the code that runs there, at the sizes that run there, on a GPU that computes nothing:
 what is compiled depends on them. First it is only noted what Triton would have to compile; then that is compiled.
+
+The archive holds machine code, its metadata, and the compiled launchers. Nothing in the names depends on where the
+cache, Triton or this project lies: they are hashes of the kernels' sources, of what they were compiled for, and of
+Triton itself. Only the lists of each kernel's files hold absolute paths, and are written again when unpacked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
-import shutil
+import sysconfig
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdense import backends, trial
 
+from ..runner import ROOT
 from ..traffic import NETWORKS
-from . import cache, fake, right
+from . import fake, right
 from .candidates import DTYPE, Change, candidates, run_as
 from .machine import name_of, tf32
-from .networks import CONVERTED, MODES, OURS, Step, images, models
 from .primitives import Case, bind
+from .steps import CONVERTED, MODES, OURS, Step, images, models
 
+ARCHIVE, STAMP = "triton-cache.tar.xz", "stamp.json"
+KEPT = (".cubin", ".json", ".so")
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGE = 1 << 20  # elements from which on random values cost time
 # What takes longest to compile goes first, so that no process is left with it at the end.
-SLOW_FIRST = ("bn_relu_conv_backward_kernel", "bn_relu_conv_kernel", "bn_relu_pool_backward_kernel")
+SLOW = ("bn_relu_conv_backward_kernel", "bn_relu_conv_kernel", "bn_relu_pool_backward_kernel")
 
 Work = Callable[[], None]  # something that launches kernels; a function of this module and its arguments
 
@@ -49,48 +60,17 @@ class Request(NamedTuple):
     data: str  # Triton's own description of one specialisation, as JSON
 
 
-class Answer(NamedTuple):
-    """What became of a request: why the kernel cannot be launched, empty if it can."""
-
-    request: Request
-    seconds: float
-    error: str
-
-
-@dataclass(frozen=True)
-class Made:
-    """What :func:`make` has made."""
-
-    path: Path
-    kernels: int
-    failed: list[Answer]
-    listing: float  # seconds until all kernels were known
-    compiling: float  # seconds until they were compiled
-    work: float  # seconds of all processes together, compiling
-
-    def __str__(self) -> str:
-        size = self.path.stat().st_size / 1e6
-        lines = [
-            f"{self.path}: {self.kernels} kernels, {size:.1f} MB; found in {self.listing:.0f} s, compiled in "
-            f"{self.compiling:.0f} s ({self.work:.0f} s in one process)"
-        ]
-        return "\n".join(lines + [f"  not compiled: {one.request.name}: {one.error}" for one in self.failed])
-
-
-def make(
-    folder: Path,
-    work: dict[str, Work] | None = None,
-    *,
-    processes: int | None = None,
-    say: Callable[[str], None] = print,
-) -> Made:
+def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
     """Compile what is launched, for an H100 that is not there, and leave ``triton-cache.tar.xz`` in ``folder``.
 
     Args:
         folder: created if need be.
-        work: what launches it; everything that a run does by default.
+        work: what launches it, by what it is.
+        say: takes a line on what is going on, and at the end on what was made.
         processes: that compile; as many as there are processors by default.
-        say: takes a line on what is going on.
+
+    Returns:
+        What could not be compiled, and why.
 
     Raises:
         RuntimeError: there cannot be a fake GPU here, with the reason.
@@ -99,21 +79,22 @@ def make(
         raise RuntimeError(f"nothing can be compiled ahead here: {reason}")
     processes = processes or len(os.sched_getaffinity(0))
     folder.mkdir(parents=True, exist_ok=True)
-    compiled = Path(tempfile.mkdtemp(prefix="fastdense-ahead-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="fastdense-ahead-", ignore_cleanup_errors=True) as compiled:
         start = time.perf_counter()
-        with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (str(compiled),)) as pool:
-            found = _list(pool, everything() if work is None else work, say)
+        with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (compiled,)) as pool:
+            found = _list(pool, work, say)
             listed = time.perf_counter()
             say(f"{len(found)} kernels to compile, {processes} at a time")
-            answers = list(_compile(pool, found, say))
-        done = time.perf_counter()
-        cache.pack(compiled, folder / cache.ARCHIVE)
-        failed = [answer for answer in answers if answer.error]
-        seconds = listed - start, done - listed, sum(answer.seconds for answer in answers)
-        return Made(folder / cache.ARCHIVE, len(cache.kernels_in(compiled)), failed, *seconds)
-    finally:
-        shutil.rmtree(compiled, ignore_errors=True)
+            seconds, failed = _compile(pool, found, say)
+        done, path = time.perf_counter(), folder / ARCHIVE
+        pack(Path(compiled), path)
+        say(
+            f"{path}: {len(kernels_in(Path(compiled)))} kernels, {path.stat().st_size / 1e6:.1f} MB; found in "
+            f"{listed - start:.0f} s, compiled in {done - listed:.0f} s ({seconds:.0f} s in one process)"
+        )
+    for line in failed:
+        say(f"  not compiled: {line}")
+    return failed
 
 
 def _begin(folder: str) -> None:
@@ -148,31 +129,30 @@ def requests(work: Work) -> list[Request]:
         found.append(Request(fn.module, fn.name, compile["specialization_data"]))
         return True  # Triton does without
 
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = note
-    try:
+    with patch.object(knobs.runtime, "jit_cache_hook", note):
         work()
-    finally:
-        knobs.runtime.jit_cache_hook = before
     return list(dict.fromkeys(found))
 
 
-def _compile(pool: Executor, found: dict[Request, str], say: Callable[[str], None]) -> Iterator[Answer]:
-    def place(request: Request) -> int:
-        return SLOW_FIRST.index(request.name) if request.name in SLOW_FIRST else len(SLOW_FIRST)
-
-    futures = [pool.submit(_compile_one, request) for request in sorted(found, key=place)]
+def _compile(pool: Executor, found: dict[Request, str], say: Callable[[str], None]) -> tuple[float, list[str]]:
+    """Seconds of all processes together, and what could not be compiled, and why."""
+    futures = {
+        pool.submit(_compile_one, request): request for request in sorted(found, key=lambda one: one.name not in SLOW)
+    }
+    seconds, failed = 0.0, []
     for number, future in enumerate(as_completed(futures), start=1):
-        answer = future.result()
-        if answer.error:
-            say(f"{answer.request.name}, for {found[answer.request]}: {answer.error}")
+        took, error = future.result()
+        seconds += took
+        if error:
+            failed.append(f"{futures[future].name}, for {found[futures[future]]}: {error}")
+            say(failed[-1])
         if number % 50 == 0:
             say(f"{number} of {len(futures)} compiled")
-        yield answer
+    return seconds, failed
 
 
-def _compile_one(request: Request) -> Answer:
-    """Compile one kernel for this process's GPU, with the launcher that belongs to it."""
+def _compile_one(request: Request) -> tuple[float, str]:
+    """Compile a kernel for this process's GPU, with its launcher: seconds, and why it cannot be launched, if so."""
     start = time.perf_counter()
     kernel = getattr(importlib.import_module(request.module), request.name)
     error = ""
@@ -180,27 +160,87 @@ def _compile_one(request: Request) -> Answer:
         kernel.preload(request.data)._init_handles()
     except Exception as failure:  # whatever the compiler raises; the others are to be compiled all the same
         error = f"{type(failure).__name__}: {failure}"[:500]
-    return Answer(request, time.perf_counter() - start, error)
+    return time.perf_counter() - start, error
+
+
+def stamp() -> dict[str, str]:
+    """What a cache is good for: with another Triton or other kernels nothing in it is found."""
+    import triton
+
+    sources = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        sources.update(path.read_bytes())
+    launchers = sysconfig.get_config_var("EXT_SUFFIX")  # of what is compiled for one version of Python
+    return {"triton": triton.__version__, "kernels": sources.hexdigest()[:16], "launchers": launchers}
+
+
+def kernels_in(cache: Path) -> dict[str, str]:
+    """The cache's compiled kernels: name by entry."""
+    return {path.parent.name: path.stem for path in sorted(cache.glob("*/*.cubin"))}
+
+
+def pack(cache: Path, archive: Path) -> None:
+    """Write what another machine needs of ``cache`` to ``archive``, a ``.tar.xz``."""
+    (cache / STAMP).write_text(json.dumps(stamp()))
+    with tarfile.open(archive, "w:xz") as opened:
+        for path in sorted([cache / STAMP, *cache.glob("*/*")]):
+            if path.suffix in KEPT:
+                opened.add(path, path.relative_to(cache))
+
+
+def unpack(archive: Path, cache: Path) -> dict[str, str]:
+    """Add what ``archive`` holds to the folder ``cache``; returns why Triton will not find it, empty if it will."""
+    with tarfile.open(archive) as opened:
+        opened.extractall(cache, filter="data")
+    for group in cache.glob("*/__grp__*.json"):
+        files = (group.parent / name for name in json.loads(group.read_text())["child_paths"])
+        group.write_text(json.dumps({"child_paths": {file.name: str(file) for file in files if file.exists()}}))
+    there = json.loads((cache / STAMP).read_text())
+    return {key: f"{there.get(key)} there, {value} here" for key, value in stamp().items() if there.get(key) != value}
+
+
+def take(folder: Path) -> Callable[[], str]:
+    """Unpack ``folder``'s archive and let Triton use it, in this process and in those that it starts.
+
+    Returns:
+        A function that says what was there, and what any process has had to compile after all.
+
+    Raises:
+        FileNotFoundError: there is no archive.
+    """
+    cache = Path(tempfile.mkdtemp(prefix="fastdense-triton-")).resolve()
+    stale = unpack(folder / ARCHIVE, cache)
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    had = kernels_in(cache)
+
+    def report() -> str:
+        new = [name for entry, name in kernels_in(cache).items() if entry not in had]
+        counts = Counter("of torch.compile's" if name.startswith("triton_") else name for name in new)
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        line = f"cache: {len(had)} kernels brought along, {len(new)} compiled after all"
+        lines = [f"{line}: {listed}" if listed else line]
+        return "\n".join(lines + [f"cache: of no use, other {key}: {difference}" for key, difference in stale.items()])
+
+    return report
 
 
 def everything() -> dict[str, Work]:
     """What a run on a GPU launches, by what it is."""
     work: dict[str, Work] = {}
-    timed = [("densenet121", batch, 224, torch.bfloat16) for batch in (64, 256, 1, 8)]
-    timed += [("densenet201", 64, 224, torch.bfloat16), ("densenet121", 64, 224, torch.float16)]
-    checked = [(name, 16, 64, dtype) for name in ("densenet121", "densenet201") for dtype in DTYPES]
-    for name, batch, size, dtype in timed + checked:
+    # Of float32 exact products, and in TF32 as PyTorch's convolutions are by default; of 16 bit there is one kind.
+    kinds = [(dtype, allowed) for dtype in DTYPES for allowed in (True, False) if allowed or dtype == torch.float32]
+    timed = [("densenet121", batch, 224, torch.bfloat16, True) for batch in (64, 256, 1, 8)]
+    timed += [("densenet201", 64, 224, torch.bfloat16, True), ("densenet121", 64, 224, torch.float16, True)]
+    checked = [(name, 16, 64, *kind) for name in ("densenet121", "densenet201") for kind in kinds]
+    for name, batch, size, dtype, allowed in timed + checked:
         for provider in OURS if batch == 256 else (*OURS, CONVERTED):
-            for allowed in _products(dtype):
-                label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)}{_named(allowed)}"
-                work[label] = partial(network_step, name, provider, batch, size, dtype, allowed)
+            label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)}{'' if allowed else ', exact'}"
+            work[label] = partial(network_step, name, provider, batch, size, dtype, allowed)
+    looks = product(kinds, MODES, (right.SHAPE, right.LARGER), {"plain": {}, **right.SIMPLER}.items())
+    for (dtype, allowed), mode, shape, (form, changes) in looks:
+        label = f"smoke {name_of(dtype)} {mode} {shape[2]} {form}{'' if allowed else ', exact'}"
+        work[label] = partial(smoke_step, shape, dtype, mode, changes, allowed)
     for dtype in DTYPES:
-        for form, changes in {"": {}, **right.SIMPLER}.items():
-            for shape in (right.SHAPE, right.LARGER):
-                for mode in MODES:
-                    for allowed in _products(dtype):
-                        label = f"smoke {name_of(dtype)} {mode} {shape[2]} {form}{_named(allowed)}"
-                        work[label] = partial(smoke_step, shape, dtype, mode, changes, allowed)
         work[f"self-test {name_of(dtype)}"] = partial(self_test, dtype)
     tried: dict[Case, list[Change]] = {}
     for case, change in candidates():
@@ -208,15 +248,6 @@ def everything() -> dict[str, Work]:
     for case, listed in tried.items():
         work[f"{len(listed)} candidates for {case.operation}, {case.shape.m} rows"] = partial(launched, case, listed)
     return work
-
-
-def _products(dtype: torch.dtype) -> Sequence[bool]:
-    """Of float32 exact products, and in TF32 as PyTorch's convolutions are by default; of 16 bit there is one kind."""
-    return (False, True) if dtype == torch.float32 else (True,)
-
-
-def _named(allowed: bool) -> str:
-    return "" if allowed else ", exact"
 
 
 def network_step(name: str, provider: str, batch: int, size: int, dtype: torch.dtype, allow_tf32: bool) -> None:
@@ -236,13 +267,8 @@ def smoke_step(shape: tuple[int, ...], dtype: torch.dtype, mode: str, changes: r
 
 def self_test(dtype: torch.dtype) -> None:
     """What the backend does before its first use."""
-    before = dict(trial.SIZES)
-    trial.SIZES["cpu"] = trial.SIZES["cuda"]
-    try:
-        with torch.no_grad():
-            trial._results(lambda x: backends.create("triton", x), CPU, dtype)
-    finally:
-        trial.SIZES.update(before)
+    with patch.dict(trial.SIZES, cpu=trial.SIZES["cuda"]), torch.no_grad():
+        trial._results(lambda x: backends.create("triton", x), CPU, dtype)
 
 
 def launched(case: Case, changes: Iterable[Change]) -> None:
@@ -254,20 +280,6 @@ def launched(case: Case, changes: Iterable[Change]) -> None:
                 primitive()
 
 
-class _Skipped(torch.autograd.Function):
-    """A convolution of PyTorch whose results nothing computes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        ctx.shapes = x.shape, x.dtype, weight.shape, weight.dtype
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_shape, x_dtype, weight_shape, weight_dtype = ctx.shapes
-        return torch.empty(x_shape, dtype=x_dtype), torch.empty(weight_shape, dtype=weight_dtype), None, None
-
-
 class Unwritten(TorchFunctionMode):
     """Within the ``with``, large random tensors and PyTorch's convolutions are memory that nothing has written."""
 
@@ -275,14 +287,14 @@ class Unwritten(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.randn, torch.rand) and not kwargs.get("requires_grad"):
+        if func in (torch.randn, torch.rand):
             meta = func(*args, **{**kwargs, "device": "meta", "generator": None})
             if meta.numel() >= LARGE:
                 return torch.empty(meta.shape, dtype=meta.dtype)
-        if func is torch.conv2d:
+        if func is torch.conv2d:  # the stem's: what stands before it needs no gradient
             x, weight = args[:2]
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             with torch.autocast("cpu", enabled=False):
                 shape = func(x.detach().to("meta", dtype), weight.detach().to("meta", dtype), *args[2:], **kwargs).shape
-            return _Skipped.apply(x, weight, shape, dtype)
+            return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
         return func(*args, **kwargs)

@@ -114,7 +114,7 @@ def measure(job: Job) -> None:
     todo = list(candidates())
     if job.rehearsal:
         todo = [(Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32), change) for change in REHEARSED]
-    rates = measured_rates(job, DTYPE)
+    rates = measured_rates(job)
     bound: dict[Case, tuple[list[Primitive], dict[str, Tensor]]] = {}
     for number, (case, change) in enumerate(todo):
         if job.seconds_left() < SECONDS_A_ROW:

@@ -21,20 +21,16 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("fake_driver.c")
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
 
 
 def unsupported_reason() -> str | None:
     """Why :func:`install` cannot work in this process; ``None`` if it can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1: kernels that are interpreted are not compiled"
-    if compiler() is None:
+    if COMPILER is None:
         return "there is no C compiler to build the driver library and Triton's launchers with"
     return None
-
-
-def compiler() -> str | None:
-    """The C compiler, if there is one."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
 
 
 def install(sm_count: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
@@ -64,7 +60,7 @@ def _library() -> ctypes.CDLL:
         folder.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
             options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", unfinished.name]
-        subprocess.run([compiler() or "cc", *options, str(SOURCE)], check=True)
+        subprocess.run([str(COMPILER), *options, str(SOURCE)], check=True)
         Path(unfinished.name).rename(library)  # other processes see it whole or not at all
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -76,22 +72,13 @@ def _install_driver(arch: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 
-    class FakeDriver(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.get_device_capability = lambda device=0: divmod(arch, 10)
-            self.get_current_stream = lambda device: 0
-            self.get_current_device = lambda: 0
-            self.set_current_device = lambda device: None
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-        @staticmethod
-        def is_active() -> bool:
-            return True
-
-    triton.runtime.driver.set_active(FakeDriver())
+    driver = CudaDriver()
+    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    driver.get_device_capability = lambda device=0: divmod(arch, 10)
+    driver.get_current_stream = lambda device: 0
+    driver.get_current_device = lambda: 0
+    driver.set_current_device = lambda device: None
+    triton.runtime.driver.set_active(driver)
 
 
 def _tell_fastdense(arch: int, sm_count: int) -> None:
@@ -103,11 +90,9 @@ def _tell_fastdense(arch: int, sm_count: int) -> None:
             return impl
         return "triton" if dtype is None or dtype in backends.TRITON_DTYPES else "torch"
 
-    # Any: these are functions with a cache, and what replaces them has none.
-    replaced: dict[object, tuple[str, object]] = {
-        triton_backend: ("_architecture", lambda device: (arch, sm_count)),
-        backends: ("resolve", resolve),
-        trial: ("failure", lambda name, device, dtype: None),
-    }
-    for module, (name, value) in replaced.items():
+    for module, name, value in (
+        (triton_backend, "_architecture", lambda device: (arch, sm_count)),
+        (backends, "resolve", resolve),
+        (trial, "failure", lambda name, device, dtype: None),
+    ):
         setattr(module, name, value)

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from fastdense.kernels.launch import LaunchConfig
 from fastdense.triton_backend import TritonBackend
 
 from ..compiled import Launch
 from ..kernels import name_of, traffic_of
 from ..traffic import floor_seconds
 from .machine import measured_rates, synchronize
-from .networks import BASE, DTYPE, OURS, Step, images, models, rehearsed
 from .stage import Job
+from .steps import BASE, DTYPE, OURS, Step, images, models, rehearsed
 
 BATCHES = (64, 256)
 OTHERS = 12  # kernels that are not ours, listed by name
@@ -77,11 +77,8 @@ def launches_noted() -> Iterator[list[Launch]]:
         plain = {name: "tensor" if isinstance(value, Tensor) else value for name, value in named.items()}
         found.append(Launch(kernel, programs, plain, config))
 
-    TritonBackend.launch = launch  # type: ignore[method-assign]
-    try:
+    with patch.object(TritonBackend, "launch", launch):
         yield found
-    finally:
-        TritonBackend.launch = make  # type: ignore[method-assign]
 
 
 def traced(step: Step, device: torch.device) -> list[tuple[str, float]]:
@@ -99,21 +96,18 @@ def traced(step: Step, device: torch.device) -> list[tuple[str, float]]:
     return [(event["name"], event["dur"] / 1e6) for event in kernels]
 
 
-def _short(config: LaunchConfig) -> str:
-    """Tile, warps and stages: ``128x64x128 w8 s3``."""
-    return f"{config.block_m}x{config.block_c}x{config.block_k} w{config.num_warps} s{config.num_stages}"
-
-
 def _rows(launches: list[Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
     """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
-    rates = measured_rates(job, DTYPE)
+    rates = measured_rates(job)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for launch, seconds in zip(launches, kernels, strict=True):
         moved, shape = traffic_of(launch, DTYPE.itemsize)
+        tile = launch.config
+        config = f"{tile.block_m}x{tile.block_c}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
         row = rows.setdefault(
             (name_of(launch), *shape.items(), launch.programs),
             {"operation": name_of(launch), **shape, "programs": launch.programs, "times": 0, "seconds": 0.0,
-             "config": _short(launch.config), "bytes": moved.bytes, "flops": moved.flops},
+             "config": config, "bytes": moved.bytes, "flops": moved.flops},
         )  # fmt: skip
         row["times"] += 1
         row["seconds"] += seconds

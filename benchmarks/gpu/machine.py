@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
-COPY_BYTES = 1 << 30  # read once and written once: twenty times the largest cache there is
+COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
 MATMUL_SIZE = 8192
 
 
@@ -53,36 +54,27 @@ def state(device: torch.device) -> dict[str, str]:
 
 def rates(job: Job) -> None:
     """Bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
+    moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
     job.result["before"] = state(job.device)
-    job.result["copy"] = _copy_rate(1 << 20 if job.rehearsal else COPY_BYTES, job.device)
+    values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
+    job.result["copy"] = _rate(partial(torch.empty_like(values).copy_, values), moved, job.device, bytes=moved)
     for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
         job.save()
+        a, b, out = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(3))
         with tf32(label == "tf32"):
-            job.result[label] = _matmul_rate(32 if job.rehearsal else MATMUL_SIZE, dtype, job.device)
+            job.result[label] = _rate(partial(torch.mm, a, b, out=out), 2 * size**3, job.device, size=size)
     job.result["after"] = state(job.device)
 
 
-def _copy_rate(size: int, device: torch.device) -> dict[str, Any]:
-    values = torch.randn(size // 2, device=device).to(torch.bfloat16)
-    target = torch.empty_like(values)
-    timing = device_timing(lambda: target.copy_(values), device)
-    return {"per_second": 2 * size / timing.median, "bytes": 2 * size, "timing": timing}
+def _rate(function: Callable[[], Any], amount: int, device: torch.device, **of: int) -> dict[str, Any]:
+    timing = device_timing(function, device)
+    return {"per_second": amount / timing.median, **of, "timing": timing}
 
 
-def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    timing = device_timing(lambda: torch.mm(a, b, out=out), device)
-    return {"per_second": 2 * size**3 / timing.median, "size": size, "timing": timing}
-
-
-def measured_rates(job: Job, dtype: torch.dtype) -> tuple[float, float] | None:
-    """Copy and matmul rate for floors, if the stage that measures them has finished."""
+def measured_rates(job: Job) -> tuple[float, float] | None:
+    """Copy rate and bfloat16's matrix product rate for floors, if the stage that measures them has finished."""
     found = job.earlier.get("rates")
-    if found is None:
-        return None
-    label = "tf32" if dtype == torch.float32 else name_of(dtype)
-    return found["copy"]["per_second"], found[label]["per_second"]
+    return None if found is None else (found["copy"]["per_second"], found["bfloat16"]["per_second"])
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -45,11 +45,11 @@ class Case:
     @property
     def pool(self) -> Pool | None:
         """The pooling that is part of it."""
-        ones = (1,) * self.dims
+        none, one, two, three = ((size,) * self.dims for size in range(4))
         if self.operation in traffic.MAX_POOL:
-            return Pool("maximum", (3,) * self.dims, (2,) * self.dims, ones)
+            return Pool("maximum", three, two, one)
         if self.operation in traffic.TRANSITION:
-            return Pool("average", (2,) * self.dims, (2,) * self.dims, (0,) * self.dims)
+            return Pool("average", two, two, none)
         return Pool("mean") if self.operation in traffic.MEAN else None
 
     @property
@@ -106,10 +106,6 @@ class Tensors(NamedTuple):
             weight=normal(writes, *kernel, reads, scale=math.sqrt(2 / (reads * taps))).to(dtype).movedim(-1, 1),
         )
 
-    def widened(self) -> Tensors:
-        """Copies in fp32: the same values for the arithmetic that a result is checked against."""
-        return Tensors(*(tensor.float().clone() for tensor in self))
-
 
 def _apart(case: Case, device: torch.device) -> Tensor:
     """Rows whose 3 x 3 neighbours differ by 0.2 at least: rounding to 16 bit moves no maximum to another pixel."""
@@ -135,51 +131,43 @@ class Primitive:
     """
 
     def __init__(self, case: Case, tensors: Tensors, impl: str) -> None:
-        self.case, self.tensors, self.dtype = case, tensors, tensors.x.dtype
+        self.case, self.tensors, self.dtype, device = case, tensors, tensors.x.dtype, tensors.x.device
         _, reads, writes, _, _ = case.shape
+        inside, outside = case.sizes
         of_x = slice(0, reads)
         of_y = slice(case.width - writes, case.width) if case.operation in CONV_3X3 else slice(0, writes)
-        self.images = as_images(tensors.x, case.sizes[0])[:, of_x]
+        self.images = as_images(tensors.x, inside)[:, of_x]
         self.be = backends.create(impl, self.images)
         norm = Norm(tensors.gamma, tensors.beta, 1e-5)
         (self.conv,) = self.be.prepare([Conv(norm, tensors.weight, pool=case.pool)])
         self.source, self.output = _with_moments(tensors.x)[of_x], _with_moments(tensors.y)[of_y]
-        arriving = tensors.grad_y[:, of_y]
+        self.grad = LazyGradient(tensors.grad_y[:, of_y], tensors.a, tensors.b)
         if case.operation == ACCUMULATING:
-            arriving = self.be.gradient_buffer(self.output).D.copy_(arriving)
-            self.into = LazyGradient(tensors.grad_x[:, of_x], *torch.zeros(2, reads, device=arriving.device))
+            D = self.be.gradient_buffer(self.output).D.copy_(self.grad.D)
+            self.grad = LazyGradient(D, tensors.a, tensors.b, balanced=True)
+            self.into = LazyGradient(tensors.grad_x[:, of_x], *torch.zeros(2, reads, device=device))
         else:
             self.into = self.be.gradient_buffer(self.source)
-        self.grad = LazyGradient(arriving, tensors.a, tensors.b, balanced=case.operation == ACCUMULATING)
-        if case.operation in traffic.AROUND:
-            self._write_apart()
-        self._start: Tensor | None = None
-        self.gradients: list[Tensor | None] = []
-
-    def _write_apart(self) -> None:
-        """What stands round the blocks writes into memory of its own, and what a transition wrote is not lazy."""
-        case, device = self.case, self.images.device
-        _, sizes = case.sizes
-        self.written = empty_features((case.batch, case.shape.writes, *sizes), dtype=self.dtype, device=device)
-        moments = (None, None) if case.operation in traffic.MEAN else torch.empty(2, case.shape.writes, device=device)
-        self.output = Features(as_rows(self.written) if sizes else self.written, *moments)
-        if case.operation == traffic.TRANSITION[1]:
+        if case.operation == traffic.TRANSITION[1]:  # what a transition writes is not lazy
             self.grad = LazyGradient(self.grad.D, None, None)
             self.output = Features(self.grad.D, None, None)
+        elif case.operation in traffic.AROUND:  # written into memory of its own
+            self.written = empty_features((case.batch, writes, *outside), dtype=self.dtype, device=device)
+            moments = (None, None) if case.operation in traffic.MEAN else torch.empty(2, writes, device=device)
+            self.output = Features(as_rows(self.written) if outside else self.written, *moments)
+        self.gradients: list[Tensor | None] = []
+        self._start: Tensor | None = None
 
     def reset(self) -> None:
         """NaN wherever a call must write, so that what it leaves out is seen; what it adds to, as it was at first."""
-        if self.case.operation == ACCUMULATING:
-            if self._start is None:
-                self._start = self.into.D.clone()
-            self.into.D.copy_(self._start)
-            for sums in (self.into.a, self.into.b):
-                assert sums is not None
-                sums.zero_()
-            return
         self.gradients = []
+        accumulating = self.case.operation == ACCUMULATING
+        if accumulating and self._start is None:
+            self._start = self.into.D.clone()
         for tensor in self.results().values():
-            tensor.fill_(math.nan)
+            tensor.fill_(0.0 if accumulating else math.nan)
+        if self._start is not None:
+            self.into.D.copy_(self._start)
 
     def __call__(self) -> None:
         operation, be, source, conv, pool = self.case.operation, self.be, self.source, self.conv, self.case.pool
@@ -196,12 +184,10 @@ class Primitive:
                 self.grad, self.output, conv, source, self.into, accumulate=operation == ACCUMULATING
             )
             be.finish()
-        else:
-            assert pool is not None
-            if operation in POOLED_BACKWARD:
-                self.gradients = be.bn_relu_pool_backward(self.grad.D, conv.norm, pool, source, self.into)
-            else:
-                be.bn_relu_pool(source, conv.norm, pool, self.output)
+        elif pool is not None and operation in POOLED_BACKWARD:
+            self.gradients = be.bn_relu_pool_backward(self.grad.D, conv.norm, pool, source, self.into)
+        elif pool is not None:
+            be.bn_relu_pool(source, conv.norm, pool, self.output)
 
     def results(self) -> dict[str, Tensor]:
         """Everything that the primitive writes, by name."""
@@ -225,8 +211,9 @@ def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str = "trit
 def expected(primitive: Primitive) -> dict[str, Tensor]:
     """What the torch backend finds in fp32 on the values of a primitive that has not run yet."""
     case, tensors = primitive.case, primitive.tensors
-    # A maximum is taken of rounded values.
-    truth = Primitive(case, tensors if case.operation == traffic.MAX_POOL[0] else tensors.widened(), "torch")
+    if case.operation != traffic.MAX_POOL[0]:  # a maximum is taken of rounded values
+        tensors = Tensors(*(tensor.float().clone() for tensor in tensors))
+    truth = Primitive(case, tensors, "torch")
     truth.reset()
     with tf32(False):
         truth()

@@ -21,8 +21,8 @@ from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
 from ..runner import ROOT
 from .machine import name_of, relative_error, tf32
-from .networks import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
 from .stage import Job
+from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -89,12 +89,16 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     A value within a rounding of 0 switches a ReLU, whoever computes: hence several inputs, and for PyTorch's error the
     larger one of the reference's and the torch backend's.
     """
-    sums: dict[str, tuple[float, float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     arguments, shape, seeds = (REHEARSED_BLOCK, REHEARSED_SHAPE, 1) if job.rehearsal else (BLOCK, SHAPE, 3)
     fast: nn.Module = nn.Module()
     for seed in range(seeds):
         torch.manual_seed(seed)
-        truth = _ordinary_gammas(pair(arguments).to(job.device, dtype))
+        truth = pair(arguments).to(job.device, dtype)
+        for norm in truth.modules():
+            if isinstance(norm, nn.BatchNorm2d):  # near a gamma of 0 a few roundings decide whole channels
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.uniform_(norm.bias, -0.5, 0.5)
         weights = truth.state_dict()  # rounded to the dtype: all start from the same values
         *peers, fast = pair(arguments), *(pair(arguments, impl, mode) for impl in ("torch", "triton"))
         for one in (*peers, fast):
@@ -106,13 +110,12 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
             with _unwritten_memory_is_nan():
                 got = step(fast, x, seed)
         for name in want:
-            mine, before = relative_error(got[name], want[name]), sums.get(name, (0.0, 0.0))
-            their = max(relative_error(one[name], want[name]) for one in theirs)
-            sums[name] = before[0] + mine**2, before[1] + their**2
-    errors = {
-        name: {"error": math.sqrt(mine / seeds), "allowed": 2 * math.sqrt(their / seeds) + TOLERANCE[dtype]}
-        for name, (mine, their) in sums.items()
-    }
+            mine, *others = (relative_error(one[name], want[name]) for one in (got, *theirs))
+            found.setdefault(name, []).append((mine, max(others)))
+    errors = {}
+    for name, pairs in found.items():
+        mine, their = (math.hypot(*column) / math.sqrt(seeds) for column in zip(*pairs, strict=True))
+        errors[name] = {"error": mine, "allowed": 2 * their + TOLERANCE[dtype]}
     wrong = [name for name, row in errors.items() if not row["error"] <= row["allowed"]]
     return {"wrong": wrong, "differing_reruns": _differing(fast, dtype, job), "errors": errors}
 
@@ -134,16 +137,6 @@ def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recomput
         return nn.Sequential(ConcatDenseBlock(*arguments), ConcatTransition(leaving, leaving // 2))
     transition = fastdense.Transition(leaving, leaving // 2, impl=impl)
     return nn.Sequential(fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute), transition)
-
-
-def _ordinary_gammas(block: nn.Module) -> nn.Module:
-    """A gamma near 1: near 0 a few roundings decide whole channels, for PyTorch as for us."""
-    with torch.no_grad():
-        for norm in block.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.uniform_(0.5, 1.5)
-                norm.bias.uniform_(-0.5, 0.5)
-    return block
 
 
 def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
@@ -244,14 +237,12 @@ class _Recorder:
         job.result |= {"passed": 0, "failed": 0, "skipped": 0, "selected": 0, "failures": {}}
 
     def pytest_collection_finish(self, session: Any) -> None:
-        self._selected(len(session.items))
+        self.pytest_xdist_node_collection_finished(session.items)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self._selected(len(ids))  # with several processes, this one collects nothing itself
-
-    def _selected(self, count: int) -> None:
-        self.job.result["selected"] = max(count, self.job.result["selected"])
+    def pytest_xdist_node_collection_finished(self, ids: list[Any]) -> None:
+        # With several processes, this one collects nothing itself.
+        self.job.result["selected"] = max(len(ids), self.job.result["selected"])
         self.job.save()
 
     def pytest_runtest_logreport(self, report: Any) -> None:

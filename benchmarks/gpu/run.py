@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runner import ROOT, SCHEMA, environment, write_record
-from .stage import ERROR_CHARACTERS, RECORDS, Stage
+from .stage import ERROR_CHARACTERS, RECORDS, Stage, last_line
 
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 5.0
@@ -39,12 +39,12 @@ class _Process:
     def __init__(self, stages: Sequence[Stage], out: Path, until: float, rehearsal: bool) -> None:
         self.stages, self.out = list(stages), out
         self.patience = REHEARSAL_PATIENCE if rehearsal else 1.0
-        names = [f"{stage.name}={stage.target}={stage.seconds * self.patience}" for stage in stages]
-        command = [sys.executable, "-m", "benchmarks.gpu.stage", str(out.resolve()), "--until", str(until)]
+        listed = [(stage.name, stage.target, stage.seconds * self.patience) for stage in stages]
+        asked = {"folder": str(out.resolve()), "until": until, "rehearsal": rehearsal, "stages": listed}
         self.log = (out / f"{stages[0].name}.part.log").open("w+b")
         self.idle_since = time.time()
         self.process = subprocess.Popen(
-            [*command, *["--rehearse"] * rehearsal, *names],
+            [sys.executable, "-m", "benchmarks.gpu.stage", json.dumps(asked)],
             cwd=ROOT,
             env=variables(rehearsal),
             stdin=subprocess.DEVNULL,
@@ -162,8 +162,8 @@ class Run:
         assert entry is not None  # a process's first stage always has one
         self.stages[stage.name] = {**entry, "environment": self.environment}
         self._save()
-        last = entry.get("error", "").strip().splitlines()[-1:]
-        self.say(f"{stage.name}: {': '.join([entry['status'], *last])} ({entry['seconds']:.0f} s)")
+        status = ": ".join(filter(None, (entry["status"], last_line(entry))))
+        self.say(f"{stage.name}: {status} ({entry['seconds']:.0f} s)")
 
     def _save(self) -> None:
         record = {"schema": SCHEMA, "minutes": self.minutes, "environment": self.environment, "stages": self.stages}

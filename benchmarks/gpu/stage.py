@@ -1,15 +1,13 @@
 """One stage: what the run knows of it, what it is given, and the process that stages run in, one after another.
 
-    python -m benchmarks.gpu.stage FOLDER --until TIME [--rehearse] NAME=MODULE:FUNCTION=SECONDS ...
-
-is how a run starts stages. Each function gets a :class:`Job`, fills ``job.result`` and calls ``job.save()`` whenever
-something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages share the process,
-because starting one takes seconds; one that breaks the device's context ends it, and the run starts another.
+``python -m benchmarks.gpu.stage JSON`` is how a run starts stages. Each target gets a :class:`Job`, fills its result and
+saves whenever something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages
+share the process, because starting one takes seconds; one that breaks the device's context ends it, and the run starts
+another.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import json
@@ -17,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +78,11 @@ def describe(error: BaseException) -> dict[str, str]:
     return {"status": "out of memory" if out_of_memory else "failed", "error": text[-ERROR_CHARACTERS:]}
 
 
+def last_line(entry: Mapping[str, Any]) -> str:
+    """The end of an entry's error."""
+    return "".join(entry.get("error", "").strip().splitlines()[-1:])
+
+
 def carry_out(job: Job, target: str) -> bool:
     """Run one stage; how it ended, and after how long, is in its record. Whether it ended well."""
     start = time.monotonic()
@@ -99,39 +102,32 @@ def carry_out(job: Job, target: str) -> bool:
     return ended["status"] == "ok"
 
 
-def _usable(device: torch.device) -> bool:
-    """Give back what a stage held; whether the device still answers. After an illegal access it never does."""
+def release(device: torch.device) -> None:
+    """Give memory back; raises what a broken context raises: after an illegal access the device never answers."""
     if device.type == "cuda":
-        try:
-            gc.collect()
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except Exception:  # whatever a broken context raises
-            return False
-    return True
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
-    """Run the stages that were asked for, in turn, each within its own time."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.stage", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where each stage's record goes, and where those before it are")
-    parser.add_argument("--until", type=float, required=True, help="time.time() at which the whole run ends")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("stages", nargs="+", metavar="NAME=MODULE:FUNCTION=SECONDS")
-    options = parser.parse_args()
+    """Run the stages that were asked for, in turn, each within its own time and all before ``until``."""
+    asked = json.loads(sys.argv[1])
+    folder = Path(asked["folder"])
     earlier: dict[str, Any] = {}
-    for path in options.folder.glob(f"*{RECORDS}"):
+    for path in folder.glob(f"*{RECORDS}"):
         entry = json.loads(path.read_text())
         if entry["status"] == "ok":
             earlier[path.name.removesuffix(RECORDS)] = entry["result"]
-    for stage in options.stages:
-        name, target, seconds = stage.split("=")
-        job = Job(name, options.folder, min(time.time() + float(seconds), options.until), options.rehearse, earlier)
+    for name, target, seconds in asked["stages"]:
+        job = Job(name, folder, min(time.time() + seconds, asked["until"]), asked["rehearsal"], earlier)
         if carry_out(job, target):
             earlier[name] = plain(job.result)
         device = job.device
         del job
-        if not _usable(device):
+        try:
+            release(device)
+        except Exception:
             sys.stdout.flush()
             os._exit(1)  # nothing more can be measured in this process, nor ended in order
 

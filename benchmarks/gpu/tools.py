@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,10 @@ def counters(job: Job) -> None:
     options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:bn_relu_conv", "--print-units", "base"]
     options += ["--metrics", ",".join(METRICS)]
     status, said = _under("ncu", options, "counters", job.seconds_left() - 2)
-    if status is None:
-        raise RuntimeError(f"ncu did not finish: {said[-ERROR_CHARACTERS:]}")
-    job.result["rows"] = list(rows(said))
+    job.result["rows"] = list(rows(said)) if status is not None else []
     if not job.result["rows"]:
-        raise RuntimeError(f"ncu counted nothing: {said[-ERROR_CHARACTERS:]}")
+        verdict = "did not finish" if status is None else "counted nothing"
+        raise RuntimeError(f"ncu {verdict}: {said[-ERROR_CHARACTERS:]}")
 
 
 def rows(printed: str) -> Iterator[dict[str, Any]]:
@@ -103,7 +103,7 @@ def sanitizer(job: Job) -> None:
         RuntimeError: if one of the tools found something, or did not finish.
     """
     if job.rehearsal:
-        job.result["primitives"] = run_all(job.device)
+        job.result["primitives"] = run_once(sanitized(), DTYPES[1:2], job.device)
         return
     wrong = []
     for number, name in enumerate(SANITIZERS):
@@ -120,20 +120,17 @@ def sanitizer(job: Job) -> None:
         raise RuntimeError("; ".join(wrong))
 
 
-def run_all(device: torch.device) -> int:
+def run_once(cases: Iterable[Case], dtypes: Iterable[torch.dtype], device: torch.device) -> int:
     """Run every primitive once in each dtype; how many."""
-    dtypes = DTYPES if device.type == "cuda" else DTYPES[1:2]
-    return sum(_run_once(case, dtype, device, reset=True) for dtype in dtypes for case in sanitized())
-
-
-def _run_once(case: Case, dtype: torch.dtype, device: torch.device, *, reset: bool) -> int:
-    primitive = bind(case, dtype, device)
-    if reset:
+    count = 0
+    for dtype, case in product(dtypes, cases):
+        primitive = bind(case, dtype, device)
         primitive.reset()
-    primitive()
-    synchronize(device)
-    print(f"ran {case.operation} in {dtype}", flush=True)
-    return 1
+        primitive()
+        synchronize(device)
+        print(f"ran {case.operation} in {dtype}", flush=True)
+        count += 1
+    return count
 
 
 def find_tool(name: str) -> str | None:
@@ -148,18 +145,14 @@ def _under(tool: str, options: list[str], what: str, seconds: float) -> tuple[in
     Raises:
         Skip: where the tool is not installed.
     """
-    found = find_tool(tool)
-    if found is None:
+    if (found := find_tool(tool)) is None:
         raise Skip(f"{tool} is not installed here")
-    environment = dict(os.environ)
-    if what == "sanitizer":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that every tensor has bounds of its own
     command = [found, *options, sys.executable, "-m", "benchmarks.gpu.tools", what]
+    # Under the sanitizer every tensor has bounds of its own.
+    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if what == "sanitizer" else {})
+    to: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": max(seconds, 1.0)}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=max(seconds, 1.0),
-        )  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=environment, **to)
     except subprocess.TimeoutExpired as late:
         return None, (late.stdout or b"").decode(errors="replace")
     return done.returncode, done.stdout.decode(errors="replace")
@@ -167,7 +160,6 @@ def _under(tool: str, options: list[str], what: str, seconds: float) -> tuple[in
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["sanitizer"]:
-        run_all(torch.device("cuda"))
+        run_once(sanitized(), DTYPES, torch.device("cuda"))
     else:
-        for case in counted():
-            _run_once(case, DTYPE, torch.device("cuda"), reset=False)
+        run_once(counted(), [DTYPE], torch.device("cuda"))
