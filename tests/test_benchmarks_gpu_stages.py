@@ -250,7 +250,7 @@ def test_a_graph_that_computes_something_else_is_not_timed(monkeypatch: pytest.M
                     parameter.grad *= 1.01
 
     monkeypatch.setattr(steps, "GraphedStep", Stale)
-    steps.measure(job, steps.Comparison("densenet121", 64, (), (steps.BASE, steps.OURS[0])))
+    steps.measure(job, "densenet121", 64, (), (steps.BASE, steps.OURS[0]))
     rows = job.result["rows"]
     assert not rows["fastdense activations, graph"]["checked"] and "step" not in rows["fastdense activations, graph"]
     assert "step" in rows["torchvision, graph"] and rows["torchvision, graph"]["differs_by"] > 1e-3

@@ -34,7 +34,7 @@ from benchmarks.gpu.primitives import Case
 CASE = Case("forward 1x1", traffic.Shape(4096, 64, 32, 1, 2), 4, 96)
 """
 STEPS = """
-fake.install(132, (9, 0))
+fake.install()
 known = set()
 for name, batch, size in json.loads(sys.argv[1]):
     found = set(ahead.requests(partial(ahead.network_step, name, OURS[0], batch, size, torch.bfloat16, True)))
@@ -50,7 +50,7 @@ TAKE = """
 from triton import knobs
 
 report = ahead.take(Path(sys.argv[1]))
-fake.install(132, (9, 0))
+fake.install()
 hits = []
 knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
 ahead.launched(CASE, [{}])

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("fake_driver.c")
+ARCH, SM_COUNT = 90, 132  # an H100, as in the source
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
 
 
@@ -33,25 +34,24 @@ def unsupported_reason() -> str | None:
     return None
 
 
-def install(sm_count: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
-    """From now on this process has a GPU that computes nothing, with so many multiprocessors; by default an H100.
+def install() -> None:
+    """From now on this process has an H100 that computes nothing.
 
     Raises:
         RuntimeError: it cannot be had here, with the reason.
     """
     if (reason := unsupported_reason()) is not None:
         raise RuntimeError(f"no fake GPU here: {reason}")
-    _library().fake_device(sm_count, *capability)
+    _load_library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a build of PyTorch with CUDA asks this driver, once, and wonders
         if torch.cuda.is_available():
             raise RuntimeError("no fake GPU here: a real one is in use already; install() before anything asks for it")
-    arch = capability[0] * 10 + capability[1]
-    _install_driver(arch)
-    _tell_fastdense(arch, sm_count)
+    _install_driver()
+    _tell_fastdense()
 
 
-def _library() -> ctypes.CDLL:
+def _load_library() -> None:
     """The driver library, built on first use, in the place of the real one: whatever asks for that gets this."""
     content = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fastdense-fake-driver-{os.getuid()}-{content}"
@@ -63,25 +63,25 @@ def _library() -> ctypes.CDLL:
         subprocess.run([str(COMPILER), *options, str(SOURCE)], check=True)
         Path(unfinished.name).rename(library)  # other processes see it whole or not at all
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def _install_driver(arch: int) -> None:
+def _install_driver() -> None:
     """Triton's own CUDA driver, told by us which device it is on: it would ask PyTorch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 
     driver = CudaDriver()
-    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
-    driver.get_device_capability = lambda device=0: divmod(arch, 10)
+    driver.get_current_target = lambda: GPUTarget("cuda", ARCH, 32)
+    driver.get_device_capability = lambda device=0: divmod(ARCH, 10)
     driver.get_current_stream = lambda device: 0
     driver.get_current_device = lambda: 0
     driver.set_current_device = lambda device: None
     triton.runtime.driver.set_active(driver)
 
 
-def _tell_fastdense(arch: int, sm_count: int) -> None:
+def _tell_fastdense() -> None:
     """Everything by which fastdense would notice that there is no GPU, or that it computes nothing."""
     from fastdense import backends, trial, triton_backend
 
@@ -91,7 +91,7 @@ def _tell_fastdense(arch: int, sm_count: int) -> None:
         return "triton" if dtype is None or dtype in backends.TRITON_DTYPES else "torch"
 
     for module, name, value in (
-        (triton_backend, "_architecture", lambda device: (arch, sm_count)),
+        (triton_backend, "_architecture", lambda device: (ARCH, SM_COUNT)),
         (backends, "resolve", resolve),
         (trial, "failure", lambda name, device, dtype: None),
     ):

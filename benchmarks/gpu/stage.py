@@ -1,7 +1,7 @@
 """One stage: what the run knows of it, what it is given, and the process that stages run in, one after another.
 
-``python -m benchmarks.gpu.stage JSON`` is how a run starts stages. Each target gets a :class:`Job`, fills its result and
-saves whenever something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages
+``python -m benchmarks.gpu.stage JSON`` is how a run starts stages. Each target gets a :class:`Job`, fills its result
+and saves whenever something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages
 share the process, because starting one takes seconds; one that breaks the device's context ends it, and the run starts
 another.
 """

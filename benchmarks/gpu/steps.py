@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +40,16 @@ DEPTH_BYTES = 12 * 10**9
 SPARE_SECONDS = 8.0  # for the trial of a depth that runs when time is up
 
 
-class Comparison(NamedTuple):
-    """Who is timed on which network and how many images of 224 x 224: eager, and as a CUDA graph."""
-
-    network: str
-    batch: int
-    eager: tuple[str, ...]
-    graphed: tuple[str, ...] = ()
-
-
-COMPARISONS = {  # by the stage's name
-    "batch64": Comparison("densenet121", 64, PLAIN, PLAIN),  # the main question
-    "batch256": Comparison("densenet121", 256, PLAIN, PLAIN),  # where launches no longer matter
-    "compiled-batch64": Comparison("densenet121", 64, (BASE, *OURS, COMPILED)),
-    "compiled-batch256": Comparison("densenet121", 256, (BASE, *OURS, COMPILED)),
+# By the stage's name: who is timed on which network and how many images, eager, and as a CUDA graph.
+COMPARISONS: dict[str, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
+    "batch64": ("densenet121", 64, PLAIN, PLAIN),  # the main question
+    "batch256": ("densenet121", 256, PLAIN, PLAIN),  # where launches no longer matter
+    "compiled-batch64": ("densenet121", 64, (BASE, *OURS, COMPILED), ()),
+    "compiled-batch256": ("densenet121", 256, (BASE, *OURS, COMPILED), ()),
     # A small batch, where torch.compile uses CUDA graphs, too.
-    "compiled-batch8": Comparison("densenet121", 8, (*PLAIN, COMPILED, REDUCED), (BASE, *OURS)),
-    "densenet201": Comparison("densenet201", 64, PLAIN, PLAIN),  # whose layers read more
-    "batch1": Comparison("densenet121", 1, PLAIN, PLAIN),  # what is left is the host's time
+    "compiled-batch8": ("densenet121", 8, (*PLAIN, COMPILED, REDUCED), (BASE, *OURS)),
+    "densenet201": ("densenet201", 64, PLAIN, PLAIN),  # whose layers read more
+    "batch1": ("densenet121", 1, PLAIN, PLAIN),  # what is left is the host's time
 }
 COMPILATIONS = {"compile-batch8": (8, REDUCED), "compile-batch64": (64, COMPILED), "compile-batch256": (256, COMPILED)}
 
@@ -184,7 +176,7 @@ def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
 
 def compare(job: Job) -> None:
     """Check and time the steps of the comparison that is called as the stage."""
-    measure(job, COMPARISONS[job.name])
+    measure(job, *COMPARISONS[job.name])
 
 
 def compile_ahead(job: Job) -> None:
@@ -197,19 +189,19 @@ def compile_ahead(job: Job) -> None:
     job.result["first_seconds"] = time.perf_counter() - start
 
 
-def measure(job: Job, compared: Comparison) -> None:
+def measure(job: Job, network: str, count: int, eager: tuple[str, ...], graphed: tuple[str, ...]) -> None:
     """Interleaved steps of all providers that are right and fit into memory."""
-    of, batch, size = rehearsed(job, compared.network, compared.batch)
-    job.result |= {"network": compared.network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
+    of, batch, size = rehearsed(job, network, count)
+    job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
     job.result |= {"layout": "channels_last", "before": state(job.device), "rows": {}}
     moved = network_traffic(of, batch, size, DTYPE.itemsize)
     job.result["modelled"] = {"bytes": moved.bytes, "flops": moved.flops}
     if (rates := measured_rates(job)) is not None:
         job.result["modelled"]["floor_seconds"] = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
     x, classes = images(batch, size, job.device)
-    ways: dict[type[Step], tuple[str, ...]] = {Step: compared.eager, GraphedStep: compared.graphed}
+    ways: dict[type[Step], tuple[str, ...]] = {Step: eager, GraphedStep: graphed}
     for way, labels in ways.items():  # one after another: a graph holds its memory
-        if job.rehearsal and (compared.network, compared.batch) != ("densenet121", 64):
+        if job.rehearsal and (network, count) != ("densenet121", 64):
             # The interpreter takes seconds for a step: the kernels run in one of the stages.
             labels = tuple(label for label in labels if label != OURS[1])
         steps = {}
