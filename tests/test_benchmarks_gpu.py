@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import networks, steps
-from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, _Process, _variables
+from benchmarks.gpu import steps
+from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, _Process, variables
 from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.summary import CHARACTERS, summary
 
@@ -132,7 +132,7 @@ def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[.
 def test_only_a_rehearsal_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", given)
-        found = [dict(_variables(rehearsal)).get("TRITON_INTERPRET") for rehearsal in (False, True)]
+        found = [variables(rehearsal).get("TRITON_INTERPRET") for rehearsal in (False, True)]
         assert found == [None, "1"]
 
 
@@ -195,8 +195,8 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
         assert all(row["checked"] for label, row in rows.items() if label.startswith("fastdense"))
         labels |= timed.keys()
     assert labels == {
-        *(f"{label}, eager" for label in networks.PROVIDERS if label != "fastdense converted"),
-        *(f"{label}, graph" for label in steps.PLAIN if label != networks.EFFICIENT),
+        *(f"{label}, eager" for label in (*steps.PLAIN, steps.COMPILED, steps.REDUCED)),
+        *(f"{label}, graph" for label in steps.PLAIN if label != steps.EFFICIENT),
     }
     assert all(row["equals_eager"] for row in results["batch64"]["rows"].values() if "equals_eager" in row)
     assert results["sanitizer"]["primitives"] == 13

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from benchmarks import runner, traffic
-from benchmarks.gpu import around, candidates, correct, counters, deepest, networks, primitives, sanitize, steps
-from benchmarks.gpu.case import Case
+from benchmarks.gpu import candidates, primitives, right, steps, tools
+from benchmarks.gpu.primitives import Case
 from benchmarks.gpu.stage import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
 from fastdense.backends.torch_backend import TorchBackend
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return Job(True, time.time() + 300, {}, tmp_path / "stage.json")
+    return Job("batch64", tmp_path, time.time() + 300, rehearsal=True)
 
 
 def small(operation: str) -> Case:
@@ -46,8 +46,8 @@ def small(operation: str) -> Case:
 
 def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_first_and_last() -> None:
     found: dict[Case, list[dict[str, Any]]] = {}
-    for op, change, case in candidates.candidates():
-        assert op == {**PRIMITIVE, **OF_TABLE}[case.operation]
+    for case, change in candidates.candidates():
+        assert candidates.OPERATION[case.operation] == {**PRIMITIVE, **OF_TABLE}[case.operation]
         found.setdefault(case, []).append(change)
         assert dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps
     blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
@@ -80,13 +80,18 @@ RESULTS = {
 }  # fmt: skip
 
 
+def errors_of(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
+    primitive = primitives.bind(case, dtype, CPU, impl)
+    return primitives.errors(primitive, primitives.expected(primitive))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("operation", [traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND])
 def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_does_not(
     operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = small(operation)
-    _, errors = primitives.check(case, dtype, CPU, "torch")
+    errors = errors_of(case, dtype, "torch")
     assert primitives.passes(errors, dtype), errors
     assert len(errors) == RESULTS.get(operation, 3)
 
@@ -111,9 +116,8 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
 
     setattr(Wrong, name, too_small if name.endswith("backward") else all_but_one)
     create = primitives.select.create
-    for module in (primitives, around):
-        monkeypatch.setattr(module.select, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
-    _, errors = primitives.check(case, dtype, CPU, "wrong")
+    monkeypatch.setattr(primitives.select, "create", lambda impl, x: Wrong(x) if impl == "wrong" else create(impl, x))
+    errors = errors_of(case, dtype, "wrong")
     assert not primitives.passes(errors, dtype)
     assert name.endswith("backward") or any(math.isnan(e) for e in errors.values()), "what nobody wrote is NaN"
 
@@ -121,15 +125,15 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
 def test_a_maximum_is_checked_against_values_that_were_rounded_before() -> None:
     """The variance of rounded values is off by a percent from that of unrounded ones."""
     case = Case(traffic.MAX_POOL[0], traffic.Shape(2 * 112 * 112, 16, 16, 1, 2), 2, 16)
-    _, errors = primitives.check(case, torch.bfloat16, CPU, "torch")
+    errors = errors_of(case, torch.bfloat16, "torch")
     assert primitives.passes(errors, torch.bfloat16), errors
 
 
 def test_a_failed_tests_reason_is_what_pytest_marks() -> None:
     traceback = "def test() -> None:\n>   assert x == 2\nE   assert 1 == 2\nE    +  where\n\ntest.py:3: AssertionError"
-    assert correct.reason(traceback) == "assert 1 == 2\n+  where"
-    assert correct.reason("worker 'gw1' crashed") == "worker 'gw1' crashed"
-    assert len(correct.reason("E " + "x" * 9999)) == correct.REASON_CHARACTERS
+    assert right.reason(traceback) == "assert 1 == 2\n+  where"
+    assert right.reason("worker 'gw1' crashed") == "worker 'gw1' crashed"
+    assert len(right.reason("E " + "x" * 9999)) == right.REASON_CHARACTERS
 
 
 def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
@@ -162,7 +166,7 @@ def test_a_candidates_check_starts_from_the_same_gradients_every_time(
     for _ in range(2):
         row = candidates._row(sets, truth, job)
         assert row["checked"], row
-    monkeypatch.setattr(sets[0], "restore", lambda: None)
+    monkeypatch.setattr(sets[0], "reset", lambda: None)
     assert candidates._row(sets, truth, job)["checked"] == (operation == traffic.BACKWARD[1])
 
 
@@ -178,17 +182,17 @@ ran forward 1x1
 
 
 def test_what_ncu_prints_is_read() -> None:
-    first, second = counters.rows(NCU)
+    first, second = tools.rows(NCU)
     assert first["operation"] == "forward 1x1" and first["m"] == 64 * 56**2
     assert (first["nanoseconds"], first["L2 hits %"], first["stalled: wait"]) == (12345.0, 56.5, 2.5)
     assert second["operation"] == "forward 3x3" and second["nanoseconds"] == 500.0
     text = summary({"counters": {"status": "ok", "seconds": 1, "result": {"rows": [first]}, "environment": {}}})
     assert "12.3" in text and "wait 2.5" in text
-    assert list(counters.rows("==ERROR== no permission")) == []
+    assert list(tools.rows("==ERROR== no permission")) == []
 
 
 class Greedy(nn.Module):
-    def __init__(self, of: traffic.Network, rehearsal: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.zeros(())))
 
@@ -200,9 +204,9 @@ class Greedy(nn.Module):
 
 
 class Wrong(nn.Module):
-    def __init__(self, of: traffic.Network, rehearsal: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = networks._fastdense(of, "activations", rehearsal=True)
+        self.model = model
 
     def load_state_dict(self, state: Any, *arguments: Any, **options: Any) -> Any:
         return self.model.load_state_dict(state)
@@ -212,24 +216,32 @@ class Wrong(nn.Module):
 
 
 def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    monkeypatch.setitem(networks.PROVIDERS, "fastdense bottlenecks", Wrong)
-    monkeypatch.setitem(networks.PROVIDERS, networks.EFFICIENT, Greedy)
+    real = steps.build
+
+    def build(of: traffic.Network, label: str, *, rehearsal: bool = False) -> Any:
+        if label == steps.EFFICIENT:
+            return Greedy()
+        if label == steps.OURS[1]:
+            return Wrong(real(of, steps.OURS[0], rehearsal=True))
+        return real(of, label, rehearsal=rehearsal)
+
+    monkeypatch.setattr(steps, "build", build)
     with pytest.raises(RuntimeError, match="wrong: fastdense bottlenecks"):
-        networks.check(job)
+        right.check(job)
     job.earlier["check"] = job.result
     job.result = {}
-    steps.batch64(job)
+    steps.compare(job)
     rows = job.result["rows"]
     assert rows["fastdense activations, eager"]["checked"] and not rows["fastdense bottlenecks, graph"]["checked"]
-    assert rows[f"{networks.EFFICIENT}, eager"]["status"] == "out of memory"
+    assert rows[f"{steps.EFFICIENT}, eager"]["status"] == "out of memory"
     timed = {label for label, row in rows.items() if "step" in row}
-    assert timed == {f"{label}, {way}" for label in (networks.BASE, networks.OURS[0]) for way in ("eager", "graph")}
+    assert timed == {f"{label}, {way}" for label in (steps.BASE, steps.OURS[0]) for way in ("eager", "graph")}
     entry = {"status": "ok", "seconds": 1.0, "environment": {}}
     text = summary({"batch64": entry | {"result": runner.plain(job.result)}})
     assert "not timed: wrong" in text and "out of memory" in text
 
 
-def test_a_graph_that_computes_something_else_is_not_timed(job: Job) -> None:
+def test_a_graph_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     class Stale(steps.GraphedStep):
         def launch(self) -> None:
             super().launch()
@@ -237,14 +249,15 @@ def test_a_graph_that_computes_something_else_is_not_timed(job: Job) -> None:
                 if parameter.grad is not None:
                     parameter.grad *= 1.01
 
-    steps._measure(job, "densenet121", 64, (networks.BASE, networks.OURS[0]), (Stale,))
+    monkeypatch.setattr(steps, "GraphedStep", Stale)
+    steps.measure(job, "densenet121", 64, (), (steps.BASE, steps.OURS[0]))
     rows = job.result["rows"]
     assert not rows["fastdense activations, graph"]["checked"] and "step" not in rows["fastdense activations, graph"]
     assert "step" in rows["torchvision, graph"] and rows["torchvision, graph"]["differs_by"] > 1e-3
 
 
 def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    real = correct._step
+    real = right.step
 
     def step(pair: Any, x: torch.Tensor, seed: int) -> Any:
         found = real(pair, x, seed)
@@ -253,10 +266,10 @@ def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.M
             found["output"] = found["output"] * 1.1
         return found
 
-    monkeypatch.setattr(correct, "_step", step)
-    monkeypatch.setattr(correct, "TOLERANCE", {torch.float32: 1e-6})
+    monkeypatch.setattr(right, "step", step)
+    monkeypatch.setattr(right, "TOLERANCE", {torch.float32: 1e-6})
     with pytest.raises(RuntimeError, match="output is off by"):
-        correct.smoke(job)
+        right.smoke(job)
     (found,) = job.result.values()
     assert found["wrong"] == ["output"] and found["simpler"]["one stage"]["wrong"] == ["output"]
     assert found["simpler"]["taps"] == {"wrong": [], "differing_reruns": 0}
@@ -265,11 +278,11 @@ def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.M
 
 
 def test_reruns_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    pair = correct._pair((1, 8, 4, 4))
-    assert correct._differing(pair, (2, 8, 5, 4), torch.float32, job) == 0
-    real, noise = correct._step, iter(range(10**6))
-    monkeypatch.setattr(correct, "_step", lambda *given: {**real(*given), "output": torch.tensor(float(next(noise)))})
-    assert correct._differing(pair, (2, 8, 5, 4), torch.float32, job) == 1
+    pair = right.pair((1, 8, 4, 4))
+    assert right._differing(pair, torch.float32, job) == 0
+    real, noise = right.step, iter(range(10**6))
+    monkeypatch.setattr(right, "step", lambda *given: {**real(*given), "output": torch.tensor(float(next(noise)))})
+    assert right._differing(pair, torch.float32, job) == 1
 
 
 def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
@@ -307,7 +320,7 @@ def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
 TOOL = """#!{python}
 import os, sys, time
 name = sys.argv[sys.argv.index("--tool") + 1]
-assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and sys.argv[-2:] == ["-m", "benchmarks.gpu.sanitize"]
+assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and sys.argv[-2:] == ["benchmarks.gpu.tools", "sanitizer"]
 print("ran resolve in torch.float16", flush=True)
 behaviour = "{behaviour}"
 if name == "racecheck" and behaviour == "hang":
@@ -330,27 +343,27 @@ def test_what_the_sanitizer_says(
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL.format(python=sys.executable, behaviour=behaviour))
     tool.chmod(0o755)
-    monkeypatch.setattr(sanitize, "find_tool", lambda name: str(tool))
-    job = Job(False, time.time() + (9 if behaviour == "hang" else 60), {}, tmp_path / "stage.json")
+    monkeypatch.setattr(tools, "find_tool", lambda name: str(tool))
+    job = Job("stage", tmp_path, time.time() + (9 if behaviour == "hang" else 60), rehearsal=False)
     if behaviour == "right":
-        sanitize.check(job)
+        tools.sanitizer(job)
     else:
         with pytest.raises(RuntimeError, match="racecheck: "):
-            sanitize.check(job)
-    assert tuple(job.result[name]["found"] for name in sanitize.TOOLS) == found
-    assert all(job.result[name]["ran"] == 1 for name in sanitize.TOOLS)
+            tools.sanitizer(job)
+    assert tuple(job.result[name]["found"] for name in tools.SANITIZERS) == found
+    assert all(job.result[name]["ran"] == 1 for name in tools.SANITIZERS)
     text = summary({"sanitizer": {"status": "ok", "seconds": 1, "result": job.result, "environment": {}}})
     assert ("did not finish" in text) == (None in found) and ("2 found" in text) == (2 in found)
 
 
 def test_without_the_tool_the_sanitizers_stage_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sanitize, "find_tool", lambda name: None)
+    monkeypatch.setattr(tools, "find_tool", lambda name: None)
     with pytest.raises(Skip, match="not installed"):
-        sanitize.check(Job(False, time.time() + 60, {}, tmp_path / "stage.json"))
+        tools.sanitizer(Job("stage", tmp_path, time.time() + 60, rehearsal=False))
 
 
 def test_every_primitive_goes_under_the_sanitizer() -> None:
-    cases = list(sanitize.cases())
+    cases = list(tools.sanitized())
     assert {case.operation for case in cases} == set(PRIMITIVE)
     assert all(case.shape.m % 16 and case.shape.reads % 16 for case in cases)  # tiles that are not full
 
@@ -372,9 +385,9 @@ def test_depth_is_asked_for_12_gb_and_for_no_longer_than_there_is(
         row = {"label": "fastdense", "depth": 1204, "complete": False}
         return {"results": {"cifar": {"title": "deepest", "grows": "depth", "providers": {"a": row}}}}
 
-    monkeypatch.setattr(deepest, "depth", types.SimpleNamespace(Options=Options, run=run))
-    job = Job(False, time.time() + 60, {}, tmp_path / "stage.json")
-    deepest.measure(job)
+    monkeypatch.setattr(steps, "depth", types.SimpleNamespace(Options=Options, run=run))
+    job = Job("stage", tmp_path, time.time() + 60, rehearsal=False)
+    steps.deepest(job)
     (options,) = asked
     assert (options.budget, options.device) == (12 * 10**9, "cuda") and 40 < options.seconds < 60
     text = summary({"depth": {"status": "ok", "seconds": 1, "result": job.result, "environment": {}}})

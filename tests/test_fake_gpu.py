@@ -18,43 +18,44 @@ ROOT = Path(__file__).parents[1]
 WITHOUT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or fake._compiler() is None, reason="needs a C compiler, and no GPU beside the fake one"
+    torch.cuda.is_available() or fake.COMPILER is None, reason="needs a C compiler, and no GPU beside the fake one"
 )
 
 BEGIN = """
 import json, sys
+from functools import partial
 from pathlib import Path
 import torch
 from benchmarks import traffic
-from benchmarks.gpu import ahead, fake, launched
-from benchmarks.gpu.case import Case
+from benchmarks.gpu import ahead, fake
+from benchmarks.gpu.steps import OURS
+from benchmarks.gpu.primitives import Case
 
-CANDIDATE = ("bn_relu_conv", {}, Case("forward 1x1", traffic.Shape(4096, 64, 32, 1, 2), 4, 96))
+CASE = Case("forward 1x1", traffic.Shape(4096, 64, 32, 1, 2), 4, 96)
 """
 STEPS = """
-fake.install(132, (9, 0))
-known = {}
+fake.install()
+known = set()
 for name, batch, size in json.loads(sys.argv[1]):
-    model = launched._densenet(name, "activations")
-    work = launched.Work("", lambda: launched.network_step(model, batch, size, torch.bfloat16))
-    found = launched.requests_of([work])
-    print(len(found), len(found.keys() - known.keys()))
+    found = set(ahead.requests(partial(ahead.network_step, name, OURS[0], batch, size, torch.bfloat16, True)))
+    print(len(found), len(found - known))
     known |= found
 """
 MAKE = """
 if __name__ == "__main__":
-    made = ahead.make(Path(sys.argv[1]), processes=1, groups=(), candidates=[CANDIDATE], say=lambda line: None)
-    print(made.kernels, len(made.failed))
+    work = {"one": partial(ahead.launched, CASE, [{}])}
+    print(len(ahead.make(Path(sys.argv[1]), work, lambda line: None, processes=1)))
 """
 TAKE = """
-from benchmarks.gpu.requests import counting
+from triton import knobs
 
-taken = ahead.take(Path(sys.argv[1]))
-fake.install(132, (9, 0))
-with counting() as count:
-    for work in launched.candidates([CANDIDATE]):
-        work.run()
-print(count.loaded, len(count.compiled), len(taken.had), len(taken.stale), len(taken.compiled()))
+report = ahead.take(Path(sys.argv[1]))
+fake.install()
+hits = []
+knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+ahead.launched(CASE, [{}])
+assert report() == "cache: 1 kernels brought along, 0 compiled after all", report()
+print(sum(hits), len(hits))
 """
 
 
@@ -79,6 +80,6 @@ def test_a_step_compiles_few_kernels_and_other_sizes_none() -> None:
 
 
 def test_what_is_compiled_ahead_is_found_on_another_machine(tmp_path: Path) -> None:
-    assert run(MAKE, tmp_path) == [[1, 0]]
+    assert run(MAKE, tmp_path) == [[0]]
     assert [path.name for path in tmp_path.iterdir()] == ["triton-cache.tar.xz"]
-    assert run(TAKE, tmp_path) == [[1, 0, 1, 0, 0]]
+    assert run(TAKE, tmp_path) == [[1, 1]]

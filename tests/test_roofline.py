@@ -12,8 +12,7 @@ from interpreted import accesses_counted
 
 import fastdense
 from benchmarks import roofline, runner, traffic
-from benchmarks.gpu import candidates, primitives
-from benchmarks.gpu.case import Case
+from benchmarks.gpu.primitives import Case, bind
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter does")
@@ -48,10 +47,10 @@ CASES += [case(o, dims=3) for o in traffic.TRANSITION]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation} {case.dims}D")
 def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -> None:
     torch.manual_seed(0)
-    primitive, _ = primitives.bind(case, torch.float16, CPU, "triton")
+    primitive = bind(case, torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
-    floor = candidates.floor(case).bytes
+    floor = case.floor.bytes
     moved, accessed = sum(one.moved for one in found), sum(one.accessed for one in found)
     spatial, backward = case.shape.taps > 1, case.operation == traffic.BACKWARD[1]
     assert floor <= moved <= floor * (MOVED_3X3_BACKWARD if backward else MOVED), (moved / floor, found)
@@ -67,7 +66,7 @@ def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -
 @needs_interpreter
 def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
     backward = case(traffic.MAX_POOL[1])
-    primitive, _ = primitives.bind(backward, torch.float16, CPU, "triton")
+    primitive = bind(backward, torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     windows = backward.shape.m // traffic.WINDOW
@@ -78,7 +77,7 @@ def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
 
 @needs_interpreter
 def test_a_load_of_what_a_launch_has_stored_is_no_traffic() -> None:
-    primitive, _ = primitives.bind(case(traffic.FORWARD[0]), torch.float16, CPU, "triton")
+    primitive = bind(case(traffic.FORWARD[0]), torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     (one,) = found
@@ -89,7 +88,7 @@ def test_a_load_of_what_a_launch_has_stored_is_no_traffic() -> None:
 
 @needs_interpreter
 def test_the_gradient_that_is_added_to_is_read_and_written() -> None:
-    primitive, _ = primitives.bind(case(traffic.BACKWARD[0]), torch.float16, CPU, "triton")
+    primitive = bind(case(traffic.BACKWARD[0]), torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     assert found[0].loaded["D_ptr"] == found[0].stored["D_ptr"] == 512 * 24 * 2

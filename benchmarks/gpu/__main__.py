@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..roofline import bars_of_record, plot
 from . import ahead
-from .candidates import candidates
 from .run import MINUTES, PICTURE, Run
 from .stage import Stage
 from .summary import summary
@@ -29,26 +29,26 @@ _HERE = "benchmarks.gpu"
 
 STAGES = (
     Stage("environment", f"{_HERE}.machine:describe", 20, runs="both"),
-    Stage("compile-batch8", f"{_HERE}.steps:compile_batch8", 200, runs="again", background=True),
-    Stage("compile-batch64", f"{_HERE}.steps:compile_batch64", 200, runs="again", background=True),
-    Stage("compile-batch256", f"{_HERE}.steps:compile_batch256", 200, runs="again", background=True),
-    Stage("tests-again", f"{_HERE}.correct:gpu_tests", 110, runs="again", apart=True),
+    Stage("compile-batch8", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
+    Stage("compile-batch64", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
+    Stage("compile-batch256", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
+    Stage("tests-again", f"{_HERE}.right:gpu_tests", 110, runs="again", apart=True),
     Stage("rates", f"{_HERE}.machine:rates", 20, runs="both", timed=True),
-    Stage("smoke", f"{_HERE}.correct:smoke", 45),
-    Stage("check", f"{_HERE}.networks:check", 45, runs="both"),
-    Stage("batch64", f"{_HERE}.steps:batch64", 40, timed=True),
-    Stage("batch256", f"{_HERE}.steps:batch256", 45, timed=True),
+    Stage("smoke", f"{_HERE}.right:smoke", 45),
+    Stage("check", f"{_HERE}.right:check", 45, runs="both"),
+    Stage("batch64", f"{_HERE}.steps:compare", 40, timed=True),
+    Stage("batch256", f"{_HERE}.steps:compare", 45, timed=True),
     Stage("layers", f"{_HERE}.layers:measure", 30, timed=True),
     Stage("candidates", f"{_HERE}.candidates:measure", 75, timed=True),
-    Stage("counters", f"{_HERE}.counters:measure", 45, timed=True, apart=True),
-    Stage("tests", f"{_HERE}.correct:gpu_tests", 150, apart=True),
-    Stage("compiled-batch64", f"{_HERE}.steps:compiled_batch64", 60, runs="again", timed=True),
-    Stage("compiled-batch256", f"{_HERE}.steps:compiled_batch256", 60, runs="again", timed=True),
-    Stage("compiled-batch8", f"{_HERE}.steps:compiled_batch8", 60, runs="again", timed=True),
-    Stage("densenet201", f"{_HERE}.steps:densenet201", 45, runs="again", timed=True),
-    Stage("batch1", f"{_HERE}.steps:batch1", 30, runs="again", timed=True),
-    Stage("depth", f"{_HERE}.deepest:measure", 60, runs="again", timed=True, apart=True),
-    Stage("sanitizer", f"{_HERE}.sanitize:check", 90, runs="again", timed=True, apart=True),
+    Stage("counters", f"{_HERE}.tools:counters", 45, timed=True, apart=True),
+    Stage("tests", f"{_HERE}.right:gpu_tests", 150, apart=True),
+    Stage("compiled-batch64", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
+    Stage("compiled-batch256", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
+    Stage("compiled-batch8", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
+    Stage("densenet201", f"{_HERE}.steps:compare", 45, runs="again", timed=True),
+    Stage("batch1", f"{_HERE}.steps:compare", 30, runs="again", timed=True),
+    Stage("depth", f"{_HERE}.steps:deepest", 60, runs="again", timed=True, apart=True),
+    Stage("sanitizer", f"{_HERE}.tools:sanitizer", 90, runs="again", timed=True, apart=True),
 )
 
 
@@ -70,24 +70,24 @@ def main() -> None:
         help="the same stages at tiny shapes on the CPU, in Triton's interpreter: they run, and measure nothing",
     )
     options = parser.parse_args()
+    say = partial(print, flush=True)
     if options.ahead is not None:
-        print(ahead.make(options.ahead, candidates=list(candidates())), flush=True)
+        ahead.make(options.ahead, ahead.everything(), say)
         return
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU here; --rehearse runs the same stages on the CPU and measures nothing")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopping the run stops its stages
-    taken = None if options.cache is None else ahead.take(options.cache)
-    run = Run(
-        options.out,
-        minutes=options.minutes,
-        rehearsal=options.rehearse,
-        say=lambda line: print(line, flush=True),
-    )
+    report = None if options.cache is None else ahead.take(options.cache)
+    run = Run(options.out, minutes=options.minutes, rehearsal=options.rehearse, say=say)
     complete = run.run(chosen(options.stages, again=options.again))
-    _picture(run)
-    print(summary(run.stages), flush=True)
-    if taken is not None:
-        print(taken.report(), flush=True)
+    if groups := bars_of_record({"stages": run.stages}):
+        try:
+            plot(groups, run.out / PICTURE)
+        except Exception as error:  # whatever a picture needs, the results are kept
+            say(f"no picture: {type(error).__name__}: {error}")
+    say(summary(run.stages))
+    if report is not None:
+        say(report())
     sys.exit(not complete)
 
 
@@ -96,16 +96,6 @@ def chosen(names: list[str] | None, *, again: bool) -> list[Stage]:
     if names is not None:
         return [stage for stage in STAGES if stage.name in names]
     return [stage for stage in STAGES if stage.runs in ("both", "again" if again else "first")]
-
-
-def _picture(run: Run) -> None:
-    """The kernels' times against their floors, where there are any and matplotlib is installed."""
-    groups = bars_of_record({"stages": run.stages})
-    if groups:
-        try:
-            plot(groups, run.out / PICTURE)
-        except Exception as error:  # whatever a picture needs, the results are kept
-            print(f"no picture: {type(error).__name__}: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Launch configurations of the four main kernels at DenseNet-121's four resolutions, timed by replaying graphs."""
+"""Launch configurations of the main kernels at DenseNet-121's resolutions, timed by replaying graphs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdense.kernels import launch
 
 from .. import traffic
 from ..runner import Timing
-from .case import Case
-from .machine import measured_rates, tf32
-from .measure import host_seconds, relative_error, state, synchronize
-from .primitives import Bound, Primitive, bind, passes
+from .machine import device_timing, measured_rates, state, synchronize
+from .primitives import Case, Primitive, bind, errors, expected, passes
 from .stage import Job
 
 BATCH = 64
@@ -71,7 +70,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
         _tile(32, 32, 64, 8, 1, group=4),
     ),
 }  # fmt: skip
-OPERATION = {
+OPERATION = {  # of the launch table
     **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
     **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
     **dict(zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)),
@@ -92,8 +91,8 @@ def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
             yield Case(name, around, batch, around.reads)
 
 
-def candidates() -> Iterator[tuple[str, Change, Case]]:
-    """``(operation of the launch table, change, case)`` for everything that is tried, in turn over the cases.
+def candidates() -> Iterator[tuple[Case, Change]]:
+    """Everything that is tried, in turn over the cases.
 
     The table's own choice comes first and last: a difference smaller than between those two is noise.
     """
@@ -101,12 +100,12 @@ def candidates() -> Iterator[tuple[str, Change, Case]]:
         for case in cases():
             changes: list[Change] = [{}, *CHANGES[case.operation], {}]
             if number < len(changes):
-                yield OPERATION[case.operation], changes[number], case
+                yield case, changes[number]
 
 
-def floor(case: Case) -> traffic.Traffic:
-    """What a case must move and compute at least."""
-    return traffic.primitive(case.operation, case.shape, window=2**case.dims)
+def run_as(case: Case, change: Change) -> Any:
+    """A ``with`` in which the launch table's choice for ``case`` is changed."""
+    return launch.override(OPERATION[case.operation], **change) if change else nullcontext()
 
 
 def measure(job: Job) -> None:
@@ -114,66 +113,52 @@ def measure(job: Job) -> None:
     job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
     todo = list(candidates())
     if job.rehearsal:
-        small = Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32)
-        todo = [("bn_relu_conv", change, small) for change in REHEARSED]
-    bound: dict[Case, list[Bound]] = {}
-    truths: dict[Case, dict[str, torch.Tensor]] = {}
-    for number, (op, change, case) in enumerate(todo):
+        todo = [(Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32), change) for change in REHEARSED]
+    rates = measured_rates(job)
+    bound: dict[Case, tuple[list[Primitive], dict[str, Tensor]]] = {}
+    for number, (case, change) in enumerate(todo):
         if job.seconds_left() < SECONDS_A_ROW:
             job.result["not_reached"] = len(todo) - number
             break
         row = {"operation": case.operation, **case.shape._asdict(), "change": change}
         try:
             if case not in bound:
-                bound[case], truths[case] = _bound(case, job)
-            with launch.override(op, **change) if change else nullcontext():
-                row |= _row(bound[case], truths[case], job)
+                bound[case] = _bound(case, job)
+            with run_as(case, change):
+                row |= _row(*bound[case], job)
         except Exception as error:  # one kernel that does not compile must not take the others' times with it
             synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
             row |= {"checked": False, "error": f"{type(error).__name__}: {error}"[:300]}
-        if (rates := measured_rates(job, DTYPE)) is not None:
-            row["floor_seconds"] = traffic.floor_seconds(*floor(case), *rates)
+        if rates is not None:
+            row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
         job.result["rows"].append(row)
         if number % 8 == 0:  # writing the whole file for every row would take longer than the row
             job.save()
     job.result["after"] = state(job.device)
 
 
-def _bound(case: Case, job: Job) -> tuple[list[Bound], dict[str, torch.Tensor]]:
+def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:
     """The primitive on as many sets of tensors as no cache can hold, and what the first one must find."""
     dtype = torch.float16 if job.rehearsal else DTYPE  # which the interpreter has no arithmetic for
-    count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / floor(case).bytes) + 1)
-    sets: list[Bound] = []
-    found: dict[str, torch.Tensor] = {}
-    for _ in range(count):
-        primitive, truth = bind(case, dtype, job.device, "triton")
-        if not sets:
-            with tf32(False):
-                truth()
-            found = truth.results()
-        sets.append(primitive)
-    return sets, found
+    count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / case.floor.bytes) + 1)
+    sets = [bind(case, dtype, job.device) for _ in range(count)]
+    return sets, expected(sets[0])
 
 
-def _row(sets: list[Bound], truth: dict[str, torch.Tensor], job: Job) -> dict[str, Any]:
+def _row(sets: list[Primitive], want: dict[str, Tensor], job: Job) -> dict[str, Any]:
     """Errors of a run on the first set; if they are small enough, the time of a launch."""
-    primitive = sets[0]
-    if isinstance(primitive, Primitive):
-        primitive.restore()
-    primitive.poison()
-    primitive()
-    errors = {name: relative_error(got, truth[name]) for name, got in primitive.results().items()}
-    checked = passes(errors, primitive.images.dtype)
-    row: dict[str, Any] = {"checked": checked, "worst": max(errors.items(), key=lambda pair: pair[1])}
+    found = errors(sets[0], want)
+    checked = passes(found, sets[0].dtype)
+    row: dict[str, Any] = {"checked": checked, "worst": max(found.items(), key=lambda pair: pair[1])}
     if checked:
         row["timing"] = _graph_timing(sets, job.device)
     return row
 
 
-def _graph_timing(sets: list[Bound], device: torch.device) -> Timing:
+def _graph_timing(sets: list[Primitive], device: torch.device) -> Timing:
     """Seconds of one call, from replays of a graph of many: the host takes no part."""
     if device.type != "cuda":
-        return Timing.of([host_seconds(sets[0], device)])
+        return device_timing(sets[0], device)
     for primitive in sets:
         primitive()
     rounds = max(1, LAUNCHES // len(sets))

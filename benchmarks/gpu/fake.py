@@ -16,100 +16,72 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 SOURCE = Path(__file__).with_name("fake_driver.c")
+ARCH, SM_COUNT = 90, 132  # an H100, as in the source
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Why :func:`install` cannot work in this process; ``None`` if it can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1: kernels that are interpreted are not compiled"
-    if _compiler() is None:
+    if COMPILER is None:
         return "there is no C compiler to build the driver library and Triton's launchers with"
     return None
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+def install() -> None:
+    """From now on this process has an H100 that computes nothing.
+
+    Raises:
+        RuntimeError: it cannot be had here, with the reason.
+    """
+    if (reason := unsupported_reason()) is not None:
+        raise RuntimeError(f"no fake GPU here: {reason}")
+    _load_library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a build of PyTorch with CUDA asks this driver, once, and wonders
+        if torch.cuda.is_available():
+            raise RuntimeError("no fake GPU here: a real one is in use already; install() before anything asks for it")
+    _install_driver()
+    _tell_fastdense()
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    """The driver library, built on first use, in the place of the real one: whoever wants that gets this."""
+def _load_library() -> None:
+    """The driver library, built on first use, in the place of the real one: whatever asks for that gets this."""
     content = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fastdense-fake-driver-{os.getuid()}-{content}"
     library = folder / "libcuda.so.1"
     if not library.exists():
         folder.mkdir(exist_ok=True)
-        compiler = _compiler()
-        assert compiler is not None
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
-            command = [
-                compiler,
-                "-shared",
-                "-fPIC",
-                "-O2",
-                "-Wl,-soname,libcuda.so.1",
-                "-o",
-                unfinished.name,
-                str(SOURCE),
-            ]
-        subprocess.run(command, check=True)
+            options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", unfinished.name]
+        subprocess.run([str(COMPILER), *options, str(SOURCE)], check=True)
         Path(unfinished.name).rename(library)  # other processes see it whole or not at all
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def install(sm_count: int = 132, capability: tuple[int, int] = (9, 0)) -> None:
-    """From now on this process has a GPU that computes nothing; the default is an H100.
-
-    Args:
-        sm_count: its multiprocessors.
-        capability: its compute capability.
-
-    Raises:
-        RuntimeError: it cannot be had here, with the reason.
-    """
-    if (reason := obstacle()) is not None:
-        raise RuntimeError(f"no fake GPU here: {reason}")
-    _library().fake_device(sm_count, *capability)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a build of PyTorch with CUDA asks this driver, once, and wonders
-        if torch.cuda.is_available():
-            raise RuntimeError("no fake GPU here: a real one is in use already; install() before anything asks for it")
-    _install_driver(capability)
-    _tell_fastdense(capability[0] * 10 + capability[1], sm_count)
-
-
-def _install_driver(capability: tuple[int, int]) -> None:
+def _install_driver() -> None:
     """Triton's own CUDA driver, told by us which device it is on: it would ask PyTorch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 
-    class FakeDriver(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.get_device_capability = lambda device=0: capability
-            self.get_current_stream = lambda device: 0
-            self.get_current_device = lambda: 0
-            self.set_current_device = lambda device: None
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-
-        @staticmethod
-        def is_active() -> bool:
-            return True
-
-    triton.runtime.driver.set_active(FakeDriver())
+    driver = CudaDriver()
+    driver.get_current_target = lambda: GPUTarget("cuda", ARCH, 32)
+    driver.get_device_capability = lambda device=0: divmod(ARCH, 10)
+    driver.get_current_stream = lambda device: 0
+    driver.get_current_device = lambda: 0
+    driver.set_current_device = lambda device: None
+    triton.runtime.driver.set_active(driver)
 
 
-def _tell_fastdense(arch: int, sm_count: int) -> None:
+def _tell_fastdense() -> None:
     """Everything by which fastdense would notice that there is no GPU, or that it computes nothing."""
     from fastdense.backends import select, triton_launcher
 
@@ -118,10 +90,9 @@ def _tell_fastdense(arch: int, sm_count: int) -> None:
             return impl
         return "triton" if dtype is None or dtype in select.TRITON_DTYPES else "torch"
 
-    replaced: list[tuple[object, str, object]] = [
-        (triton_launcher, "_architecture", lambda device: (arch, sm_count)),
+    for module, name, value in (
+        (triton_launcher, "_architecture", lambda device: (ARCH, SM_COUNT)),
         (select, "resolve", resolve),
         (select, "self_test_failure", lambda name, device, dtype: None),
-    ]
-    for module, name, value in replaced:
+    ):
         setattr(module, name, value)

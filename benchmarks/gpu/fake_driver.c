@@ -8,29 +8,19 @@
 typedef int Result;
 
 static int handle; /* what every pointer to a context, module or function points to */
-static int multiprocessors = 132, major = 9, minor = 0;
 
-void fake_device(int count, int capability_major, int capability_minor) {
-  multiprocessors = count;
-  major = capability_major;
-  minor = capability_minor;
-}
-
-static int attribute(int which) {
+static int attribute(int which) { /* of an H100 */
   switch (which) {
     case 10: return 32;      /* threads a warp */
     case 12: return 65536;   /* registers a block */
     case 13: return 1755000; /* clock, kHz */
-    case 16: return multiprocessors;
+    case 16: return 132;     /* multiprocessors */
     case 36: return 2619000; /* memory clock, kHz */
     case 37: return 5120;    /* memory bus, bits */
-    case 75: return major;
-    case 76: return minor;
-    case 81: /* shared memory a multiprocessor, and what a block can have of it */
-    case 97: {
-      int kilobytes = major == 8 ? (minor == 0 ? 164 : 100) : major == 12 ? 100 : 228;
-      return (which == 81 ? kilobytes : kilobytes - 1) * 1024;
-    }
+    case 75: return 9;       /* compute capability */
+    case 76: return 0;
+    case 81: return 228 * 1024; /* shared memory a multiprocessor, and what a block can have of it */
+    case 97: return 227 * 1024;
     default: return 0;
   }
 }

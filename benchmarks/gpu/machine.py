@@ -1,23 +1,27 @@
-"""What machine this is, and how fast it copies and multiplies: the two rates that every floor is computed from."""
+"""What machine this is, how fast it copies and multiplies (the two rates behind every floor), and how it is timed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..runner import query_gpu
-from .measure import device_timing, state
+from ..runner import Timing, query_gpu
 from .stage import Job
 
 FIELDS = ("name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode")
 CLOCKS = ("clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory")
+STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
-COPY_BYTES = 1 << 30  # read once and written once: twenty times the largest cache there is
+COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
 MATMUL_SIZE = 8192
 
 
@@ -43,6 +47,41 @@ def describe(job: Job) -> None:
     job.result["torch"] = torch.__config__.show()
 
 
+def state(device: torch.device) -> dict[str, str]:
+    """Clocks, temperature and power as they are; read, never set. A slow card shows here."""
+    return query_gpu(*STATE) | query_gpu(SLOWED_BY) if device.type == "cuda" else {}
+
+
+def rates(job: Job) -> None:
+    """Bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
+    moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
+    job.result["before"] = state(job.device)
+    values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
+    job.result["copy"] = _rate(partial(torch.empty_like(values).copy_, values), moved, job.device, bytes=moved)
+    for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
+        job.save()
+        a, b, out = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(3))
+        with tf32(label == "tf32"):
+            job.result[label] = _rate(partial(torch.mm, a, b, out=out), 2 * size**3, job.device, size=size)
+    job.result["after"] = state(job.device)
+
+
+def _rate(function: Callable[[], Any], amount: int, device: torch.device, **of: int) -> dict[str, Any]:
+    timing = device_timing(function, device)
+    return {"per_second": amount / timing.median, **of, "timing": timing}
+
+
+def measured_rates(job: Job) -> tuple[float, float] | None:
+    """Copy rate and bfloat16's matrix product rate for floors, if the stage that measures them has finished."""
+    found = job.earlier.get("rates")
+    return None if found is None else (found["copy"]["per_second"], found["bfloat16"]["per_second"])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` and the like."""
+    return str(dtype).removeprefix("torch.")
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """fp32 products in TF32, or exact."""
@@ -55,37 +94,25 @@ def tf32(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def rates(job: Job) -> None:
-    """Bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
-    job.result["before"] = state(job.device)
-    job.result["copy"] = _copy_rate(1 << 20 if job.rehearsal else COPY_BYTES, job.device)
-    job.save()
-    size = 32 if job.rehearsal else MATMUL_SIZE
-    for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
-        with tf32(label == "tf32"):
-            job.result[label] = _matmul_rate(size, dtype, job.device)
-        job.save()
-    job.result["after"] = state(job.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _copy_rate(size: int, device: torch.device) -> dict[str, Any]:
-    values = torch.randn(size // 2, device=device).to(torch.bfloat16)
-    target = torch.empty_like(values)
-    timing = device_timing(lambda: target.copy_(values), device, repeat=100)
-    return {"per_second": 2 * size / timing.median, "bytes": 2 * size, "timing": timing}
+def device_timing(function: Callable[[], Any], device: torch.device) -> Timing:
+    """Seconds that ``function`` takes on the device, its inputs not in the cache; a rehearsal's run once on the CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return Timing.of([time.perf_counter() - start])
+    from triton.testing import do_bench  # needs a GPU's driver
+
+    return Timing.of([ms / 1e3 for ms in do_bench(function, warmup=10, rep=100, return_mode="all")])
 
 
-def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    timing = device_timing(lambda: torch.mm(a, b, out=out), device, repeat=100)
-    return {"per_second": 2 * size**3 / timing.median, "size": size, "timing": timing}
-
-
-def measured_rates(job: Job, dtype: torch.dtype) -> tuple[float, float] | None:
-    """Copy and matmul rate for floors, if the stage that measures them has finished."""
-    found = job.earlier.get("rates")
-    if found is None:
-        return None
-    label = "tf32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-    return found["copy"]["per_second"], found[label]["per_second"]
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``||got - want|| / ||want||`` in float64; NaN anywhere is NaN, and no tolerance admits it."""
+    difference = (got.double() - want.double().view(got.shape)).norm()
+    scale = want.double().norm()
+    return (difference / scale if scale > 0 else difference).item()

@@ -1,64 +1,77 @@
 """One primitive of a backend on random features, as a network would call it: to check it, and to time it.
 
-The features lie as in a network: a layer's earlier features are a slice of the block's wide buffer, the bottleneck is
-a buffer of its own, and so are their gradients. The three functions at the top, and for what stands round the blocks
-``around``, are all that this package knows of how a backend is called.
+A layer's earlier features are a slice of the block's wide buffer, its bottleneck is a buffer of its own, and so are
+their gradients. :class:`Primitive` is all that this package knows of how a backend is called.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdense.backends import select
-from fastdense.core.features import Features, LazyGradient, as_images
-from fastdense.core.primitives import Backend, Conv, Norm
+from fastdense.core.features import Features, LazyGradient, as_images, as_rows, empty_features
+from fastdense.core.primitives import Conv, Norm, Pool
 
 from .. import traffic
-from .around import Around
-from .around import Tensors as AroundTensors
-from .case import Case, normal, with_moments
-from .machine import tf32
-from .measure import TOLERANCE, relative_error
+from .machine import relative_error, tf32
 
-
-def copy_with_moments(be: Backend, x: Tensor, out: Features) -> None:
-    """``out = x``, with its moments."""
-    be.copy_with_moments(x, out)
-
-
-def forward(be: Backend, source: Features, conv: Conv, out: Features) -> None:
-    """``out = conv(relu(bn(source)))``, with its moments."""
-    be.bn_relu_conv(source, conv, out)
-
-
-def backward(
-    be: Backend,
-    grad: LazyGradient,
-    output: Features,
-    conv: Conv,
-    source: Features,
-    into: LazyGradient,
-    *,
-    accumulate: bool,
-) -> list[Tensor | None]:
-    """``[dgamma, dbeta, dweight]``; the gradient of ``source`` goes into ``into``."""
-    gradients = be.bn_relu_conv_backward(grad, output, conv, source, into, accumulate=accumulate)
-    be.finish()
-    return gradients
+# Relative 2-norm against the same arithmetic in fp32: a few roundings of operands and results.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+CONV_3X3 = (traffic.FORWARD[1], traffic.BACKWARD[1])
+ACCUMULATING = traffic.BACKWARD[0]  # adds to the gradient of what it read
+POOLED_BACKWARD = (traffic.MAX_POOL[1], traffic.MEAN[1])
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Random features and gradients of one layer, all as the backends get them."""
+class Case:
+    """Which primitive on which shape."""
 
-    X: Tensor  # [m, width]: the block's buffer
-    Z: Tensor  # [m, B]: the bottleneck
-    grad_X: Tensor  # [m, width]
-    grad_Z: Tensor  # [m, B]
+    operation: str  # a name of benchmarks.traffic
+    shape: traffic.Shape
+    batch: int  # images; the space is a square, or a cube
+    width: int  # channels of the buffer that its features are a slice of
+    dims: int = 2
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """The size of the images of ``shape.m`` pixels together."""
+        return (round((self.shape.m // self.batch) ** (1 / self.dims)),) * self.dims
+
+    @property
+    def pool(self) -> Pool | None:
+        """The pooling that is part of it."""
+        none, one, two, three = ((size,) * self.dims for size in range(4))
+        if self.operation in traffic.MAX_POOL:
+            return Pool("maximum", three, two, one)
+        if self.operation in traffic.TRANSITION:
+            return Pool("average", two, two, none)
+        return Pool("mean") if self.operation in traffic.MEAN else None
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Spatial sizes of what is read and of what is written."""
+        if self.operation in traffic.TRANSITION:  # whose shape is its convolution's
+            return tuple(2 * size for size in self.spatial), self.spatial
+        return self.spatial, self.spatial if self.pool is None else self.pool.sizes(self.spatial)
+
+    @property
+    def floor(self) -> traffic.Traffic:
+        """What it must move and compute at least."""
+        return traffic.primitive(self.operation, self.shape, window=2**self.dims)
+
+
+class Tensors(NamedTuple):
+    """Random values of one primitive, all as the backends get them; those of a 3x3 write into the wide buffer."""
+
+    x: Tensor  # [m_in, width or reads]: what is read, or the buffer that it is a slice of
+    y: Tensor  # [m_out, width or writes]: what is written, or was
+    grad_x: Tensor  # like x
+    grad_y: Tensor  # like y
     gamma: Tensor  # [reads], fp32
     beta: Tensor  # [reads], fp32
     a: Tensor  # [writes], fp32: the lazy coefficients that arrive
@@ -68,28 +81,44 @@ class Tensors:
     @classmethod
     def random(cls, case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
         """Values of ordinary size; moderate gradients, to which a timed run can add many times."""
-        m, reads, writes, taps, _ = case.shape
-        bottleneck = writes if taps == 1 else reads
+        _, reads, writes, taps, _ = case.shape
+        m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
+        spatial, wide_y = case.operation in CONV_3X3, case.operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
+        x = m_in, reads if spatial else case.width
+        y = m_out, case.width if wide_y else writes
 
-        size = math.isqrt(taps)
-        grad_Z = normal(device, m, bottleneck, scale=1e-2).to(dtype)
-        weight = normal(device, writes, reads, size, size, scale=math.sqrt(2 / (reads * taps)))
+        def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            return torch.randn(size, device=device).mul_(scale).add_(shift)
+
+        grad_y = normal(*y, scale=1e-2).to(dtype)
+        kernel = (math.isqrt(taps),) * case.dims
+        values = _apart(case, device) if case.operation in traffic.MAX_POOL else normal(*x, shift=0.5)
         return cls(
-            X=normal(device, m, case.width, shift=0.5).to(dtype),
-            Z=normal(device, m, bottleneck, shift=-0.5).to(dtype),
-            grad_X=normal(device, m, case.width, scale=1e-2).to(dtype),
-            grad_Z=grad_Z,
+            x=values.to(dtype),
+            y=normal(*y, shift=-0.5).to(dtype),
+            grad_x=normal(*x, scale=1e-2).to(dtype),
+            grad_y=grad_y,
             gamma=torch.rand(reads, device=device) + 0.5,
             beta=torch.rand(reads, device=device) - 0.5,
             # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
-            a=-grad_Z.float().mean(0) if taps == 1 else normal(device, writes, scale=1e-3),
-            b=normal(device, writes, scale=1e-3),
-            weight=weight.to(dtype).contiguous(memory_format=torch.channels_last),
+            a=-grad_y.float().mean(0) if case.operation == ACCUMULATING else normal(writes, scale=1e-3),
+            b=normal(writes, scale=1e-3),
+            weight=normal(writes, *kernel, reads, scale=math.sqrt(2 / (reads * taps))).to(dtype).movedim(-1, 1),
         )
 
-    def widened(self) -> Tensors:
-        """Copies in fp32: the same values for the arithmetic that a result is checked against."""
-        return Tensors(*(tensor.float().clone() for tensor in vars(self).values()))
+
+def _apart(case: Case, device: torch.device) -> Tensor:
+    """Rows whose 3 x 3 neighbours differ by 0.2 at least: rounding to 16 bit moves no maximum to another pixel."""
+    height, width = case.spatial
+    levels = torch.rand(case.width, 9, device=device).argsort(1).float().t() * 0.5 - 1.5  # [9, channels]
+    rows = torch.arange(height, device=device) % 3 * 3
+    place = (rows[:, None] + torch.arange(width, device=device) % 3).flatten().repeat(case.batch)
+    return levels[place] + (torch.rand(len(place), case.width, device=device) - 0.5) * 0.3
+
+
+def _with_moments(rows: Tensor) -> Features:
+    var, mean = torch.var_mean(rows.float(), dim=0, correction=0)
+    return Features(rows, mean, var)
 
 
 class Primitive:
@@ -102,89 +131,101 @@ class Primitive:
     """
 
     def __init__(self, case: Case, tensors: Tensors, impl: str) -> None:
-        self.case, self.tensors = case, tensors
-        reads, writes, pointwise = case.shape.reads, case.shape.writes, case.shape.taps == 1
-        self.images = as_images(tensors.X, case.spatial)
+        self.case, self.tensors, self.dtype, device = case, tensors, tensors.x.dtype, tensors.x.device
+        _, reads, writes, _, _ = case.shape
+        inside, outside = case.sizes
+        of_x = slice(0, reads)
+        of_y = slice(case.width - writes, case.width) if case.operation in CONV_3X3 else slice(0, writes)
+        self.images = as_images(tensors.x, inside)[:, of_x]
         self.be = select.create(impl, self.images)
-        channels = slice(0, reads) if pointwise else slice(case.width - writes, case.width)
-        features, bottleneck = with_moments(tensors.X)[channels], with_moments(tensors.Z)
-        self.source, self.output = (features, bottleneck) if pointwise else (bottleneck, features)
-        self.conv = Conv(Norm(tensors.gamma, tensors.beta, 1e-5), tensors.weight)
-        of_features = tensors.grad_X[:, channels]
-        of_bottleneck = self.be.gradient_buffer(bottleneck).D
-        of_bottleneck.copy_(tensors.grad_Z)
-        arriving, into = (of_bottleneck, of_features) if pointwise else (of_features, of_bottleneck)
-        self.grad = LazyGradient(arriving, tensors.a, tensors.b, balanced=pointwise)
-        self.into = LazyGradient(into, *torch.zeros(2, reads, device=into.device))
-        self._start: Tensor | None = None
+        norm = Norm(tensors.gamma, tensors.beta, 1e-5)
+        (self.conv,) = self.be.prepare([Conv(norm, tensors.weight, pool=case.pool)])
+        self.source, self.output = _with_moments(tensors.x)[of_x], _with_moments(tensors.y)[of_y]
+        self.grad = LazyGradient(tensors.grad_y[:, of_y], tensors.a, tensors.b)
+        if case.operation == ACCUMULATING:
+            D = self.be.gradient_buffer(self.output).D.copy_(self.grad.D)
+            self.grad = LazyGradient(D, tensors.a, tensors.b, balanced=True)
+            self.into = LazyGradient(tensors.grad_x[:, of_x], *torch.zeros(2, reads, device=device))
+        else:
+            self.into = self.be.gradient_buffer(self.source)
+        if case.operation == traffic.TRANSITION[1]:  # what a transition writes is not lazy
+            self.grad = LazyGradient(self.grad.D, None, None)
+            self.output = Features(self.grad.D, None, None)
+        elif case.operation in traffic.AROUND:  # written into memory of its own
+            self.written = empty_features((case.batch, writes, *outside), dtype=self.dtype, device=device)
+            moments = (None, None) if case.operation in traffic.MEAN else torch.empty(2, writes, device=device)
+            self.output = Features(as_rows(self.written) if outside else self.written, *moments)
         self.gradients: list[Tensor | None] = []
-        if case.operation == traffic.COPY:
-            self.output = Features(torch.empty_like(tensors.X)[:, :reads], *torch.empty(2, reads, device=into.device))
+        self._start: Tensor | None = None
 
-    def restore(self) -> None:
-        """What a backward pass adds to, as it was when this was first called."""
-        if self._start is None:
+    def reset(self) -> None:
+        """NaN wherever a call must write, so that what it leaves out is seen; what it adds to, as it was at first."""
+        self.gradients = []
+        accumulating = self.case.operation == ACCUMULATING
+        if accumulating and self._start is None:
             self._start = self.into.D.clone()
-        self.into.D.copy_(self._start)
-        for sums in (self.into.a, self.into.b):
-            assert sums is not None
-            sums.zero_()
-
-    def poison(self) -> None:
-        """NaN wherever the primitive must write: what it leaves out is seen."""
-        if self.case.operation == "backward 3x3":
-            self.into.D.fill_(math.nan)
-        if self.case.operation not in traffic.BACKWARD:
-            for tensor in self.results().values():
-                tensor.fill_(math.nan)
+        for tensor in self.results().values():
+            tensor.fill_(0.0 if accumulating else math.nan)
+        if self._start is not None:
+            self.into.D.copy_(self._start)
 
     def __call__(self) -> None:
-        operation = self.case.operation
+        operation, be, source, conv, pool = self.case.operation, self.be, self.source, self.conv, self.case.pool
         if operation == traffic.COPY:
-            copy_with_moments(self.be, self.images[:, : self.case.shape.reads], self.output)
-        elif operation in traffic.FORWARD:
-            forward(self.be, self.source, self.conv, self.output)
-        else:
-            self.gradients = backward(
-                self.be, self.grad, self.output, self.conv, self.source, self.into,
-                accumulate=operation == "backward 1x1",
-            )  # fmt: skip
+            be.copy_with_moments(self.images, self.output)
+        elif operation == traffic.MOMENTS:
+            be.moments(source)
+        elif operation == traffic.RESOLVE:
+            be.resolve(self.grad, source, out=self.written)
+        elif operation in (*traffic.FORWARD, traffic.TRANSITION[0]):
+            be.bn_relu_conv(source, conv, self.output)
+        elif operation in (*traffic.BACKWARD, traffic.TRANSITION[1]):
+            self.gradients = be.bn_relu_conv_backward(
+                self.grad, self.output, conv, source, self.into, accumulate=operation == ACCUMULATING
+            )
+            be.finish()
+        elif pool is not None and operation in POOLED_BACKWARD:
+            self.gradients = be.bn_relu_pool_backward(self.grad.D, conv.norm, pool, source, self.into)
+        elif pool is not None:
+            be.bn_relu_pool(source, conv.norm, pool, self.output)
 
     def results(self) -> dict[str, Tensor]:
         """Everything that the primitive writes, by name."""
-        if self.case.operation in traffic.BACKWARD:
-            found = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=True))
+        found: dict[str, Tensor | None] = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=False))
+        if self.case.operation in (*traffic.BACKWARD, traffic.TRANSITION[1], *POOLED_BACKWARD):
             found |= {"D": self.into.D, "a": self.into.a, "b": self.into.b}
+        elif self.case.operation == traffic.MOMENTS:
+            found = {"mean": self.source.mean, "var": self.source.var}
+        elif self.case.operation == traffic.RESOLVE:
+            found = {"gradient": self.written}
         else:
             found = {"rows": self.output.rows, "mean": self.output.mean, "var": self.output.var}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-Bound = Primitive | Around
+def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str = "triton") -> Primitive:
+    """The primitive on fresh random values."""
+    return Primitive(case, Tensors.random(case, dtype, device), impl)
 
 
-def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tuple[Bound, Bound]:
-    """The primitive on fresh random values, and the torch backend's in fp32 on the same ones."""
-    if case.operation in traffic.AROUND:
-        around = AroundTensors.random(case, dtype, device)
-        # A maximum is taken of rounded values.
-        exact = around if case.operation == traffic.MAX_POOL[0] else around.widened()
-        return Around(case, around, impl), Around(case, exact, "torch")
-    tensors = Tensors.random(case, dtype, device)
-    truth = Primitive(case, tensors.widened(), "torch")  # first: a run changes what is not widened
-    return Primitive(case, tensors, impl), truth
-
-
-def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> tuple[Bound, dict[str, float]]:
-    """The primitive, run once on fresh random values, and its errors against the torch backend in fp32, by name."""
-    primitive, truth = bind(case, dtype, device, impl)
-    for one in (truth, primitive):
-        one.poison()
+def expected(primitive: Primitive) -> dict[str, Tensor]:
+    """What the torch backend finds in fp32 on the values of a primitive that has not run yet."""
+    case, tensors = primitive.case, primitive.tensors
+    if case.operation != traffic.MAX_POOL[0]:  # a maximum is taken of rounded values
+        tensors = Tensors(*(tensor.float().clone() for tensor in tensors))
+    truth = Primitive(case, tensors, "torch")
+    truth.reset()
     with tf32(False):
         truth()
+    return truth.results()
+
+
+def errors(primitive: Primitive, want: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors of one run, by name."""
+    primitive.reset()
+    with tf32(False):
         primitive()
-    want = truth.results()
-    return primitive, {name: relative_error(got, want[name]) for name, got in primitive.results().items()}
+    return {name: relative_error(got, want[name]) for name, got in primitive.results().items()}
 
 
 def passes(errors: dict[str, float], dtype: torch.dtype) -> bool:

@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..runner import ROOT, SCHEMA, environment, write_record
-from .stage import ERROR_CHARACTERS, Stage
+from .stage import ERROR_CHARACTERS, RECORDS, Stage, last_line
 
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 5.0
@@ -39,23 +39,23 @@ class _Process:
     def __init__(self, stages: Sequence[Stage], out: Path, until: float, rehearsal: bool) -> None:
         self.stages, self.out = list(stages), out
         self.patience = REHEARSAL_PATIENCE if rehearsal else 1.0
-        names = [f"{stage.name}={stage.target}={stage.seconds * self.patience}" for stage in stages]
-        command = [sys.executable, "-m", "benchmarks.gpu.stage", str(out.resolve()), "--until", str(until)]
+        listed = [(stage.name, stage.target, stage.seconds * self.patience) for stage in stages]
+        asked = {"folder": str(out.resolve()), "until": until, "rehearsal": rehearsal, "stages": listed}
         self.log = (out / f"{stages[0].name}.part.log").open("w+b")
         self.idle_since = time.time()
         self.process = subprocess.Popen(
-            [*command, *["--rehearse"] * rehearsal, *names],
+            [sys.executable, "-m", "benchmarks.gpu.stage", json.dumps(asked)],
             cwd=ROOT,
-            env=dict(_variables(rehearsal)),
+            env=variables(rehearsal),
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # a group of its own, so that killing it reaches the processes that it started
+            start_new_session=True,  # and so a group of its own: killing it reaches the processes that it started
         )
 
     def wait(self, stage: Stage) -> Entry | None:
         """What became of a stage: status, seconds, results, and the error; ``None`` if the process ended before it."""
-        path = self.out / f"{stage.name}.stage.json"
+        path = self.out / f"{stage.name}{RECORDS}"
         while True:
             gone = self.process.poll() is not None  # asked first: what it wrote before it went is then read
             entry: Entry = {"status": "running", "seconds": 0.0, "result": {}}
@@ -109,20 +109,16 @@ class Run:
         say: takes a line about each stage as it ends.
     """
 
-    def __init__(self, out: Path, *, minutes: float, rehearsal: bool, say: Callable[[str], None] = print) -> None:
+    def __init__(self, out: Path, *, minutes: float, rehearsal: bool, say: Callable[[str], None]) -> None:
         self.out, self.minutes, self.rehearsal, self.say = out, minutes, rehearsal, say
         self.until = time.time() + 60 * minutes
         self.environment = environment(gpu=not rehearsal) | {"rehearsal": rehearsal}
         self.stages: dict[str, Entry] = {}
         self._background: list[_Process] = []
         out.mkdir(parents=True, exist_ok=True)
-        for left in (*out.glob("*.stage.json"), *out.glob("*.part.log"), out / LOG):
+        for left in (*out.glob(f"*{RECORDS}"), *out.glob("*.part.log"), out / LOG):
             left.unlink(missing_ok=True)
-        self._keep()
-
-    def _keep(self) -> None:
-        record = {"schema": SCHEMA, "minutes": self.minutes, "environment": self.environment, "stages": self.stages}
-        write_record(self.out / RECORD, record)
+        self._save()
 
     def run(self, stages: Sequence[Stage]) -> bool:
         """Run ``stages`` in turn; whether all of them have finished."""
@@ -148,7 +144,7 @@ class Run:
         finally:
             for one in [*self._background, *([process] if process else [])]:
                 one.close(self.out / LOG)
-            for left in (*self.out.glob("*.stage.json"), *self.out.glob("*.tmp")):
+            for left in (*self.out.glob(f"*{RECORDS}"), *self.out.glob("*.tmp")):
                 left.unlink()
         return all(self.stages[stage.name]["status"] in ("ok", "skipped") for stage in stages)
 
@@ -165,9 +161,13 @@ class Run:
     def _enter(self, stage: Stage, entry: Entry | None) -> None:
         assert entry is not None  # a process's first stage always has one
         self.stages[stage.name] = {**entry, "environment": self.environment}
-        self._keep()
-        last = entry.get("error", "").strip().splitlines()[-1:]
-        self.say(f"{stage.name}: {': '.join([entry['status'], *last])} ({entry['seconds']:.0f} s)")
+        self._save()
+        status = ": ".join(filter(None, (entry["status"], last_line(entry))))
+        self.say(f"{stage.name}: {status} ({entry['seconds']:.0f} s)")
+
+    def _save(self) -> None:
+        record = {"schema": SCHEMA, "minutes": self.minutes, "environment": self.environment, "stages": self.stages}
+        write_record(self.out / RECORD, record)
 
 
 def _together(stages: Sequence[Stage], *, alone: bool) -> list[Stage]:
@@ -178,9 +178,7 @@ def _together(stages: Sequence[Stage], *, alone: bool) -> list[Stage]:
     return [first, *takewhile(lambda stage: not (stage.apart or stage.background or (stage.timed and alone)), others)]
 
 
-def _variables(rehearsal: bool) -> Iterator[tuple[str, str]]:
-    """The environment variables of a process."""
-    yield from ((key, value) for key, value in os.environ.items() if key != "TRITON_INTERPRET")
-    yield "PYTHONUNBUFFERED", "1"
-    if rehearsal:
-        yield "TRITON_INTERPRET", "1"
+def variables(rehearsal: bool) -> dict[str, str]:
+    """The environment variables of a process: in a rehearsal alone kernels are interpreted."""
+    found = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONUNBUFFERED": "1"}
+    return found | {"TRITON_INTERPRET": "1"} if rehearsal else found

@@ -1,15 +1,13 @@
 """One stage: what the run knows of it, what it is given, and the process that stages run in, one after another.
 
-    python -m benchmarks.gpu.stage FOLDER --until TIME [--rehearse] NAME=MODULE:FUNCTION=SECONDS ...
-
-is how a run starts stages. Each function gets a :class:`Job`, fills ``job.result`` and calls ``job.save()`` whenever
-something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages share the process,
-because starting one takes seconds; one that breaks the device's context ends it, and the run starts another.
+``python -m benchmarks.gpu.stage JSON`` is how a run starts stages. Each target gets a :class:`Job`, fills its result
+and saves whenever something worth keeping has come in: a stage that is stopped half way keeps what it saved. The stages
+share the process, because starting one takes seconds; one that breaks the device's context ends it, and the run starts
+another.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import json
@@ -17,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,48 +25,32 @@ import torch
 from ..runner import plain, write_record
 
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
+RECORDS = ".stage.json"  # a stage's name and this: the file in which it leaves its results
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a run knows of a stage.
+    """What a run knows of a stage."""
 
-    Attributes:
-        name: in records and on the command line.
-        target: ``"module:function"``; the function takes a :class:`Job`.
-        seconds: the longest that it may take.
-        runs: ``"first"``, ``"again"`` (the second run, of what takes minutes) or ``"both"``.
-        background: runs in a process of its own, beside the stages that follow, until the first that is timed.
-        timed: waits until it has the machine to itself.
-        apart: needs a process that no other stage has used.
-    """
-
-    name: str
-    target: str
-    seconds: float
-    runs: str = "first"
-    background: bool = False
-    timed: bool = False
-    apart: bool = False
+    name: str  # in records and on the command line
+    target: str  # "module:function", which takes a Job
+    seconds: float  # the longest that it may take
+    runs: str = "first"  # or "again" (the second run, of what takes minutes), or "both"
+    background: bool = False  # in a process of its own, beside the stages that follow, until the first that is timed
+    timed: bool = False  # waits until it has the machine to itself
+    apart: bool = False  # needs a process that no other stage has used
 
 
 @dataclass
 class Job:
-    """What a stage is given, and where it leaves its results.
+    """What a stage is given, and where it leaves its results."""
 
-    Attributes:
-        rehearsal: tiny shapes in Triton's interpreter, on the CPU; nothing found means anything about a GPU.
-        until: ``time.time()`` at which the process is killed.
-        earlier: results of the stages that have finished, by name.
-        record: file that ``save`` writes.
-        result: anything that JSON can hold.
-    """
-
-    rehearsal: bool
-    until: float
-    earlier: dict[str, Any]
-    record: Path
-    result: dict[str, Any] = field(default_factory=dict)
+    name: str  # of the stage
+    folder: Path  # of its record
+    until: float  # time.time() at which the process is killed
+    rehearsal: bool  # tiny shapes in Triton's interpreter, on the CPU; nothing found means anything about a GPU
+    earlier: dict[str, Any] = field(default_factory=dict)  # results of the stages that have finished, by name
+    result: dict[str, Any] = field(default_factory=dict)  # anything that JSON can hold
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +63,8 @@ class Job:
 
     def save(self, **entry: Any) -> None:
         """Keep ``result`` as it is now; ``entry`` is how the stage ended, if it has."""
-        write_record(self.record, {"status": "running", "until": self.until, **entry, "result": self.result})
+        record = {"status": "running", "until": self.until, **entry, "result": self.result}
+        write_record(self.folder / f"{self.name}{RECORDS}", record)
 
 
 class Skip(Exception):
@@ -95,12 +78,13 @@ def describe(error: BaseException) -> dict[str, str]:
     return {"status": "out of memory" if out_of_memory else "failed", "error": text[-ERROR_CHARACTERS:]}
 
 
-def _is_skip(error: BaseException) -> bool:
-    return type(error).__name__ == Skip.__name__  # the module of this process is there twice, and so is its class
+def last_line(entry: Mapping[str, Any]) -> str:
+    """The end of an entry's error."""
+    return "".join(entry.get("error", "").strip().splitlines()[-1:])
 
 
-def carry_out(job: Job, target: str) -> None:
-    """Run one stage; how it ended, and after how long, is in its record."""
+def carry_out(job: Job, target: str) -> bool:
+    """Run one stage; how it ended, and after how long, is in its record. Whether it ended well."""
     start = time.monotonic()
     module, _, name = target.partition(":")
     job.save()  # from now on its time is running
@@ -108,52 +92,45 @@ def carry_out(job: Job, target: str) -> None:
     try:
         function: Callable[[Job], None] = getattr(importlib.import_module(module), name)
         function(job)
+    except Skip as reason:
+        ended = {"status": "skipped", "error": str(reason)}
     except Exception as error:
-        ended = {"status": "skipped", "error": str(error)} if _is_skip(error) else describe(error)
-        if ended["status"] != "skipped":
-            traceback.print_exc()
+        ended = describe(error)
+        traceback.print_exc()
     job.save(**ended, seconds=round(time.monotonic() - start, 1))
-    print(f"{job.record.stem}: {ended['status']}", flush=True)
+    print(f"{job.name}: {ended['status']}", flush=True)
+    return ended["status"] == "ok"
 
 
-def _usable(device: torch.device) -> bool:
-    """Give back what a stage held; whether the device still answers. After an illegal access it never does."""
-    if device.type != "cuda":
-        return True
-    try:
+def release(device: torch.device) -> None:
+    """Give memory back; raises what a broken context raises: after an illegal access the device never answers."""
+    if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    except Exception:  # whatever a broken context raises
-        return False
-    return True
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages that were asked for, in turn, each within its own time."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.stage", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where each stage's record goes, and where those before it are")
-    parser.add_argument("--until", type=float, required=True, help="time.time() at which the whole run ends")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("stages", nargs="+", metavar="NAME=MODULE:FUNCTION=SECONDS")
-    options = parser.parse_args(arguments)
+def main() -> None:
+    """Run the stages that were asked for, in turn, each within its own time and all before ``until``."""
+    asked = json.loads(sys.argv[1])
+    folder = Path(asked["folder"])
     earlier: dict[str, Any] = {}
-    for path in options.folder.glob("*.stage.json"):
+    for path in folder.glob(f"*{RECORDS}"):
         entry = json.loads(path.read_text())
         if entry["status"] == "ok":
-            earlier[path.name.removesuffix(".stage.json")] = entry["result"]
-    for stage in options.stages:
-        name, target, seconds = stage.split("=")
-        until = min(time.time() + float(seconds), options.until)
-        job = Job(options.rehearse, until, earlier, options.folder / f"{name}.stage.json")
-        carry_out(job, target)
-        if json.loads(job.record.read_text())["status"] == "ok":
+            earlier[path.name.removesuffix(RECORDS)] = entry["result"]
+    for name, target, seconds in asked["stages"]:
+        job = Job(name, folder, min(time.time() + seconds, asked["until"]), asked["rehearsal"], earlier)
+        if carry_out(job, target):
             earlier[name] = plain(job.result)
+        device = job.device
         del job
-        if not _usable(torch.device("cpu" if options.rehearse else "cuda")):
+        try:
+            release(device)
+        except Exception:
             sys.stdout.flush()
             os._exit(1)  # nothing more can be measured in this process, nor ended in order
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("benchmarks.gpu.stage").main()  # the module whose Skip the stages raise: this is a copy

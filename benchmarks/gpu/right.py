@@ -1,0 +1,261 @@
+"""Whether blocks, networks and kernels are right on this device, asked before anything is timed; and the tests."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdense
+from fastdense.kernels import launch
+from fastdense.reference import ConcatDenseBlock, ConcatTransition
+
+from ..runner import ROOT
+from .machine import name_of, relative_error, tf32
+from .stage import Job
+from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
+
+# About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+BLOCK, SHAPE = (3, 64, 4, 32), (8, 64, 28, 27)  # layers, channels, bn_size, growth rate; of the images
+LARGER = (8, 64, 56, 56)  # on which every multiprocessor has work
+REHEARSED_BLOCK, REHEARSED_SHAPE = (1, 8, 4, 4), (2, 8, 5, 4)
+RERUNS = 20
+KEPT_FAILURES = 100
+REASON_CHARACTERS = 400
+# What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
+Changes = Mapping[str, Mapping[str, Any]]  # of the launch table, by operation
+_ONE_STAGE: Changes = {op: {"num_stages": 1} for op in ("bn_relu_conv", "bn_relu_conv_backward")}
+SIMPLER: dict[str, Changes] = {
+    "taps": {"bn_relu_conv": {"form": "taps"}},
+    "one stage": _ONE_STAGE,
+    "taps, one stage": {**_ONE_STAGE, "bn_relu_conv": {"form": "taps", "num_stages": 1}},
+}
+
+
+@contextmanager
+def changed(changes: Changes) -> Iterator[None]:
+    """Within the ``with``, kernels are launched with these changes."""
+    with ExitStack() as stack:
+        for op, change in changes.items():
+            stack.enter_context(launch.override(op, **change))
+        yield
+
+
+def smoke(job: Job) -> None:
+    """A block and a transition in every dtype and mode against the reference ones in float64; reruns bit for bit.
+
+    Where something is wrong, the same at once in forms with fewer parts, to say which part is at fault.
+
+    Raises:
+        RuntimeError: if a result is wrong. Which one, and by how much, is in ``job.result``.
+    """
+    wrong: list[str] = []
+    for dtype in TOLERANCE:
+        # A rehearsal's steps take a second each: one mode a dtype, each mode once.
+        for mode in MODES[dtype == torch.float16 :][:1] if job.rehearsal else MODES:
+            label = f"{name_of(dtype)} {mode}"
+            found = job.result[label] = _look(dtype, mode, job)
+            if found["wrong"] or found["differing_reruns"]:
+                wrong += [f"{label}: {name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
+                wrong += [f"{label}: {found['differing_reruns']} reruns differ"] * bool(found["differing_reruns"])
+                found["simpler"] = {name: _look_again(changes, dtype, mode, job) for name, changes in SIMPLER.items()}
+            job.save()
+    if wrong:
+        raise RuntimeError("the Triton kernels are wrong here: " + "; ".join(wrong))
+
+
+def _look_again(changes: Changes, dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
+    try:
+        with changed(changes):
+            looked = _look(dtype, mode, job)
+    except Exception as error:  # what does not even run says something, too
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    return {"wrong": looked["wrong"], "differing_reruns": looked["differing_reruns"]}
+
+
+def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
+    """Root mean square errors over a few inputs, what twice PyTorch's own allows, and how many reruns differ.
+
+    A value within a rounding of 0 switches a ReLU, whoever computes: hence several inputs, and for PyTorch's error the
+    larger one of the reference's and the torch backend's.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    arguments, shape, seeds = (REHEARSED_BLOCK, REHEARSED_SHAPE, 1) if job.rehearsal else (BLOCK, SHAPE, 3)
+    fast: nn.Module = nn.Module()
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        truth = pair(arguments).to(job.device, dtype)
+        for norm in truth.modules():
+            if isinstance(norm, nn.BatchNorm2d):  # near a gamma of 0 a few roundings decide whole channels
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.uniform_(norm.bias, -0.5, 0.5)
+        weights = truth.state_dict()  # rounded to the dtype: all start from the same values
+        *peers, fast = pair(arguments), *(pair(arguments, impl, mode) for impl in ("torch", "triton"))
+        for one in (*peers, fast):
+            one.to(job.device, dtype).load_state_dict(weights)
+        x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
+        with tf32(False):
+            want = step(truth.double(), x.double(), seed)
+            theirs = [step(peer, x, seed) for peer in peers]
+            with _unwritten_memory_is_nan():
+                got = step(fast, x, seed)
+        for name in want:
+            mine, *others = (relative_error(one[name], want[name]) for one in (got, *theirs))
+            found.setdefault(name, []).append((mine, max(others)))
+    errors = {}
+    for name, pairs in found.items():
+        mine, their = (math.hypot(*column) / math.sqrt(seeds) for column in zip(*pairs, strict=True))
+        errors[name] = {"error": mine, "allowed": 2 * their + TOLERANCE[dtype]}
+    wrong = [name for name, row in errors.items() if not row["error"] <= row["allowed"]]
+    return {"wrong": wrong, "differing_reruns": _differing(fast, dtype, job), "errors": errors}
+
+
+def _differing(fast: nn.Module, dtype: torch.dtype, job: Job) -> int:
+    """Of a few reruns, how many differ in a single bit."""
+    shape = REHEARSED_SHAPE if job.rehearsal else LARGER
+    x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
+    first, *others = (step(fast, x, 0) for _ in range(2 if job.rehearsal else 1 + RERUNS))
+    names = [name for name in first if "running" not in name]  # what a step leaves behind differs, as it should
+    return sum(not all(torch.equal(first[name], other[name]) for name in names) for other in others)
+
+
+def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recompute: str = MODES[0]) -> nn.Module:
+    """A block and a transition behind it: the reference ones, or with ``impl`` fastdense's."""
+    layers, entering, _, growth_rate = arguments
+    leaving = entering + layers * growth_rate
+    if impl is None:
+        return nn.Sequential(ConcatDenseBlock(*arguments), ConcatTransition(leaving, leaving // 2))
+    transition = fastdense.Transition(leaving, leaving // 2, impl=impl)
+    return nn.Sequential(fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute), transition)
+
+
+def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Output, gradients for a random cotangent, and running statistics."""
+    x = x.detach().requires_grad_()
+    block.zero_grad(set_to_none=True)
+    output = block(x)
+    generator = torch.Generator().manual_seed(seed)
+    output.backward(torch.randn(output.shape, generator=generator).to(output.device, output.dtype))
+    found = {"output": output.detach(), "x.grad": x.grad}
+    found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}
+    found |= {name: buffer.clone() for name, buffer in block.named_buffers() if buffer.is_floating_point()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@contextmanager
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that cuBLAS is not repeatable: the memory is what this is about
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def check(job: Job) -> None:
+    """Whether DenseNet-121 is right in both modes and converted: one that is wrong is not timed.
+
+    A value within a rounding of 0 switches a ReLU, and a network this deep everything after it: two right ones differ
+    by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
+    off by 100. So float32 is what finds a wrong network, and bfloat16 must be about as good as torchvision's. The tight
+    bounds are the kernels' own.
+
+    Raises:
+        RuntimeError: if one is not.
+    """
+    of, batch, size = rehearsed(job, "densenet121", 16, 64)
+    found = models(of, [BASE, *OURS, CONVERTED], job.device, rehearsal=job.rehearsal)
+    x, _ = images(batch, size, job.device, seed=1)
+    base = found.pop(BASE)
+    truth = _outcome(base, x, torch.float64)
+    job.result |= {label: {"checked": True} for label in found}
+    for dtype in (torch.float32, DTYPE):
+        with tf32(False):
+            theirs = relative_error(_outcome(base, x, dtype), truth)
+            allowed = 4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs
+            for label, model in found.items():
+                mine = relative_error(_outcome(model, x, dtype), truth)
+                job.result[label][name_of(dtype)] = {"error": mine, "torchvision": theirs}
+                job.result[label]["checked"] &= mine <= allowed
+    job.save()
+    wrong = [label for label, row in job.result.items() if not row["checked"]]
+    if wrong:
+        raise RuntimeError(f"wrong: {', '.join(wrong)}")
+
+
+def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Class scores and all gradients of one step of a copy, as one vector; a ``dtype`` of 16 bit means autocast."""
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    model = copy.deepcopy(model).to(arithmetic)
+    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
+        scores = model(x.to(arithmetic))
+    generator = torch.Generator().manual_seed(1)
+    scores.backward(torch.randn(scores.shape, generator=generator).to(scores))
+    return with_gradients(scores, model)
+
+
+def gpu_tests(job: Job) -> None:
+    """The tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
+
+    Compiling for every shape is most of the work, and each process does its own.
+
+    Raises:
+        RuntimeError: if one failed, or none was found.
+    """
+    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.checkout"]
+    options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
+    if job.rehearsal:
+        options += ["tests/test_traffic.py", "-k", "hand"]
+    else:
+        options += [f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak")]
+        processes = min(12, len(os.sched_getaffinity(0)))
+        if processes > 1 and importlib.util.find_spec("xdist") is not None:
+            options += ["--numprocesses", str(processes)]
+    code = pytest.main(options, plugins=[_Recorder(job)])
+    if code != pytest.ExitCode.OK:
+        first = next(iter(job.result["failures"]), "none failed")
+        raise RuntimeError(f"pytest: {pytest.ExitCode(code).name}, {job.result['failed']} failed, first: {first}")
+
+
+class _Recorder:
+    """Keeps each test's outcome as it comes, so that a run which is stopped has told what it knew."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        job.result |= {"passed": 0, "failed": 0, "skipped": 0, "selected": 0, "failures": {}}
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.pytest_xdist_node_collection_finished(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[Any]) -> None:
+        # With several processes, this one collects nothing itself.
+        self.job.result["selected"] = max(len(ids), self.job.result["selected"])
+        self.job.save()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            self.job.result[report.outcome] += 1
+        failures = self.job.result["failures"]
+        if report.failed and len(failures) < KEPT_FAILURES:
+            failures[f"{report.nodeid} ({report.when})"] = reason(report.longreprtext)
+        if report.when == "teardown":
+            self.job.save()
+
+
+def reason(traceback: str) -> str:
+    """What a failed test's traceback comes to: the lines that pytest marks, or its last one."""
+    marked = [line[1:].strip() for line in traceback.splitlines() if line.startswith("E ")]
+    return "\n".join(marked or traceback.strip().splitlines()[-1:])[:REASON_CHARACTERS]
