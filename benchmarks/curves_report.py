@@ -1,4 +1,4 @@
-"""Records of ``benchmarks.curves`` and ``benchmarks.deeper`` as Markdown."""
+"""Records of ``benchmarks.deeper`` as Markdown."""
 
 from __future__ import annotations
 
@@ -21,38 +21,6 @@ def _source(record: Record, file: str, command: str) -> str:
         f"{record['processor']}, one thread, PyTorch {record['torch']}, {record['date'][:10]}. "
         f"Reproduce: `{command}`. Record: [{file}](../benchmarks/results/{file})."
     )
-
-
-def curves_table(record: Record, file: str) -> str:
-    """Each run's distance from the textbook run, and its rank in the ensemble."""
-    settings, results = record["settings"], record["results"]
-    apart, folds = results["ensemble"]["running_maximum"], results["ensemble"]["e_folding"]
-    spread = f"{apart['lowest'][-1]:.2g} to {apart['highest'][-1]:.2g}"
-    growth = f"{folds['p10']:.1f} to {folds['p90']:.1f}"
-    rows = [[f"{settings['members']} textbook runs, pixels moved", str(settings["steps"]), spread, growth, ""]]
-    for label, row in results["runs"].items():
-        rank = f"{row['verdict']['rank']} of {row['verdict']['of']}"
-        rows.append(
-            [label, str(len(row["losses"])), f"{row['running_maximum'][-1]:.2g}", f"{row['e_folding']:.1f}", rank]
-        )
-    interpreted = "Triton in its interpreter, with tiles too large for a GPU. " if settings["interpreted"] else ""
-    conditions = (
-        f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}, "
-        f"{settings['optimizer']}. {interpreted}E-foldings of the ensemble: 10 % to 90 %. "
-        f"{_source(record, file, record['command'])}"
-    )
-    return _markdown("run | steps | largest deviation | e-folding, steps | rank", rows, conditions)
-
-
-def first_step_table(record: Record, file: str) -> str:
-    """How many roundings the first gradient is away from float64's, and from the textbook network's."""
-    found = record["results"]["first_step"]
-    rows = [[label, f"{row['to_float64']:.0f}", f"{row['to_textbook']:.0f}"] for label, row in found.items()]
-    conditions = (
-        "All gradients of the first step as one vector, relative 2-norm, in units of 2**-24; "
-        f"of moved pixels the median. Record: [{file}](../benchmarks/results/{file})."
-    )
-    return _markdown("network | to float64 | to the textbook network", rows, conditions)
 
 
 def _load(settings: Record) -> str:
