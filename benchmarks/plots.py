@@ -87,37 +87,6 @@ def memory_against_depth(record: Record, path: Path) -> None:
     _finish(figure, axes, "Memory against depth: lower is better", caption, path)
 
 
-def memory_by_depth(record: Record, path: Path) -> None:
-    """A record of deeper: peak resident memory of a training process, bars by depth."""
-    results, settings = record["results"], record["settings"]
-    labels = list(dict.fromkeys(label for rows in results.values() for label in rows))
-    figure, axes = _figure()
-    for i, label in enumerate(labels):
-        for j, rows in enumerate(results.values()):
-            if (value := rows.get(label, {}).get("resident")) is None:
-                continue
-            at, gigabytes, start = (
-                j + (i - (len(labels) - 1) / 2) * 0.27,
-                value / 1e9,
-                rows[label]["resident_start"] / 1e9,
-            )
-            colour = ("#777777", "#66bb6a", "#0b6e4f")[i % 3]
-            axes.bar(at, gigabytes, 0.25, color=colour, label=label if j == 0 else None)
-            axes.bar(at, start, 0.25, color="none", edgecolor="white", hatch="////", linewidth=0)
-            axes.text(at, gigabytes, f"{gigabytes:.2f} GB", ha="center", va="bottom", fontsize=9)
-    axes.axhline(2.0, color="#b2182b", linewidth=1.2, label="2 GB")
-    axes.bar(0, 0, color="#cccccc", hatch="////", edgecolor="white", label="before the first step: PyTorch, weights")
-    axes.set_xticks(range(len(results)), [f"{int(depth):,} layers" for depth in results])
-    axes.set_ylabel("peak resident memory of the process [GB]")
-    axes.grid(visible=False, axis="x")
-    caption = (
-        f"DenseNet-BC, k = {settings['growth_rate']}, three equal blocks, {settings['batch']} images of "
-        f"{settings['size']} x {settings['size']}, {settings['dtype']}, {settings['optimizer']}; "
-        f"each bar a fresh process, after {settings['steps']} steps. {_where(record)}"
-    )
-    _finish(figure, axes, "Memory of training a very deep network: lower is better", caption, path)
-
-
 def pictures(record: Record, stem: Path) -> list[Path]:
     """Every picture that there is of ``record``, as ``STEM-*.png``; the files written."""
     record = plain(record)
