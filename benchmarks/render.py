@@ -3,7 +3,7 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``flow``, ``compiled``, ``host``, ``gpu`` and
+``depth``, ``compiled``, ``host``, ``gpu`` and
 ``gpu-kernels``.
 Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that picture of
 ``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a table is not
@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from .depth_report import depth_table
-from .flow import flow_table
 from .roofline import bars, of_profile
 from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-_RENDERED = ("kernels", "memory", "depth", "gradient-flow", "compatibility")
+_RENDERED = ("kernels", "memory", "depth", "compatibility")
 PAGES = (README, *(DOCS / f"{name}.md" for name in _RENDERED))
-_KINDS = "figures|memory|depth|flow|compiled|host|gpu-kernels|gpu"
+_KINDS = "figures|memory|depth|compiled|host|gpu-kernels|gpu"
 _TABLE = re.compile(
     rf"(<!-- (?P<kind>{_KINDS}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)",
     re.DOTALL,
@@ -185,7 +184,6 @@ _TABLES: dict[str, Callable[[Any, str], str]] = {
     "figures": speed_table,
     "memory": memory_table,
     "depth": depth_table,
-    "flow": flow_table,
     "compiled": compiled_table,
     "host": host_table,
     "gpu": gpu_table,
