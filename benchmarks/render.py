@@ -3,10 +3,8 @@
     python -m benchmarks.render [--check]
 
 A table stands between ``<!-- KIND: FILE -->`` and ``<!-- end of KIND -->``; kinds are ``figures``, ``memory``,
-``depth``, ``compiled``, ``host``, ``gpu`` and
-``gpu-kernels``.
-Between ``<!-- picture: FILE | WORDS -->`` and ``<!-- end of picture -->`` stands that picture of
-``benchmarks/results``, or nothing until there is one. ``--check`` changes nothing and exits with 1 if a table is not
+``depth``, ``compiled``, ``gpu`` and ``gpu-kernels``.
+``--check`` changes nothing and exits with 1 if a table is not
 what its record says.
 """
 
@@ -26,14 +24,13 @@ from .runner import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-_RENDERED = ("kernels", "memory", "depth", "compatibility")
+_RENDERED = ("kernels", "memory", "depth")
 PAGES = (README, *(DOCS / f"{name}.md" for name in _RENDERED))
-_KINDS = "figures|memory|depth|compiled|host|gpu-kernels|gpu"
+_KINDS = "figures|memory|depth|compiled|gpu-kernels|gpu"
 _TABLE = re.compile(
     rf"(<!-- (?P<kind>{_KINDS}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)",
     re.DOTALL,
 )
-_PICTURE = re.compile(r"(<!-- picture: (?P<file>\S+) \| (?P<words>.+?) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
 
 def speed_table(record: dict[str, Any], file: str) -> str:
@@ -157,35 +154,11 @@ def gpu_kernels_table(record: dict[str, Any], file: str) -> str:
     return "\n".join(["", *lines, "", conditions, ""])
 
 
-def host_table(record: dict[str, Any], file: str) -> str:
-    """A record of ``benchmarks.host`` as a Markdown table."""
-    settings, results = record["settings"], record["results"]
-    launches = sum(results["launches"].values())
-    rows = {
-        "launches of a step": f"{launches}",
-        "a step": f"{results['step']['median'] * 1e3:.1f} ms",
-        "in the forward operators: launches prepared": f"{results['forward operators']['median'] * 1e3:.1f} ms",
-        "in the backward operators: launches prepared": f"{results['backward operators']['median'] * 1e3:.1f} ms",
-        "running statistics": f"{results['running statistics']['median'] * 1e3:.1f} ms",
-        "the rest: checks, dispatch, autograd, stem and classifier": f"{results['the rest']['median'] * 1e3:.1f} ms",
-        "in operators, for each launch": f"{results['seconds_per_launch'] * 1e6:.0f} us",
-    }
-    conditions = (
-        f"{settings['model']}, one image of {settings['size']} x {settings['size']}, {settings['dtype']}; "
-        f"{record['processor']}, PyTorch {record['torch']}, {record['date'][:10]}; medians of "
-        f"{results['step']['repeats']} steps, processor time. Reproduce: `python -m benchmarks.host`. "
-        f"Record: [{file}](../benchmarks/results/{file})."
-    )
-    lines = ["| | |", "|---|--:|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return "\n".join([*lines, "", conditions, ""])
-
-
 _TABLES: dict[str, Callable[[Any, str], str]] = {
     "figures": speed_table,
     "memory": memory_table,
     "depth": depth_table,
     "compiled": compiled_table,
-    "host": host_table,
     "gpu": gpu_table,
     "gpu-kernels": gpu_kernels_table,
 }
@@ -199,16 +172,11 @@ def render(text: str, root: str = "") -> str:
         root: the way from the page to the repository's root, as ``"../"``.
     """
 
-    def picture(match: re.Match[str]) -> str:
-        exists = (RESULTS / match["file"]).is_file()
-        line = f"![{match['words']}]({root}benchmarks/results/{match['file']})\n" if exists else ""
-        return f"{match[1]}{line}{match[4]}"
-
     def table(match: re.Match[str]) -> str:
         record = json.loads((RESULTS / match["file"]).read_text())
         return f"{match[1]}{_TABLES[match['kind']](record, match['file'])}{match[4]}"
 
-    return _PICTURE.sub(picture, _TABLE.sub(table, text))
+    return _TABLE.sub(table, text)
 
 
 def main() -> None:
