@@ -27,12 +27,12 @@ from rich.console import Console
 
 from fastdense.memory import peak_bytes, saved_bytes
 
-from . import options as options_module
-from .counted import counted_bytes
-from .depth_report import plot, tables
-from .providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, Unavailable, cifar
-from .runner import RESULTS, environment, write_record
-from .trials import CudaMemory, Search, Trial, counted_trial, largest, real_trial
+from .harness import options as options_module
+from .harness.counted import counted_bytes
+from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, Unavailable, cifar
+from .harness.runner import RESULTS, environment, write_record
+from .harness.trials import CudaMemory, Search, Trial, counted_trial, largest, real_trial
+from .report.depth_report import plot, tables
 
 __all__ = ["QUESTIONS", "Options", "Question", "main", "parse_bytes", "plot", "run"]
 

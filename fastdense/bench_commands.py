@@ -69,7 +69,7 @@ def benchmark(name: str) -> ModuleType:
         if error.name != "fastdense.benchmarks":
             raise
     root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "runner.py").is_file():
+    if not (root / "benchmarks" / "speed.py").is_file():
         raise ModuleNotFoundError("fastdense was installed without its benchmarks", name="fastdense.benchmarks")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))  # the processes that measure get it too
@@ -173,7 +173,7 @@ def _more_depths(depths: list[int] | None, rest: list[str]) -> tuple[int, ...]:
 
 def _options(name: str, given: Mapping[str, Any]) -> Any:
     """The benchmarks' options: what was given, else what suits the device, and ``--quick``."""
-    module = benchmark("options")
+    module = benchmark("harness.options")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu, quick = device.startswith("cuda"), given.get("quick", False)
     found: Record = {"device": device, "batch": 64 if gpu else 8}
@@ -216,7 +216,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...]:
 
 
 def _list_providers() -> None:
-    for name, provider in benchmark("providers").PROVIDERS.items():
+    for name, provider in benchmark("harness.providers").PROVIDERS.items():
         typer.echo(f"{name:30} {provider.label}")
     raise typer.Exit
 
@@ -248,12 +248,12 @@ def _run(console: Console, name: str, options: Any) -> Record:
         record: Record = module.run(options)
         stem, draw = folder / "depth", _one(module.plot)
     else:
-        benchmark("plots")  # before minutes of measuring: matplotlib may be missing
+        benchmark("report.plots")  # before minutes of measuring: matplotlib may be missing
         with _live(console, module.table) as watch:
             record = module.run(options, watch)
-        stem, draw = folder / module.file_name(options), benchmark("plots").pictures
+        stem, draw = folder / module.file_name(options), benchmark("report.plots").pictures
     path = stem.with_name(f"{stem.name}.json")
-    benchmark("runner").write_record(path, record)
+    benchmark("harness.runner").write_record(path, record)
     for written in [path, *draw(record, stem)]:
         console.print(str(written), soft_wrap=True)
     return record
@@ -299,7 +299,7 @@ def _extent(record: Record) -> str:
 def _finish(console: Console, records: list[Record], as_json: bool) -> None:
     """The records for machines; the exit code of an interrupted run."""
     if as_json:
-        plain = [benchmark("runner").plain(record) for record in records]
+        plain = [benchmark("harness.runner").plain(record) for record in records]
         typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
     if not all(record.get("complete", True) for record in records):
         console.print("Interrupted: what had been measured is in the record.")

@@ -1,7 +1,7 @@
 """Tile sizes and how the rows are split over programs: small tables, one pure function, no search.
 
 The tables hold tiles that compile without spills, of those that were tried the ones with the fewest instructions to
-issue (``python -m benchmarks.kernels`` lists the rows); they are to be settled by measurement on a GPU. A tile that
+issue (``python -m benchmarks.compiled`` lists the rows); they are to be settled by measurement on a GPU. A tile that
 covers a short dimension is cut down to it.
 Importing this module needs neither Triton nor a GPU.
 """

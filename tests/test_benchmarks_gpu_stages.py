@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import runner, traffic
+from benchmarks.compiled.launches import traffic
 from benchmarks.gpu import around, candidates, correct, counters, deepest, networks, primitives, sanitize, steps
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.stage import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
+from benchmarks.harness import runner
 from fastdense.kernels import launch
 from fastdense.torch_backend import TorchBackend
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels
-from benchmarks.compiled import _loops
+from benchmarks.compiled.launches import _loops
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +31,15 @@ def test_kernels_compile_to_what_the_record_says(
 ) -> None:
     """Each once. In a process of its own: here the kernels are interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--json", str(tmp_path / "rows.json")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.compiled.report",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     command += ["--arch", *map(str, archs), "--dtype", *dtypes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -48,7 +55,7 @@ def test_no_product_of_hoppers_is_left_behind() -> None:
     """Triton lets them run into the next step of a loop, and before 3.7 overwrote the registers that they read."""
     code = """
 import torch
-from benchmarks.compiled import Case, plan, products_in_flight
+from benchmarks.compiled.launches import Case, plan, products_in_flight
 launches = plan(Case(32, 160, 64, (56, 56), torch.bfloat16), 90)
 found = [products_in_flight(l, 90) for l in launches if l.kernel.__name__.startswith("bn_relu_conv")]
 print(len(found), max(found))
@@ -62,7 +69,7 @@ print(len(found), max(found))
 def test_the_record_is_of_these_sources(record: list[kernels.Row]) -> None:
     wanted = kernels.sources_digest()
     found = {row.sources for row in record}
-    assert found == {wanted}, "the kernels have changed: run python -m benchmarks.kernels --all"
+    assert found == {wanted}, "the kernels have changed: run python -m benchmarks.compiled.report --all"
 
 
 def test_the_record_is_whole_and_keeps_the_rules(record: list[kernels.Row]) -> None:

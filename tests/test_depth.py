@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks import depth, depth_report, schema, trials
-from benchmarks.counted import LiveBytes, counted_bytes
-from benchmarks.providers import MODELS, PROVIDERS, NetworkSpec, cifar
-from benchmarks.trials import CudaMemory, Trial, largest, real_trial
+from benchmarks import depth
+from benchmarks.harness import trials
+from benchmarks.harness.counted import LiveBytes, counted_bytes
+from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
+from benchmarks.harness.trials import CudaMemory, Trial, largest, real_trial
+from benchmarks.report import depth_report
+from benchmarks.report.record import Record
 from fastdense.memory import WORKSPACE_BYTES
 
 MB = 1 << 20
@@ -276,7 +279,7 @@ def record() -> dict[str, Any]:
 
 def test_a_small_run(record: dict[str, Any]) -> None:
     assert record["settings"]["method"] == "by bytes counted, not by steps on a GPU"
-    assert schema.complaints(json.loads(json.dumps(record))) == []
+    assert Record.complaints(json.loads(json.dumps(record))) == []
     assert record["checks"]["compile"]["unavailable"] == "its bytes cannot be counted without a device"
     found = record["results"]["cifar"]["providers"]
     assert list(found) == ["torchvision", "memory-efficient", "fastdense-bottlenecks"]

@@ -25,7 +25,7 @@ BEGIN = """
 import json, sys
 from pathlib import Path
 import torch
-from benchmarks import traffic
+from benchmarks.compiled.launches import traffic
 from benchmarks.gpu import ahead, fake, launched
 from benchmarks.gpu.case import Case
 

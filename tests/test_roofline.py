@@ -11,9 +11,11 @@ import torch
 from interpreted import accesses_counted
 
 import fastdense
-from benchmarks import roofline, runner, traffic
+from benchmarks import roofline
+from benchmarks.compiled.launches import traffic
 from benchmarks.gpu import candidates, primitives
 from benchmarks.gpu.case import Case
+from benchmarks.harness import runner
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter does")

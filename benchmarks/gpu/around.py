@@ -12,7 +12,7 @@ from fastdense import backends
 from fastdense.features import Features, LazyGradient, as_images, as_rows, empty_features
 from fastdense.primitives import Conv, Norm, Pool
 
-from .. import traffic
+from ..compiled import traffic
 from .case import Case, normal, with_moments
 
 BACKWARD = (traffic.MAX_POOL[1], traffic.TRANSITION[1], traffic.MEAN[1])

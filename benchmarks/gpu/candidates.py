@@ -12,8 +12,8 @@ import torch
 
 from fastdense.kernels import launch
 
-from .. import traffic
-from ..runner import Timing
+from ..compiled import traffic
+from ..harness.runner import Timing
 from .case import Case
 from .machine import measured_rates, tf32
 from .measure import host_seconds, relative_error, state, synchronize

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdense.features import Features
 
-from ..traffic import Shape
+from ..compiled.traffic import Shape
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Case:
     """One primitive on one shape.
 
     Attributes:
-        operation: a name of :mod:`benchmarks.traffic`.
+        operation: a name of :mod:`benchmarks.compiled.traffic`.
         shape: of the primitive.
         batch: images; the space is a square, or a cube.
         width: channels of the buffer that its features are a slice of.

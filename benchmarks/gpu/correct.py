@@ -18,7 +18,7 @@ import fastdense
 from fastdense.kernels import launch
 from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
-from ..runner import ROOT
+from ..harness.runner import ROOT
 from .machine import tf32
 from .measure import relative_error
 from .stage import Job
@@ -209,7 +209,7 @@ def _pytest(job: Job, *arguments: str, processes: int = 0) -> None:
     Raises:
         RuntimeError: if one failed, or none was found.
     """
-    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.checkout"]
+    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.harness.checkout"]
     options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
     if processes > 1 and importlib.util.find_spec("xdist") is not None:
         options += ["--numprocesses", str(processes)]

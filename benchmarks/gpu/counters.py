@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..runner import ROOT
+from ..harness.runner import ROOT
 from .candidates import DTYPE, cases
 from .case import Case
 from .measure import synchronize

@@ -21,7 +21,7 @@ import fastdense
 from fastdense import backends, trial
 from fastdense.kernels import launch
 
-from ..traffic import NETWORKS
+from ..compiled.traffic import NETWORKS
 from .case import Case
 from .machine import tf32
 from .primitives import bind
@@ -109,7 +109,7 @@ def _densenet(name: str, mode: str) -> nn.Module:
 
 
 def _converted(name: str) -> nn.Module:
-    from ..peers import torchvision_densenet
+    from ..harness.peers import torchvision_densenet
 
     network = NETWORKS[name]
     arguments = network.growth_rate, network.layers, network.init_features

@@ -16,9 +16,9 @@ from torch import Tensor
 from fastdense.kernels.launch import LaunchConfig
 from fastdense.triton_backend import TritonBackend
 
-from ..compiled import Launch
-from ..kernels import name_of, traffic_of
-from ..traffic import floor_seconds
+from ..compiled.launches import Launch
+from ..compiled.report import name_of, traffic_of
+from ..compiled.traffic import floor_seconds
 from .machine import measured_rates
 from .measure import synchronize
 from .networks import BASE, DTYPE, OURS, REHEARSED_SIZE, SIZE, images, models, network

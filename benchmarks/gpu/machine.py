@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..runner import query_gpu
+from ..harness.runner import query_gpu
 from .measure import device_timing, state
 from .stage import Job
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runner import Timing, query_gpu
+from ..harness.runner import Timing, query_gpu
 
 STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastdense
 
-from ..peers import torchvision_densenet
-from ..traffic import NETWORKS, Network
+from ..compiled.traffic import NETWORKS, Network
+from ..harness.peers import torchvision_densenet
 from .machine import tf32
 from .measure import relative_error
 from .stage import Job

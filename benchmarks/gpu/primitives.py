@@ -17,7 +17,7 @@ from fastdense import backends
 from fastdense.features import Features, LazyGradient, as_images
 from fastdense.primitives import Backend, Conv, Norm
 
-from .. import traffic
+from ..compiled import traffic
 from .around import Around
 from .around import Tensors as AroundTensors
 from .case import Case, normal, with_moments

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import traffic
-from ..runner import ROOT
+from ..compiled import traffic
+from ..harness.runner import ROOT
 from .case import Case
 from .counters import find_tool
 from .measure import synchronize

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..runner import plain, write_record
+from ..harness.runner import plain, write_record
 
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runner import Timing, interleave
-from ..traffic import network_floor_seconds, network_traffic
+from ..compiled.traffic import network_floor_seconds, network_traffic
+from ..harness.runner import Timing, interleave
 from .machine import measured_rates
 from .measure import relative_error, state, synchronize
 from .networks import BASE, COMPILED, DTYPE, EFFICIENT, OURS, REDUCED, REHEARSED_SIZE, SIZE, images, models, network

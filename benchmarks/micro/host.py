@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from benchmarks.compiled import SM_COUNT
+from benchmarks.compiled.launches import SM_COUNT
 from fastdense import backends, ops, pool_ops
 from fastdense.triton_backend import TritonBackend
 

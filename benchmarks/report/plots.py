@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .runner import plain
+from ..harness.runner import plain
 
 Record = dict[str, Any]
 WIDTH, HEIGHT, DPI = 8.0, 5.2, 150

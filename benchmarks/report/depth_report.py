@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastdense.memory import WORKSPACE_BYTES
 
-from .providers import BASE
+from ..harness.providers import BASE
 
 CHECKPOINTED = "memory-efficient"
 
