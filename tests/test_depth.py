@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks import depth
-from benchmarks.harness import trials
-from benchmarks.harness.counted import LiveBytes, counted_bytes
+from benchmarks.harness import fits
+from benchmarks.harness.fits import CudaMemory, LiveBytes, Trial, counted_bytes, largest, real_trial
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
-from benchmarks.harness.trials import CudaMemory, Trial, largest, real_trial
 from benchmarks.report import depth_report
 from benchmarks.report.record import Record
 from fastdense.memory import WORKSPACE_BYTES
@@ -210,7 +209,7 @@ def test_a_peak_over_the_budget_does_not_fit() -> None:
     ],
 )
 def test_what_counts_as_out_of_memory(error: RuntimeError, want: bool) -> None:
-    assert trials.out_of_memory(error) is want
+    assert fits.out_of_memory(error) is want
 
 
 def test_cuda_is_limited_measured_and_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:

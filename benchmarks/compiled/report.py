@@ -151,7 +151,7 @@ def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str
         return traffic.Traffic(4 * elements * (splits + 1), elements * splits), {"elements": elements, "splits": splits}
     m = a["m"] if "m" in a else launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
     taps, window = (prod(a.get(size, 1) for size in sizes) for sizes in (("KD", "KH", "KW"), ("PD", "PH", "PW")))
-    shape = traffic.Shape(m, a.get("C", a.get("K")), a.get("K", a.get("C")), taps, itemsize)
+    shape = traffic.Shape(m, a["C" if "C" in a else "K"], a["K" if "K" in a else "C"], taps, itemsize)
     if name == "bn_relu_mean_kernel":
         moved = traffic.mean(shape)
     elif name == "bn_relu_conv_kernel":

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastdense.kernels.launch import LaunchConfig
 from fastdense.triton_backend import TritonBackend
 
-from ..compiled.launches import Launch
-from ..compiled.report import name_of, traffic_of
+from ..compiled.launches import Launch, name_of
+from ..compiled.report import traffic_of
 from ..compiled.traffic import floor_seconds
 from .machine import measured_rates
 from .measure import synchronize
