@@ -1,5 +1,5 @@
 """One module for each question about speed or memory; records of the answers in ``results/``."""
 
-from . import checkout
+from .harness import checkout
 
 checkout.enable()  # every `python -m benchmarks.NAME` runs in a checkout that is not installed

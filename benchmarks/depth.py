@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,17 @@ from rich.console import Console
 
 from fastdense.memory import peak_bytes, saved_bytes
 
-from . import options as options_module
-from .counted import counted_bytes
-from .depth_report import plot, tables
-from .providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, Unavailable, cifar
-from .runner import RESULTS, environment, write_record
-from .trials import CudaMemory, Search, Trial, counted_trial, largest, real_trial
+from .harness import options as options_module
+from .harness.fits import CudaMemory, Search, Trial, counted_bytes, counted_trial, largest, real_trial
+from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, Unavailable, cifar
+from .harness.runner import RESULTS, environment, write_record
+from .harness.training import Check
+from .report.depth_report import plot, tables
 
 __all__ = ["QUESTIONS", "Options", "Question", "main", "parse_bytes", "plot", "run"]
 
 COUNTED = "by bytes counted, not by steps on a GPU"
 STEPPED = "by training steps on the GPU, under a limit on PyTorch's allocator"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}  # of what cannot run in float64: half switched ReLUs
 DEFAULT_BUDGET = "12GB"
 BATCH = 16  # of the step that counts are compared with
 
@@ -71,24 +69,20 @@ def _densenet264(size: int) -> NetworkSpec:
     return replace(MODELS["densenet264"], block_config=(6, 12, 4 * size, 3 * size))
 
 
+def _deepest(title: str, network: Callable[[int], NetworkSpec], *shape: int) -> Question:
+    batch, pixels = shape
+    title = f"deepest {title}, {batch} images of {pixels} x {pixels}"
+    return Question(title, "depth", network, lambda size: (batch, 3, pixels, pixels))
+
+
 def _largest_batch(name: str) -> Question:
     title = f"largest batch of {name} at 224 x 224"
     return Question(title, "batch", lambda size: MODELS[name], lambda size: (size, 3, 224, 224))
 
 
 QUESTIONS = {
-    "cifar": Question(
-        "deepest DenseNet-BC, k = 12, three equal blocks, 64 images of 32 x 32",
-        "depth",
-        lambda size: cifar(6 * size + 4),
-        lambda size: (64, 3, 32, 32),
-    ),
-    "densenet264": Question(
-        "deepest network of DenseNet-264's form, k = 32, 32 images of 224 x 224",
-        "depth",
-        _densenet264,
-        lambda size: (32, 3, 224, 224),
-    ),
+    "cifar": _deepest("DenseNet-BC, k = 12, three equal blocks", lambda size: cifar(6 * size + 4), 64, 32),
+    "densenet264": _deepest("network of DenseNet-264's form, k = 32", _densenet264, 32, 224),
     "batch-densenet121": _largest_batch("densenet121"),
     "batch-densenet201": _largest_batch("densenet201"),
 }
@@ -153,30 +147,6 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"a budget is a number with MB, GB, MiB or GiB, as 12GB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def check(provider: Provider, measure: bool) -> dict[str, Any]:
-    """Whether a small step is right; with ``measure``, the bytes counted for one beside those of a step on the CPU."""
-    dtype = torch.float64 if provider.exact else torch.float32
-    want, got = (_outcome(one, dtype) for one in (PROVIDERS[BASE], provider))
-    error = ((got - want).norm() / want.norm()).item()
-    row: dict[str, Any] = {"label": provider.label, "relative_difference": error, "checked": error <= TOLERANCE[dtype]}
-    if measure and row["checked"]:
-        row["counted_beside_measured"] = beside_measured(provider)
-    return row
-
-
-@lru_cache
-def _outcome(provider: Provider, dtype: torch.dtype) -> torch.Tensor:
-    """Output and gradients of one step of a small network as one vector, with the weights of one seed."""
-    torch.manual_seed(0)
-    device = torch.device("cuda" if provider.name.endswith("-triton") else "cpu")
-    model = provider.build(cifar(22)).to(device, dtype)
-    generator = torch.Generator().manual_seed(1)
-    output = model(torch.randn(4, 3, 16, 16, generator=generator).to(device, dtype))
-    output.backward(torch.randn(output.shape, generator=generator).to(output))
-    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    return torch.cat([tensor.flatten().cpu() for tensor in found]).double()
 
 
 def beside_measured(provider: Provider, depth: int = 40) -> dict[str, int]:
@@ -258,21 +228,24 @@ def _checked(options: Options, say: Callable[[str], None]) -> tuple[dict[str, An
     """What became of each provider's check, and those that are right."""
     rows: dict[str, Any] = {}
     right = []
-    device = torch.device(options.device)
-    for name in options.providers or (ON_CUDA if device.type == "cuda" else COUNTABLE):
+    cuda = options.device == "cuda"
+    check = Check(cifar(22), 4, 16, options_module.Options(device=options.device))
+    for name in options.providers or (ON_CUDA if cuda else COUNTABLE):
         provider = PROVIDERS[name]
+        row: dict[str, Any] = {"label": provider.label}
+        rows[name] = row
         try:
-            if device.type != "cuda" and name not in COUNTABLE:
+            if not cuda and name not in COUNTABLE:
                 raise Unavailable("its bytes cannot be counted without a device")
-            provider.require(device)
-            rows[name] = check(provider, measure=device.type != "cuda")
-            if rows[name]["checked"]:
-                right.append(provider)
-            else:
-                say(f"{provider.label} takes no part: differs by {rows[name]['relative_difference']:.1e}")
+            row |= check(provider)
         except Unavailable as reason:
-            rows[name] = {"label": provider.label, "checked": False, "unavailable": str(reason)}
-            say(f"{provider.label} takes no part: {reason}")
+            row |= {"checked": False, "unavailable": str(reason)}
+        if row["checked"]:
+            right.append(provider)
+            row |= {} if cuda else {"counted_beside_measured": beside_measured(provider)}
+        else:
+            why = row["unavailable"] if "unavailable" in row else f"differs by {row['relative_difference']:.1e}"
+            say(f"{provider.label} takes no part: {why}")
     return rows, right
 
 
@@ -302,11 +275,10 @@ def _row(question: Question, provider: Provider, found: Search) -> dict[str, Any
     }
 
 
-def _options(arguments: Sequence[str] | None = None) -> tuple[Options, Path | None, Path | None]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--budget", type=parse_bytes, help="for instance 12GB, 24GiB (default: 12GB; with --quick 500MB)"
-    )
+    parser.add_argument("--budget", type=parse_bytes, help="as 12GB or 24GiB (default: 12GB; with --quick 500MB)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS))
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
@@ -316,22 +288,13 @@ def _options(arguments: Sequence[str] | None = None) -> tuple[Options, Path | No
     parser.add_argument("--plot", type=Path, help="a PNG of memory against depth; default: beside the record")
     given = parser.parse_args(arguments)
     options = Options.quick(given.device) if given.quick else Options(device=given.device)
-    options = replace(
-        options,
-        budget=given.budget or options.budget,
-        questions=tuple(given.questions or options.questions),
-        providers=tuple(given.providers or ()),
-        processes=given.processes,
-    )
+    chosen = {name: getattr(given, name) for name in ("budget", "questions", "providers") if getattr(given, name)}
+    chosen |= {name: tuple(chosen[name]) for name in chosen.keys() & {"questions", "providers"}}
+    options = replace(options, processes=given.processes, **chosen)
     path = given.json
     if path is None and not given.quick and given.device == "cpu":  # elsewhere a folder is named by who knows the card
         path = RESULTS / "cpu" / f"depth-{options.budget / 1e9:g}GB.json"
-    return options, path, given.plot or (path.with_suffix(".png") if path else None)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    options, path, picture = _options(arguments)
+    picture = given.plot or (path.with_suffix(".png") if path else None)
     console = Console()
     with console.status("checking, then searching"):
         record = run(options, say=lambda line: console.print(line, style="dim", highlight=False))

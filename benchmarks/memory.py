@@ -18,11 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .options import Options
-from .providers import MODELS, PROVIDERS, NetworkSpec, cifar
-from .runner import RESULTS, environment, in_fresh_process, write_record
+from .harness.options import Options
+from .harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
+from .harness.runner import RESULTS, environment, in_fresh_process, write_record
+from .harness.training import Check, Step, attempt, build, count_bytes, images
 from .speed import Record, bytes_cells, trouble
-from .training import Check, Step, attempt, build, count_bytes, images
 
 DEPTHS_SIZE = 32  # pixels; CIFAR's images
 GROWTH_RATE = 12  # of the networks of --depths

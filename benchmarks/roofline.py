@@ -3,10 +3,11 @@
     python -m benchmarks.roofline [--model densenet121] [--batch 8] [--size 128] [--json FILE] [--plot FILE]
     python -m benchmarks.roofline --record DIR/gpu.json [--plot FILE]
 
-A floor is modelled, never measured: the larger of bytes (``benchmarks.traffic``) over the copy rate and operations over
-the matrix product rate, both measured on the device. The first line measures these rates on the CPU and compares a
-training step of the PyTorch backend with the network's floor; of the kernels, which do not run there, it shows floors
-alone. The second line shows each kernel's measured time beside its floor, from a record of ``benchmarks.gpu``.
+A floor is modelled, never measured: the larger of bytes (``benchmarks.compiled.traffic``) over the copy rate and
+operations over the matrix product rate, both measured on the device. The first line measures these rates on the CPU and
+compares a training step of the PyTorch backend with the network's floor; of the kernels, which do not run there, it
+shows floors alone. The second line shows each kernel's measured time beside its floor, from a record of
+``benchmarks.gpu``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch.utils.benchmark import Timer
 
 import fastdense
 
-from . import traffic
-from .runner import Timing, environment, interleave, write_record
+from .compiled import traffic
+from .harness.runner import Timing, environment, interleave, write_record
 
 COPY_BYTES, MATMUL_SIZE = 1 << 28, 2048  # past every cache; a second's work for a slow core
 BARS = 24

@@ -22,10 +22,10 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from .options import Options
-from .providers import MODELS, PROVIDERS, Provider
-from .runner import RESULTS, Seconds, Timing, environment, in_fresh_process, interleave, write_record
-from .training import Check, Step, attempt, build, count_bytes, images
+from .harness.options import Options
+from .harness.providers import MODELS, PROVIDERS, Provider
+from .harness.runner import RESULTS, Seconds, Timing, environment, in_fresh_process, interleave, write_record
+from .harness.training import Check, Step, attempt, build, count_bytes, images
 
 Record = dict[str, Any]
 Event = tuple[str, str, Any]  # what, whose, its value

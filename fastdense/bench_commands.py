@@ -121,7 +121,7 @@ def benchmark(name: str) -> ModuleType:
         if error.name != "fastdense.benchmarks":
             raise
     root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "runner.py").is_file():
+    if not (root / "benchmarks" / "speed.py").is_file():
         raise ModuleNotFoundError("fastdense was installed without its benchmarks", name="fastdense.benchmarks")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))  # the processes that measure get it too
@@ -144,7 +144,7 @@ def _numbers(rule: str, text: str) -> tuple[int, ...]:
 
 def _options(name: str, given: Mapping[str, Any]) -> Any:
     """The benchmarks' options: what was given, else what suits the device, and ``--quick``."""
-    module = benchmark("options")
+    module = benchmark("harness.options")
     device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu, quick = device.startswith("cuda"), given["quick"]
     found: Record = {"batch": 64 if gpu else 8, "size": 224 if gpu or name == "memory" else 128}
@@ -157,7 +157,7 @@ def _options(name: str, given: Mapping[str, Any]) -> Any:
     if name == "memory" and not found.get("depths") and not found["models"]:
         found |= {"depths": module.QUICK_DEPTHS} if quick else {"models": ("densenet121", "densenet201")}
     if "list" in found["providers"]:
-        for provider, described in benchmark("providers").PROVIDERS.items():
+        for provider, described in benchmark("harness.providers").PROVIDERS.items():
             typer.echo(f"{provider:30} {described.label}")
         raise typer.Exit
     return module.Options(**found)
@@ -190,17 +190,17 @@ def _run(console: Console, name: str, options: Any) -> Record:
         stem = folder / "depth"
         record: Record = module.run(options)
     else:
-        benchmark("plots")  # before minutes of measuring: matplotlib may be missing
+        benchmark("report.plots")  # before minutes of measuring: matplotlib may be missing
         stem = folder / module.file_name(options)
         with _live(console, module.table) as watch:
             record = module.run(options, watch)
     path = Path(f"{stem}.json")
-    benchmark("runner").write_record(path, record)
+    benchmark("harness.runner").write_record(path, record)
     if name == "depth":
         pictures = [Path(f"{stem}.png")]
         module.plot(record, pictures[0])
     else:
-        pictures = benchmark("plots").pictures(record, stem)
+        pictures = benchmark("report.plots").pictures(record, stem)
     for written in [path, *pictures]:
         console.print(str(written), soft_wrap=True)
     return record
@@ -234,7 +234,7 @@ def _live(console: Console, table: Callable[[Record], Any]) -> Iterator[Callable
 def _finish(console: Console, records: list[Record], as_json: bool) -> None:
     """The records for machines; the exit code of an interrupted run."""
     if as_json:
-        plain = [benchmark("runner").plain(record) for record in records]
+        plain = [benchmark("harness.runner").plain(record) for record in records]
         typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
     if not all(record.get("complete", True) for record in records):
         console.print("Interrupted: what had been measured is in the record.")

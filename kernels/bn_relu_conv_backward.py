@@ -19,17 +19,17 @@ from .common import (
     to_storage,
     to_storage_unbiased,
 )
-from .reductions import add_up, finish_sums
+from .reductions import finish_sums, reduce
 
 
 @triton.jit(do_not_specialize=["elements", "splits"])
-def add_up_kernel(out_ptr, partial_ptr, elements, splits, BLOCK_E: tl.constexpr):
+def reduce_kernel(out_ptr, partial_ptr, elements, splits, BLOCK_E: tl.constexpr):
     """``out = partial.sum(0)``, always in the same order.
 
     out [elements, fp32]; partial [splits, elements, fp32]
     Grid: (blocks of elements).
     """
-    add_up(out_ptr, partial_ptr, elements, splits, tl.program_id(0).to(tl.int64), tl.num_programs(0), BLOCK_E)
+    reduce(out_ptr, partial_ptr, elements, splits, tl.program_id(0).to(tl.int64), tl.num_programs(0), BLOCK_E)
 
 
 @triton.jit
@@ -301,7 +301,7 @@ def bn_relu_conv_backward_kernel(
     """``dy = pool^T(conv^T(g)) * mask``, ``D (+)= gamma*r*dy``, ``dw[k, c, t] = sum_p g[p - t, k]*relu(bn(x[p, c]))``.
 
     D [values, C - start, feature dtype]; dw [splits, weights = K*C*taps, fp32]; dgamma, dbeta [C]; da, db [C - start]
-    sums [splits, 2, C, fp32], counter [column tiles, int32, zeros]: see finish_sums; pending: see add_up_kernel
+    sums [splits, 2, C, fp32], counter [column tiles, int32, zeros]: see finish_sums; pending: see reduce_kernel
     G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean) if LAZY, else G, 0 up to G_UNIT
     x [values, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
     Rows of x lie over [N, XD, XH, XW], those of G over [N, D, H, W]: as many, or pooled windows of PD*PH*PW pixels.
@@ -315,7 +315,7 @@ def bn_relu_conv_backward_kernel(
     lazy_ptrs = (G_ptr, v_ptr, a_ptr, b_ptr, v_mean_ptr)
     norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     if HAS_PENDING:
-        add_up(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
+        reduce(pending_out_ptr, pending_ptr, pending_elements, pending_splits, pid, tl.num_programs(0), BLOCK_E)
     if pid < data_programs:
         if NEEDS_DY or TOGETHER:
             _pass_over_rows(

@@ -1,7 +1,7 @@
 """Tile sizes and how the rows are split over programs: small tables, one pure function, no search.
 
 The tables hold tiles that compile without spills, of those that were tried the ones with the fewest instructions to
-issue (``python -m benchmarks.kernels`` lists the rows); they are to be settled by measurement on a GPU. A tile that
+issue (``python -m benchmarks.compiled`` lists the rows); they are to be settled by measurement on a GPU. A tile that
 covers a short dimension is cut down to it.
 Importing this module needs neither Triton nor a GPU.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 OPERATIONS = (
-    "bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "add_up", "activation",
+    "bn_relu_conv", "bn_relu_conv_backward", "copy", "resolve", "reduce", "activation",
     "max_pool", "mean", "pool_backward",
 )  # fmt: skip
 FORMS = ("rows", "taps", "scratch")
@@ -110,7 +110,7 @@ _SM80: _Table = {
     ("bn_relu_conv_backward", "lazy wide taps"): LaunchConfig(64, 64, 64, 8, 2, group=1),
     ("copy", ""): LaunchConfig(32, 64, 64, 4, 1, programs_per_sm=6),
     ("resolve", ""): LaunchConfig(64, 32, 32, 4, 1),
-    ("add_up", ""): LaunchConfig(16, 64, 16, 4, 1),
+    ("reduce", ""): LaunchConfig(16, 64, 16, 4, 1),
     ("activation", ""): LaunchConfig(64, 64, 64, 4, 1),
     ("bn_relu_conv", "pooled"): LaunchConfig(64, 32, 128, 8, 1),
     ("bn_relu_conv_backward", "pooled"): LaunchConfig(64, 32, 64, 8, 1, group=4),

@@ -161,7 +161,7 @@ def copy_with_moments_kernel(
 
 
 @triton.jit
-def add_up(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.constexpr):
+def reduce(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.constexpr):
     """``out[e] = sum_s partial[s, e]``, both dense; ``programs`` programs share the elements."""
     for block in range(program, tl.cdiv(elements, BLOCK), programs):
         e = block * BLOCK + tl.arange(0, BLOCK)

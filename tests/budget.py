@@ -29,7 +29,7 @@ def tiles(size: int) -> Iterator[None]:
                 changes["block_k"] = size
             elif op == "bn_relu_conv_backward":
                 changes |= {"weight_block_m": size, "weight_block_c": size}
-            elif op == "add_up":
+            elif op == "reduce":
                 changes["block_c"] = 1024
             stack.enter_context(launch.override(op, **changes))
         yield

@@ -14,9 +14,11 @@ import peer_packages
 import pytest
 import torch
 
-from benchmarks import memory, render, runner, schema, speed, training
-from benchmarks.options import DTYPES, Options
-from benchmarks.providers import MODELS, PROVIDERS, NetworkSpec
+from benchmarks import memory, speed
+from benchmarks.harness import runner, training
+from benchmarks.harness.options import DTYPES, Options
+from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec
+from benchmarks.report import render
 
 
 def rendered(page: Path, text: str) -> str:
@@ -150,7 +152,7 @@ def test_speed_times_what_is_right_and_nothing_else(candidates: tuple[str, ...],
     assert right["batches"]["3"]["step"].repeats == speed.SWEEP_REPEATS
     runner.write_record(tmp_path / "record.json", record)
     written = json.loads((tmp_path / "record.json").read_text())
-    assert not schema.complaints(written)
+    assert not Record.complaints(written)
     assert written["schema"] == runner.SCHEMA
     assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
 
@@ -184,7 +186,7 @@ def test_an_interrupted_run_keeps_what_was_measured(candidates: tuple[str, ...])
     options = Options(model="tiny", batch=2, size=32, providers=("right",), repeats=3, processes=1)
     record = speed.run(options, watch)
     assert record["complete"] is False and record["results"]["right"]["step"].repeats == 1
-    assert not schema.complaints(runner.plain(record))
+    assert not Record.complaints(runner.plain(record))
 
 
 def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, ...]) -> None:
@@ -194,7 +196,7 @@ def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, .
     for rows in record["results"].values():
         assert_only_the_right_was_measured(rows, "bytes_peak")
         assert rows["right"]["bytes_kept"] < rows["torchvision"]["bytes_kept"] <= rows["torchvision"]["bytes_peak"]
-    assert not schema.complaints(runner.plain(record))
+    assert not Record.complaints(runner.plain(record))
 
 
 def test_bytes_are_those_of_the_step() -> None:

@@ -227,7 +227,7 @@ UNINSTALLED = f"""
 import importlib.util, sys
 sys.path += [{sysconfig.get_path("purelib")!r}]  # without its .pth files, and so without the editable install
 assert importlib.util.find_spec("fastdense.kernels") is None
-from benchmarks import checkout
+from benchmarks.harness import checkout
 checkout.enable()
 checkout.enable()
 import fastdense.kernels.launch
@@ -247,14 +247,14 @@ def test_pytest_runs_in_a_checkout_that_is_not_installed() -> None:
 import sys
 sys.path += [{sysconfig.get_path("purelib")!r}]
 import pytest
-sys.exit(pytest.main(["-q", "-p", "benchmarks.checkout", "tests/test_kernel_sources.py", "-k", "override"]))
+sys.exit(pytest.main(["-q", "-p", "benchmarks.harness.checkout", "tests/test_kernel_sources.py", "-k", "override"]))
 """
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_only_this_checkouts_package_is_given_these_kernels() -> None:
-    from benchmarks.checkout import _Kernels
+    from benchmarks.harness.checkout import _Kernels
 
     assert _Kernels.find_spec("fastdense.kernels", ["/elsewhere/fastdense"]) is None
     assert _Kernels.find_spec("fastdense.nn", [str(ROOT / "fastdense")]) is None

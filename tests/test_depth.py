@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks import depth, depth_report, schema, trials
-from benchmarks.counted import LiveBytes, counted_bytes
-from benchmarks.providers import MODELS, PROVIDERS, NetworkSpec, cifar
-from benchmarks.trials import CudaMemory, Trial, largest, real_trial
+from benchmarks import depth
+from benchmarks.harness import fits
+from benchmarks.harness.fits import CudaMemory, LiveBytes, Trial, counted_bytes, largest, real_trial
+from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
+from benchmarks.report import depth_report
+from benchmarks.report.record import Record
 from fastdense.recompute import WORKSPACE_BYTES
 
 MB = 1 << 20
@@ -207,7 +209,7 @@ def test_a_peak_over_the_budget_does_not_fit() -> None:
     ],
 )
 def test_what_counts_as_out_of_memory(error: RuntimeError, want: bool) -> None:
-    assert trials.out_of_memory(error) is want
+    assert fits.out_of_memory(error) is want
 
 
 def test_cuda_is_limited_measured_and_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +278,7 @@ def record() -> dict[str, Any]:
 
 def test_a_small_run(record: dict[str, Any]) -> None:
     assert record["settings"]["method"] == "by bytes counted, not by steps on a GPU"
-    assert schema.complaints(json.loads(json.dumps(record))) == []
+    assert Record.complaints(json.loads(json.dumps(record))) == []
     assert record["checks"]["compile"]["unavailable"] == "its bytes cannot be counted without a device"
     found = record["results"]["cifar"]["providers"]
     assert list(found) == ["torchvision", "memory-efficient", "fastdense-bottlenecks"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdense
-from benchmarks.host import host_side
+from benchmarks.micro.host import host_side
 from fastdense import functional
 from fastdense.backends import select, sync_batchnorm
 from fastdense.backends.torch_backend import TorchBackend
@@ -115,12 +115,12 @@ def test_a_step_on_the_triton_host_side_without_memory(kind: str, monkeypatch: p
         share(monkeypatch)
     net = net.to("meta", torch.bfloat16)
     x = torch.empty(2, 3, 64, 96, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with host_side() as spent:
+    with host_side() as launches:
         training_step(net, x)
     assert all(parameter.grad is not None for parameter in net.parameters())
     layers = sum(isinstance(module, nn.Conv2d) for module in net.modules())
-    assert spent.launches["bn_relu_conv_kernel"] >= layers - 8
-    assert spent.launches["bn_relu_conv_backward_kernel"] >= layers - 8
+    assert launches["bn_relu_conv_kernel"] >= layers - 8
+    assert launches["bn_relu_conv_backward_kernel"] >= layers - 8
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdense
-from benchmarks.host import host_side
+from benchmarks.micro.host import host_side
 from fastdense.memory import peak_bytes, saved_bytes
 
 MB = 1 << 20

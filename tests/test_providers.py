@@ -6,8 +6,8 @@ import peer_packages
 import pytest
 import torch
 
-from benchmarks import providers
-from benchmarks.providers import PROVIDERS, NetworkSpec, Unavailable
+from benchmarks.harness import providers
+from benchmarks.harness.providers import PROVIDERS, NetworkSpec, Unavailable
 
 CPU = torch.device("cpu")
 SMALL = NetworkSpec(4, (2, 3), 8, 5)

@@ -1,21 +1,19 @@
-"""Committed records are what benchmarks/schema.md says, and pictures can be drawn of records."""
+"""Committed records are whole, and pictures can be drawn of records."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import runner, schema
+from benchmarks.harness import runner
 
-# Rows of the compile report and of the count of waves; pytest-benchmark's; the stages of a GPU run.
+# A sum of the compile report; pytest-benchmark's; the stages of a GPU run.
 OTHER_FORMS = (
     "compiled/kernels.json",
-    "compiled/waves.json",
     "cpu/micro.json",
     "h100/first.json",
     "h100/gpu.json",
@@ -60,12 +58,12 @@ def memory_record() -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_committed_records_are_as_documented(path: Path) -> None:
-    assert not schema.complaints(json.loads(path.read_text()))
+    assert not Record.complaints(json.loads(path.read_text()))
 
 
 def test_records_of_every_kind_are_as_documented() -> None:
     assert len(RECORDS) >= 3
-    assert not schema.complaints(speed_record()) and not schema.complaints(memory_record())
+    assert not Record.complaints(speed_record()) and not Record.complaints(memory_record())
 
 
 @pytest.mark.parametrize(
@@ -88,15 +86,7 @@ def test_what_is_not_documented_is_noticed(path: list[str], value: Any, words: s
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    assert any(words in text for text in schema.complaints(record)), schema.complaints(record)
-
-
-def test_the_page_names_every_field() -> None:
-    page = Path(str(schema.__file__)).with_name("schema.md").read_text()
-    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", page))))
-    known = {*schema.HEADER, *schema.SINCE_2, *schema.SETTINGS, *schema.TIMING, *schema.ROW, "kind", "complete"}
-    assert known <= named
-    assert f"version of this page: {runner.SCHEMA}" in page
+    assert any(words in text for text in Record.complaints(record)), Record.complaints(record)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +96,7 @@ def test_the_page_names_every_field() -> None:
 )
 def test_pictures_are_drawn_of_records(record: Any, names: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     paths = plots.pictures(record(), tmp_path / "name")
     assert [path.name for path in paths] == [f"name-{name}.png" for name in names]
@@ -116,7 +106,7 @@ def test_pictures_are_drawn_of_records(record: Any, names: list[str], tmp_path: 
 
 def test_nothing_measured_is_no_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     assert plots.pictures({**speed_record(), "results": {"absent": {"unavailable": "why"}}}, tmp_path / "x") == []
     assert plots.pictures({**memory_record(), "results": {}}, tmp_path / "x") == []
@@ -124,7 +114,7 @@ def test_nothing_measured_is_no_picture(tmp_path: Path) -> None:
 
 def test_a_picture_says_its_conditions() -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     record = speed_record()
     caption = plots.speed_caption(record)

@@ -11,8 +11,10 @@ import torch
 from interpreted import accesses_counted
 
 import fastdense
-from benchmarks import roofline, runner, traffic
+from benchmarks import roofline
+from benchmarks.compiled.launches import traffic
 from benchmarks.gpu.primitives import Case, bind
+from benchmarks.harness import runner
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter does")
@@ -60,7 +62,7 @@ def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -
     pixels = shape.m * (2**case.dims if case.operation in traffic.TRANSITION else 1)
     for one in found:
         name = "v_ptr" if case.operation == traffic.RESOLVE else "x_ptr"
-        assert one.kernel == "add_up_kernel" or one.loaded[name] == pixels * shape.reads * shape.itemsize, one
+        assert one.kernel == "reduce_kernel" or one.loaded[name] == pixels * shape.reads * shape.itemsize, one
 
 
 @needs_interpreter
@@ -101,7 +103,7 @@ def stage_record(rehearsal: bool = False) -> dict[str, Any]:
         slower = 4 if row["operation"] == traffic.COPY else 2
         rows.append({**row, "seconds": slower * row["floor_seconds"]})
     environment = {"device": "Imaginary GPU", "rehearsal": rehearsal}
-    rows.append({"operation": "add_up", "elements": 64, "times": 3, "seconds": 2e-9, "floor_seconds": 1e-9})
+    rows.append({"operation": "reduce", "elements": 64, "times": 3, "seconds": 2e-9, "floor_seconds": 1e-9})
     profiles = {f"fastdense, batch {batch}": {"network": "densenet121", "rows": rows} for batch in (64, 256)}
     profiles["torchvision, batch 64"] = {"network": "densenet121", "rows": []}
     return {"stages": {"layers": {"status": "ok", "environment": environment, "result": profiles}}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import fastdense
-from benchmarks import traffic
-from benchmarks.traffic import Network, Operation, Shape, Traffic
+from benchmarks.compiled.launches import traffic
+from benchmarks.compiled.traffic import Network, Operation, Shape, Traffic
 
 
 def test_primitives_counted_by_hand() -> None:

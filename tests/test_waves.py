@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import waves
-from benchmarks.compiled import SM_COUNT
-from benchmarks.traffic import NETWORKS, blocks
+from benchmarks.compiled.launches import SM_COUNT, waves
+from benchmarks.compiled.traffic import NETWORKS, blocks
 from fastdense.kernels import launch
 from fastdense.kernels.launch import LaunchConfig, Shape, Work
 
@@ -71,7 +70,7 @@ def test_the_last_wave_is_never_nearly_empty(network: str, batch: int, arch: int
 
 COMPILED_FOR = """
 import torch
-from benchmarks.compiled import Case, identity, plan, plan_around
+from benchmarks.compiled.launches import Case, identity, plan, plan_around
 
 def code(k, reads, batch, side, planned=plan):
     return {identity(one) for one in planned(Case(k, reads, batch, (side, side), torch.bfloat16), 90)}
@@ -129,5 +128,5 @@ def test_the_record_is_of_these_launches() -> None:
     recorded = [waves.Fit(**row) for row in json.loads(waves.RECORD.read_text())]
     wanted = waves.together(waves.fits(90, "densenet121", 64))
     assert [fit for fit in recorded if (fit.arch, fit.network, fit.batch) == (90, "densenet121", 64)] == wanted, (
-        "run python -m benchmarks.waves"
+        "run python -m benchmarks.compiled.waves"
     )

@@ -33,8 +33,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastdense.backends import select
 
-from ..runner import ROOT
-from ..traffic import NETWORKS
+from ..compiled.traffic import NETWORKS
+from ..harness.runner import ROOT
 from . import fake, right
 from .candidates import DTYPE, Change, candidates, run_as
 from .machine import name_of, tf32

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastdense.kernels import launch
 
-from .. import traffic
-from ..runner import Timing
+from ..compiled import traffic
+from ..harness.runner import Timing
 from .machine import device_timing, measured_rates, state, synchronize
 from .primitives import Case, Primitive, bind, errors, expected, passes
 from .stage import Job

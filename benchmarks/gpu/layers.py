@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastdense.backends.triton_backend import TritonBackend
 
-from ..compiled import Launch
-from ..kernels import name_of, traffic_of
-from ..traffic import floor_seconds
+from ..compiled.launches import Launch, name_of
+from ..compiled.report import traffic_of
+from ..compiled.traffic import floor_seconds
 from .machine import measured_rates, synchronize
 from .stage import Job
 from .steps import BASE, DTYPE, OURS, Step, images, models, rehearsed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runner import Timing, query_gpu
+from ..harness.runner import Timing, query_gpu
 from .stage import Job
 
 FIELDS = ("name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode")

@@ -17,7 +17,7 @@ from fastdense.backends import select
 from fastdense.core.features import Features, LazyGradient, as_images, as_rows, empty_features
 from fastdense.core.primitives import Conv, Norm, Pool
 
-from .. import traffic
+from ..compiled import traffic
 from .machine import relative_error, tf32
 
 # Relative 2-norm against the same arithmetic in fp32: a few roundings of operands and results.
@@ -31,7 +31,7 @@ POOLED_BACKWARD = (traffic.MAX_POOL[1], traffic.MEAN[1])
 class Case:
     """Which primitive on which shape."""
 
-    operation: str  # a name of benchmarks.traffic
+    operation: str  # a name of benchmarks.compiled.traffic
     shape: traffic.Shape
     batch: int  # images; the space is a square, or a cube
     width: int  # channels of the buffer that its features are a slice of

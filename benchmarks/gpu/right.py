@@ -19,7 +19,7 @@ import fastdense
 from fastdense.kernels import launch
 from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
-from ..runner import ROOT
+from ..harness.runner import ROOT
 from .machine import name_of, relative_error, tf32
 from .stage import Job
 from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
@@ -214,7 +214,7 @@ def gpu_tests(job: Job) -> None:
     Raises:
         RuntimeError: if one failed, or none was found.
     """
-    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.checkout"]
+    options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.harness.checkout"]
     options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
     if job.rehearsal:
         options += ["tests/test_traffic.py", "-k", "hand"]

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..runner import ROOT, SCHEMA, environment, write_record
+from ..harness.runner import ROOT, SCHEMA, environment, write_record
 from .stage import ERROR_CHARACTERS, RECORDS, Stage, last_line
 
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..runner import plain, write_record
+from ..harness.runner import plain, write_record
 
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
 RECORDS = ".stage.json"  # a stage's name and this: the file in which it leaves its results

@@ -19,9 +19,9 @@ import fastdense
 from fastdense.memory import peak_bytes
 
 from .. import depth
-from ..peers import torchvision_densenet
-from ..runner import Timing, interleave
-from ..traffic import NETWORKS, Network, network_floor_seconds, network_traffic
+from ..compiled.traffic import NETWORKS, Network, network_floor_seconds, network_traffic
+from ..harness.peers import torchvision_densenet
+from ..harness.runner import Timing, interleave
 from .machine import measured_rates, name_of, relative_error, state, synchronize
 from .stage import Job, describe, release
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from .. import traffic
-from ..runner import ROOT
+from ..compiled import traffic
+from ..harness.runner import ROOT
 from .candidates import DTYPE, cases
 from .machine import synchronize
 from .primitives import Case, bind

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.runner import environment
+from benchmarks.harness.runner import environment
 
 
 @pytest.fixture(autouse=True)

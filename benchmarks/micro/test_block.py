@@ -21,11 +21,11 @@ def side(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "torch"
         return
     pytest.importorskip("triton")
-    from benchmarks.host import host_side
+    from benchmarks.micro.host import host_side
 
-    with host_side() as spent:
+    with host_side() as launches:
         yield "auto"
-        assert sum(spent.launches.values()) > 0, "the Triton host side did not run"
+        assert sum(launches.values()) > 0, "the Triton host side did not run"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastdense
-from benchmarks.peers import torchvision_densenet
+from benchmarks.harness.peers import torchvision_densenet
 from fastdense.conversion.converted import Converted, resolve
 
 PARTS = 4  # two blocks, one transition, the stem

@@ -238,9 +238,9 @@ class TritonBackend(Launcher):
         """Add up the last weight's gradient."""
         if self.pending is not None:
             out, partial = self.pending
-            config = self.choose("add_up", 1, 1)
+            config = self.choose("reduce", 1, 1)
             self.launch(
-                bn_relu_conv_backward.add_up_kernel, -(-out.numel() // config.block_c),
+                bn_relu_conv_backward.reduce_kernel, -(-out.numel() // config.block_c),
                 out, partial, out.numel(), partial.shape[0], BLOCK_E=config.block_c, config=config,
             )  # fmt: skip
             self.pending = None

@@ -81,7 +81,7 @@ class ConvBackward(NamedTuple):
             **self._flags(weight, together, dw), HAS_PENDING=pending is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             WEIGHT_BLOCK_M=config.weight_block_m, WEIGHT_BLOCK_C=config.weight_block_c,
-            BLOCK_E=be.choose("add_up", 1, 1).block_c, config=config,
+            BLOCK_E=be.choose("reduce", 1, 1).block_c, config=config,
         )  # fmt: skip
         if dw is not None and partial is not None and partial is not dw:
             be.pending = Pending(dw, partial)

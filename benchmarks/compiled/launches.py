@@ -186,6 +186,29 @@ def identity(launch: Launch) -> tuple[Any, ...]:
     return (launch.kernel.__name__, launch.config, *(str(sorted(part.items(), key=str)) for part in specialise(launch)))
 
 
+def name_of(launch: Launch) -> str:
+    """``kernel``, with the taps of a convolution and what it is lazy in."""
+    a, name = launch.arguments, launch.kernel.__name__.removesuffix("_kernel")
+    if "KD" in a:
+        name += f" {'x'.join(str(size) for size in (a['KD'], a['KH'], a['KW']) if size > 1) or '1x1'}"
+    if a.get("TOGETHER") is False and a["LAZY"]:
+        name += " lazy"
+    if a.get("PD", 1) * a.get("PH", 1) * a.get("PW", 1) > 1:
+        name += " pooled"
+    if a.get("tap_ptr") is not None and "MAXIMUM" not in a:
+        name += " arg-max"
+    if a.get("MAXIMUM") is False:
+        name = name.removesuffix(" 1x1") + " mean"
+    if a.get("HAS_DROPOUT"):
+        name += " dropout"
+    return name
+
+
+def waves_of(launch: Launch, sm_count: int) -> float:
+    """A launch's programs over the places that a device has for them."""
+    return launch.programs / (sm_count * launch.config.resident)
+
+
 @lru_cache(maxsize=1)
 def _tools() -> Path:
     import triton

@@ -1,11 +1,14 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python -m benchmarks.kernels [--arch 80 90] [--all] [--json FILE]
+    python -m benchmarks.compiled [--arch 80 90] [--all] [--json FILE]
 
 compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, for each: registers, spilled bytes,
-shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; and two
-*modelled* times, the floor that these imply on an H100 and the time to issue the inner loops' instructions. Without
-options: each kernel once for every architecture and dtype; with ``--all`` every row (of sm_86 those in 16 bit).
+shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; how
+often its programs fill the device; and two *modelled* times, the floor that these imply on an H100 and the time to
+issue the inner loops' instructions.
+
+Without options: each kernel once for every architecture and dtype; with ``--all`` every
+row (of sm_86 those in 16 bit), and the record is their sum: the worst of each kernel, and a digest of every row.
 Ends with 1 if a row breaks a rule (:func:`defects`).
 """
 
@@ -29,12 +32,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..harness.runner import RESULTS, ROOT
+from ..report.tables import console_table
 from . import traffic
-from .compiled import SHARED_LIMIT, SM_COUNT, Case, Compiled, Launch, compile_launch, identity, plan, plan_around
-from .runner import RESULTS
+from .launches import (
+    SHARED_LIMIT,
+    SM_COUNT,
+    Case,
+    Compiled,
+    Launch,
+    compile_launch,
+    identity,
+    name_of,
+    plan,
+    plan_around,
+    waves_of,
+)  # fmt: skip
 
 RECORD = RESULTS / "compiled" / "kernels.json"
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = ROOT / "kernels"
+WORST = ("registers", "stack_bytes", "shared_bytes", "waves")  # of a kernel: the most
 
 # Channels read, not divisible by 16 where the growth rate allows it: loads must be wide all the same.
 READS = {12: 156, 24: 88, 32: 160, 40: 104, 48: 144}
@@ -71,8 +88,16 @@ class Row:
     flops: int
     modelled_h100_floor_us: float
     modelled_issue_us: float | None
-    triton: str
-    sources: str
+    waves: float
+
+    @property
+    def digest(self) -> str:
+        """Changes with anything that the row says."""
+        return _digest(json.dumps(asdict(self)))[:8]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sources_digest() -> str:
@@ -85,24 +110,6 @@ def sources_digest() -> str:
                 del node.body[0]
         digest.update(f"{path.name}\0{ast.unparse(tree)}\0".encode())
     return digest.hexdigest()[:16]
-
-
-def name_of(launch: Launch) -> str:
-    """``kernel``, with the taps of a convolution and what it is lazy in."""
-    a, name = launch.arguments, launch.kernel.__name__.removesuffix("_kernel")
-    if "KD" in a:
-        name += f" {'x'.join(str(size) for size in (a['KD'], a['KH'], a['KW']) if size > 1) or '1x1'}"
-    if a.get("TOGETHER") is False and a["LAZY"]:
-        name += " lazy"
-    if a.get("PD", 1) * a.get("PH", 1) * a.get("PW", 1) > 1:
-        name += " pooled"
-    if a.get("tap_ptr") is not None and "MAXIMUM" not in a:
-        name += " arg-max"
-    if a.get("MAXIMUM") is False:
-        name = name.removesuffix(" 1x1") + " mean"
-    if a.get("HAS_DROPOUT"):
-        name += " dropout"
-    return name
 
 
 def cases(precision: str) -> Iterator[Case]:
@@ -130,7 +137,7 @@ def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launc
     planned += [(case, plan_around(case, arch)) for case in cases_around(precision)]
     for case, made in planned:
         for launch in made:
-            if launch.kernel.__name__.startswith(("bn_relu", "copy", "resolve", "add_up")):
+            if launch.kernel.__name__.startswith(("bn_relu", "copy", "resolve", "reduce")):
                 key = identity(launch) if every else name_of(launch).removesuffix(" lazy")
                 found.setdefault(key, (case.growth_rate, launch))
     return list(found.values())
@@ -139,34 +146,27 @@ def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launc
 def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, int]]:
     """What a launch must move and compute at least, and the shape that this is of."""
     a, name = launch.arguments, launch.kernel.__name__
-    if name == "add_up_kernel":
+    if name == "reduce_kernel":
         elements, splits = a["elements"], a["splits"]
         return traffic.Traffic(4 * elements * (splits + 1), elements * splits), {"elements": elements, "splits": splits}
+    m = a["m"] if "m" in a else launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
+    taps, window = (prod(a.get(size, 1) for size in sizes) for sizes in (("KD", "KH", "KW"), ("PD", "PH", "PW")))
+    shape = traffic.Shape(m, a["C" if "C" in a else "K"], a["K" if "K" in a else "C"], taps, itemsize)
     if name == "bn_relu_mean_kernel":
-        m = launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
-        return traffic.mean(traffic.Shape(m, a["C"], a["C"], 1, itemsize)), {
-            "m": m,
-            "reads": a["C"],
-            "writes": a["C"],
-            "taps": 1,
-        }
-    m, taps = a["m"], prod(a.get(size, 1) for size in ("KD", "KH", "KW"))
-    reads: int = a["C"] if "C" in a else a["K"]
-    writes: int = a["K"] if "K" in a else a["C"]
-    shape = traffic.Shape(m, reads, writes, taps, itemsize)
-    sizes = {"m": m, "reads": reads, "writes": writes, "taps": taps}
-    window = prod(a.get(size, 1) for size in ("PD", "PH", "PW"))
-    if name == "bn_relu_conv_kernel":
-        return traffic.forward(shape) if window == 1 else traffic.pooled_forward(m * window, shape), sizes
-    if name == "bn_relu_conv_backward_kernel":
-        if window == 1:
-            return traffic.backward(shape, accumulate=a["ACCUMULATE"]), sizes
-        return traffic.pooled_backward(m * window, shape), sizes
-    if name == "resolve_kernel":
-        return traffic.resolve(shape), sizes
-    if name == "copy_with_moments_kernel":
-        return traffic.copy_with_moments(shape) if a["out_ptr"] is not None else traffic.moments(shape), sizes
-    return _pooling(launch, shape), sizes
+        moved = traffic.mean(shape)
+    elif name == "bn_relu_conv_kernel":
+        moved = traffic.forward(shape) if window == 1 else traffic.pooled_forward(m * window, shape)
+    elif name == "bn_relu_conv_backward_kernel" and window == 1:
+        moved = traffic.backward(shape, accumulate=a["ACCUMULATE"])
+    elif name == "bn_relu_conv_backward_kernel":
+        moved = traffic.pooled_backward(m * window, shape)
+    elif name == "resolve_kernel":
+        moved = traffic.resolve(shape)
+    elif name == "copy_with_moments_kernel":
+        moved = traffic.copy_with_moments(shape) if a["out_ptr"] is not None else traffic.moments(shape)
+    else:
+        moved = _pooling(launch, shape)
+    return moved, {"m": m, "reads": shape.reads, "writes": shape.writes, "taps": taps}
 
 
 def _pooling(launch: Launch, shape: traffic.Shape) -> traffic.Traffic:
@@ -214,22 +214,16 @@ def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None
 
 
 def _row(arch: int, precision: str, growth_rate: int, launch: Launch) -> Row:
-    import triton
-
     compiled = compile_launch(launch, arch)
-    dtype, _ = PRECISIONS[precision]
-    moved, shape = traffic_of(launch, dtype.itemsize)
-    floor = traffic.floor_seconds(moved.bytes, moved.flops, COPY_RATE, MATMUL_RATE[precision])
+    moved, shape = traffic_of(launch, PRECISIONS[precision][0].itemsize)
+    floor = traffic.floor_seconds(*moved, COPY_RATE, MATMUL_RATE[precision])
     issue = issue_seconds(launch, compiled, arch)
+    read = compiled._asdict()
     return Row(
         kernel=name_of(launch), arch=arch, dtype=precision, growth_rate=growth_rate, shape=shape,
-        config=asdict(launch.config), registers=compiled.registers, stack_bytes=compiled.stack_bytes,
-        shared_bytes=compiled.shared_bytes, tensor_core_instructions=compiled.tensor_core_instructions,
-        tensor_core=compiled.tensor_core, vector128_loads=compiled.vector128_loads,
-        loop_instructions=[[own, *inner] for own, inner in compiled.loops],
-        bytes=moved.bytes, flops=moved.flops, modelled_h100_floor_us=round(floor * 1e6, 1),
-        modelled_issue_us=None if issue is None else round(issue * 1e6, 1),
-        triton=triton.__version__, sources=sources_digest(),
+        config=asdict(launch.config), loop_instructions=[[own, *inner] for own, inner in read.pop("loops")],
+        modelled_h100_floor_us=round(floor * 1e6, 1), waves=round(waves_of(launch, SM_COUNT[arch]), 2),
+        modelled_issue_us=None if issue is None else round(issue * 1e6, 1), **moved._asdict(), **read,
     )  # fmt: skip
 
 
@@ -274,50 +268,83 @@ def jobs(archs: list[int], dtypes: list[str], *, every: bool) -> Iterator[tuple[
                     yield arch, precision, every, index
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """The rows as a table."""
-    table = Table(title="compiled kernels; times are modelled, not measured")
-    for heading in ("kernel", "sm", "dtype", "k", "tile", "warps", "regs", "stack", "shared", "tensor", "128-bit",
-                    "floor H100", "issue"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("kernel", "tensor") else "right", no_wrap=True)
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """The record: the worst of each kernel, architecture and dtype, digests of all rows, and those that docs show."""
+    import triton
+
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.arch, row.dtype), []).append(row)
+    worst = [
+        {
+            "kernel": kernel, "arch": arch, "dtype": dtype,
+            **{name: max(getattr(row, name) for row in same) for name in WORST},
+            "growth_rates": sorted({row.growth_rate for row in same}), "digests": [row.digest for row in same],
+        }
+        for (kernel, arch, dtype), same in groups.items()
+    ]  # fmt: skip
+    shown = [asdict(row) for row in rows if _is_shown(row)]
+    head = {"triton": triton.__version__, "sources": sources_digest(), "rows": len(rows)}
+    return {**head, "digest": _digest("".join(row.digest for row in rows))[:16], "shown": shown, "kernels": worst}
+
+
+def _is_shown(row: Row) -> bool:
+    """The large 2D convolutions for Hopper in bfloat16."""
+    large = row.arch == 90 and row.dtype == "bf16" and row.shape.get("m", 0) > 10**5
+    return large and row.modelled_issue_us is not None and row.kernel.startswith("bn_relu_conv")
+
+
+def write_lines(path: Path, record: dict[str, Any]) -> None:
+    """JSON, a row or kernel a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = {
+        key: "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+        for key, value in record.items()
+    }
+    path.write_text("{\n" + ",\n".join(f'"{key}": {text}' for key, text in lines.items()) + "\n}\n")
+
+
+def show(rows: list[Row]) -> Table:
+    """The rows as a table; red where a rule is broken."""
+    headings = ("kernel", "tensor", "sm", "dtype", "k", "tile", "warps", "regs", "stack", "shared", "128-bit", "waves",
+                "floor H100", "issue")  # fmt: skip
+    table = console_table("compiled kernels; times are modelled, not measured", headings, words=2)
     for row in rows:
         config = row.config
         tile = f"{config['block_m']} {config['block_c']} {config['block_k']}"
         issue = "" if row.modelled_issue_us is None else f"{row.modelled_issue_us:.0f} us"
-        cells = (row.kernel, row.arch, row.dtype, row.growth_rate, tile, config["num_warps"], row.registers,
-                 row.stack_bytes, row.shared_bytes, f"{row.tensor_core} {row.tensor_core_instructions}",
-                 row.vector128_loads, f"{row.modelled_h100_floor_us:.0f} us", issue)  # fmt: skip
+        cells = (row.kernel, f"{row.tensor_core} {row.tensor_core_instructions}", row.arch, row.dtype, row.growth_rate,
+                 tile, config["num_warps"], row.registers, row.stack_bytes, row.shared_bytes, row.vector128_loads,
+                 row.waves, f"{row.modelled_h100_floor_us:.0f} us", issue)  # fmt: skip
         table.add_row(*map(str, cells), style="red" if defects(row) else None)
-    console.print(table)
+    return table
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), help="default: all of them")
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="default: all")
-    parser.add_argument("--all", action="store_true", help="every row, where else each kernel is compiled once")
-    parser.add_argument("--json", type=Path, help=f"where to write the rows; with --all by default {RECORD}")
+    parser.add_argument("--all", action="store_true", help=f"every row, where else each kernel once; sum: {RECORD}")
+    parser.add_argument("--json", type=Path, help="where to write the rows (default: nowhere)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 interprets kernels, this compiles them: unset it")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    todo = list(jobs(options.arch or sorted(SM_COUNT), options.dtype, every=options.all))
+    archs = options.arch or sorted(SM_COUNT)
+    todo = list(jobs(archs, options.dtype, every=options.all))
     rows: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(_job, todo):
             rows.append(row)
             for defect in defects(row):
                 console.print(f"[red]{row.kernel} sm_{row.arch} {row.dtype} k = {row.growth_rate}: {defect}")
-    show(rows, console)
-    path = options.json or (RECORD if options.all else None)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
-        console.print(f"record: {path}")
+    console.print(show(rows))
+    if options.json is not None:
+        write_lines(options.json, {"rows": [asdict(row) for row in rows]})
+        console.print(f"rows: {options.json}")
+    if options.all and len(archs) == len(SM_COUNT) and len(options.dtype) == len(PRECISIONS):
+        write_lines(RECORD, summary(rows))
+        console.print(f"record: {RECORD}")
     sys.exit(1 if any(map(defects, rows)) else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,23 +1,140 @@
-"""Does a training step fit into a budget, and how large may it grow: trials on a device, and the search over them."""
+"""Does a training step fit into a budget, and how large may it grow: trials, counted or real, and the search over them.
+
+Counted, the network runs forward and backward on PyTorch's ``meta`` device, where tensors have shapes and no data:
+autograd and checkpoints make, keep and free the tensors that they would elsewhere, and a network that needs a terabyte
+takes seconds. What an operator uses inside is not seen; of fastdense's block operators it is added, from
+docs/memory.md.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .counted import counted_bytes
+from fastdense.recompute import WORKSPACE_BYTES
 
 Build = Callable[[], Any]  # a network; Any, because Module.to(memory_format=...) has no type
+Shape = tuple[int, ...]
 STEPS = 2  # from the second on there is momentum
 GUESSES = 6  # probes that may follow the curve; then they halve what is left
+
+
+class Counted(NamedTuple):
+    """Bytes of a training step with SGD and momentum.
+
+    Attributes:
+        parameters: parameters, their momentum and the buffers: there all the time.
+        gradients: of the parameters, when all of them exist.
+        kept: what there is after the forward pass, beside parameters and the batch.
+        peak: the most at one time, of everything.
+    """
+
+    parameters: int
+    gradients: int
+    kept: int
+    peak: int
+
+
+def counted_bytes(network: Callable[[], nn.Module], shape: Shape, classes: int) -> Counted:
+    """Counts one training step of ``network()`` on a batch of ``shape``.
+
+    Parameters, buffers, momentum, the batch, and each tensor that forward and backward make, for as long as it lives;
+    not what a convolution takes for itself, nor what an allocator loses to rounding and gaps.
+    """
+    with torch.device("meta"):
+        model, x = network().train(), torch.empty(shape)
+        labels = torch.empty(shape[0], dtype=torch.int64)
+        there = [x, labels, *model.parameters(), *model.buffers()]
+        with LiveBytes(there) as live:
+            loss = F.cross_entropy(model(x), labels)
+            kept = live.now
+            loss.backward()
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    parameters = 2 * gradients + buffers  # each of them, and its momentum
+    return Counted(parameters, gradients, kept, parameters + _size(x) + _size(labels) + live.peak)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make while it is on, until they are freed.
+
+    Args:
+        there: tensors that exist before, and are not counted.
+
+    Attributes:
+        now, peak: bytes alive, and the most there were.
+    """
+
+    def __init__(self, there: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = torch.empty_like(args[0]) if _adds_alike(func, args) else func(*args, **(kwargs or {}))
+        self._note(found)
+        inside = _inside(str(func), args) if func.namespace == "fastdense" else 0
+        self.peak = max(self.peak, self.now + inside)
+        return found
+
+    def _note(self, found: Any) -> None:
+        if isinstance(found, tuple | list):
+            for each in found:
+                self._note(each)
+        elif isinstance(found, Tensor):
+            storage = found.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._there or key in self._alive:
+                return
+            self._alive[key] = weakref.ref(storage, lambda _: self._freed(key, size))
+            self.now += size
+
+    def _freed(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+def _adds_alike(func: Any, args: Any) -> bool:
+    """Whether this adds two tensors without data whose dimensions lie in one order: the sum's do, too.
+
+    These are gradients, one sum for every pair of layers, and PyTorch takes long to come to the same conclusion.
+    """
+    if func is not torch.ops.aten.add.Tensor or not all(isinstance(arg, Tensor) and arg.is_meta for arg in args):
+        return False
+    a, b = args
+    return a.shape == b.shape and a.dtype == b.dtype and a.dim_order() == b.dim_order()
+
+
+def _inside(operator: str, args: Any) -> int:
+    """Bytes that fastdense's operator uses while it runs, beside its inputs and outputs.
+
+    In the letters of docs/memory.md: backward makes ``D`` of the block and of a bottleneck, and a bottleneck that is
+    computed again; forward, a bottleneck that nobody keeps. Of ``recompute="activations"`` that is ``m*B`` too much.
+    """
+    bytes_ = WORKSPACE_BYTES
+    if operator.startswith("fastdense.dense_block"):
+        backward = "backward" in operator
+        features, params = (args[3], args[9]) if backward else (args[0], args[3])
+        pixels = features.numel() // features.shape[1]
+        bottleneck = params[2].shape[0]  # the first convolution's outputs
+        channels = features.shape[1] + 2 * bottleneck if backward else bottleneck
+        bytes_ += pixels * channels * features.element_size()
+    return int(bytes_)
 
 
 @dataclass(frozen=True)
@@ -33,22 +150,6 @@ class Trial:
     fits: bool
     bytes: int | None
     details: dict[str, Any]
-
-
-class Memory(Protocol):
-    """A device's memory, limited to a budget."""
-
-    device: torch.device
-    budget: int
-
-    def start(self) -> None:
-        """Forget earlier peaks."""
-
-    def peak(self) -> int:
-        """The most bytes since ``start``."""
-
-    def release(self) -> int:
-        """Hand back what is unused; returns the bytes that are still in use."""
 
 
 class CudaMemory:
@@ -81,8 +182,8 @@ class CudaMemory:
         torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
-def real_trial(build: Build, shape: tuple[int, ...], classes: int, memory: Memory) -> Trial:
-    """Train for some steps; running out of memory is an answer, and leaves nothing behind for the next trial."""
+def real_trial(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> Trial:
+    """Trains for some steps; running out of memory is an answer, and leaves nothing behind for the next trial."""
     try:
         peak = _train(build, shape, classes, memory)
         fits, found, details = peak <= memory.budget, peak, {}
@@ -100,7 +201,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
-def _train(build: Build, shape: tuple[int, ...], classes: int, memory: Memory) -> int:
+def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
     """The peak of some steps. Whatever it makes is its own, and goes when it returns."""
     memory.start()
     torch.manual_seed(0)
@@ -122,8 +223,8 @@ def _forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def counted_trial(network: Callable[[], nn.Module], shape: tuple[int, ...], classes: int, budget: int) -> Trial:
-    """The same without a device: see ``counted``."""
+def counted_trial(network: Callable[[], nn.Module], shape: Shape, classes: int, budget: int) -> Trial:
+    """The same without a device."""
     counted = counted_bytes(network, shape, classes)
     details = {name: value for name, value in counted._asdict().items() if name != "peak"}
     return Trial(counted.peak <= budget, counted.peak, details)

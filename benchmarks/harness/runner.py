@@ -24,10 +24,10 @@ import torch
 
 Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parents[1] / "results"
 CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()  # or installed from a wheel
-SCHEMA = 2  # schema.md says what a record holds, and what changed
+SCHEMA = 2  # report/record.py says what a record holds
 
 
 @dataclass(frozen=True)

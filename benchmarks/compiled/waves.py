@@ -1,6 +1,6 @@
 """How well a network's launches fill a GPU: rounds of programs, and what of their places does work. Counted, not timed.
 
-    python -m benchmarks.waves [--arch 80 90 100] [--json FILE]
+    python -m benchmarks.compiled.waves [--arch 80 90 100] [--json FILE]
 
 A GPU runs as many programs at once as its multiprocessors hold, by registers, warps and shared memory; when one ends,
 the next begins. *Waves* are a launch's programs over these places: just above a whole number, the last wave is nearly
@@ -11,7 +11,6 @@ programs have ended, wave by wave: modelled, with tiles that take as long as the
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..report.tables import console_table
 from . import traffic
-from .compiled import SM_COUNT, Case, Launch, plan
-from .kernels import name_of
-from .runner import RESULTS
+from .launches import SM_COUNT, Case, Launch, name_of, plan, waves_of
+from .report import write_lines
 
-RECORD = RESULTS / "compiled" / "waves.json"
 NETWORKS, BATCHES, SIZE = ("densenet121", "densenet201"), (64, 256), 224
 ARCHITECTURES = (80, 90, 100)
 
@@ -46,11 +44,6 @@ class Fit:
     places: int
     waves: float
     filled: float
-
-
-def waves_of(launch: Launch, sm_count: int) -> float:
-    """A launch's programs over the places that a device has for them."""
-    return launch.programs / (sm_count * launch.config.resident)
 
 
 def filled(launch: Launch, sm_count: int) -> float:
@@ -114,29 +107,27 @@ def worst(found: list[Fit]) -> list[Fit]:
     ]
 
 
-def show(rows: list[Fit], console: Console) -> None:
+def show(rows: list[Fit]) -> Table:
     """The rows as a table."""
-    table = Table(title="each block's worst layer; counted and modelled, not measured")
-    for heading in ("sm", "network", "batch", "kernel", "map", "layers", "programs", "places", "waves", "filled"):
-        table.add_column(heading, justify="left" if heading in ("network", "kernel") else "right", no_wrap=True)
-    for row in rows:
-        cells = (row.arch, row.network, row.batch, row.kernel, f"{row.side} x {row.side}", row.layers, row.programs,
-                 row.places, f"{row.waves:.2f}", f"{row.filled:.0%}")  # fmt: skip
-        table.add_row(*map(str, cells))
-    console.print(table)
+    headings = ("network", "kernel", "sm", "batch", "map", "layers", "programs", "places", "waves", "filled")
+    cells = (
+        (row.network, row.kernel, row.arch, row.batch, f"{row.side} x {row.side}", row.layers, row.programs, row.places,
+         f"{row.waves:.2f}", f"{row.filled:.0%}")
+        for row in rows
+    )  # fmt: skip
+    return console_table("each block's worst layer; counted and modelled, not measured", headings, cells, words=2)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.waves", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.waves", description="how launches fill a GPU")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SM_COUNT), default=list(ARCHITECTURES))
-    parser.add_argument("--json", type=Path, default=RECORD, help=f"every layer, like ones together; default: {RECORD}")
+    parser.add_argument("--json", type=Path, help="where to write every layer, like ones together (default: nowhere)")
     options = parser.parse_args()
     found = [fit for arch in options.arch for name in NETWORKS for batch in BATCHES for fit in fits(arch, name, batch)]
-    show(worst(found), Console(width=140))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(fit)) for fit in together(found)) + "\n]\n")
-    print(f"record: {options.json}")
+    Console(width=140).print(show(worst(found)))
+    if options.json is not None:
+        write_lines(options.json, {"rows": [asdict(fit) for fit in together(found)]})
 
 
 if __name__ == "__main__":

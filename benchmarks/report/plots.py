@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .runner import plain
+from ..harness.runner import plain
 
 Record = dict[str, Any]
 WIDTH, HEIGHT, DPI = 8.0, 5.2, 150
@@ -85,95 +85,6 @@ def memory_against_depth(record: Record, path: Path) -> None:
         f"Parameters and images left out. {_where(record)}"
     )
     _finish(figure, axes, "Memory against depth: lower is better", caption, path)
-
-
-def loss_curves(record: Record, path: Path) -> None:
-    """A record of curves: the loss curves on top of each other, and how far each is from the textbook's."""
-    results, settings = record["results"], record["settings"]
-    moved, steps = results["ensemble"], range(1, settings["steps"] + 1)
-    figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    grey = {"color": "#999999", "linewidth": 0}
-    how_many = f"{settings['members']} textbook runs, pixels moved by 1 ulp"
-    above.fill_between(steps, *moved["losses"].values(), alpha=0.5, label=f"{how_many}: lowest to highest", **grey)
-    above.plot(steps, results["textbook"], color="#222222", linewidth=2.6, label="textbook")
-    apart = moved["running_maximum"]
-    below.fill_between(steps, apart["lowest"], apart["highest"], alpha=0.3, label="lowest to highest", **grey)
-    below.fill_between(steps, apart["p10"], apart["p90"], alpha=0.5, label="10 % to 90 % of them", **grey)
-    below.plot(steps, apart["p50"], color="#555555", linewidth=1.5, label="their median")
-    rounding = [loss * 2.0**-24 for loss in results["textbook"]]
-    below.plot(steps, rounding, ":", color="#b2182b", linewidth=1.2, label="a rounding of the loss in float32")
-    styles = zip(("#c1666b", "#0b6e4f", "#f4a259", "#1f5fbf"), ("-", "-", (0, (3, 3)), "-"), strict=True)
-    for (label, row), (colour, dashes) in zip(results["runs"].items(), styles, strict=False):
-        line: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "label": label}
-        for axes, values in ((above, row["losses"]), (below, row["running_maximum"])):
-            axes.plot(range(1, len(values) + 1), values, **line)
-            if len(values) < settings["steps"]:
-                axes.plot(len(values), values[-1], "o", color=colour, markersize=5)
-    above.set_yscale("log")
-    above.set_ylabel("training loss of the batch")
-    below.set_yscale("log")
-    below.set_ylabel("largest |loss - textbook loss| so far")
-    below.set_xlabel("training step")
-    below.set_xlim(1, settings["steps"])
-    above.set_title("The same training, rounded differently", loc="left", fontweight="bold")
-    below.set_title(
-        "How far from the textbook run: fastdense, and textbook runs that differ by one rounding of the input",
-        loc="left",
-        fontsize=10,
-    )
-    for axes in (above, below):
-        axes.grid(color="#e5e5e5", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    above.legend(*(part[:2] for part in above.get_legend_handles_labels()), frameon=False, fontsize=8, loc="lower left")
-    below.legend(
-        framealpha=0.9,
-        edgecolor="none",
-        fontsize=8,
-        loc="center right",
-        title="grey: textbook, pixels moved by 1 ulp",
-        title_fontsize=8,
-    )
-    caption = (
-        f"{settings['network']}, scikit-learn's digits, {settings['batch']} images a step, {settings['dtype']}; "
-        f"the same initial weights and batches in all runs. Errors grow where a ReLU switches in one run only. "
-        f"{settings['optimizer']}. {_where(record)}"
-    )
-    _caption(figure, caption)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def memory_by_depth(record: Record, path: Path) -> None:
-    """A record of deeper: peak resident memory of a training process, bars by depth."""
-    results, settings = record["results"], record["settings"]
-    labels = list(dict.fromkeys(label for rows in results.values() for label in rows))
-    figure, axes = _figure()
-    for i, label in enumerate(labels):
-        for j, rows in enumerate(results.values()):
-            if (value := rows.get(label, {}).get("resident")) is None:
-                continue
-            at, gigabytes, start = (
-                j + (i - (len(labels) - 1) / 2) * 0.27,
-                value / 1e9,
-                rows[label]["resident_start"] / 1e9,
-            )
-            colour = ("#777777", "#66bb6a", "#0b6e4f")[i % 3]
-            axes.bar(at, gigabytes, 0.25, color=colour, label=label if j == 0 else None)
-            axes.bar(at, start, 0.25, color="none", edgecolor="white", hatch="////", linewidth=0)
-            axes.text(at, gigabytes, f"{gigabytes:.2f} GB", ha="center", va="bottom", fontsize=9)
-    axes.axhline(2.0, color="#b2182b", linewidth=1.2, label="2 GB")
-    axes.bar(0, 0, color="#cccccc", hatch="////", edgecolor="white", label="before the first step: PyTorch, weights")
-    axes.set_xticks(range(len(results)), [f"{int(depth):,} layers" for depth in results])
-    axes.set_ylabel("peak resident memory of the process [GB]")
-    axes.grid(visible=False, axis="x")
-    caption = (
-        f"DenseNet-BC, k = {settings['growth_rate']}, three equal blocks, {settings['batch']} images of "
-        f"{settings['size']} x {settings['size']}, {settings['dtype']}, {settings['optimizer']}; "
-        f"each bar a fresh process, after {settings['steps']} steps. {_where(record)}"
-    )
-    _finish(figure, axes, "Memory of training a very deep network: lower is better", caption, path)
 
 
 def pictures(record: Record, stem: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from fastdense.recompute import WORKSPACE_BYTES
 
-from .providers import BASE
+from ..harness.providers import BASE
+from .tables import console_table, markdown
 
 CHECKPOINTED = "memory-efficient"
 
@@ -27,24 +28,20 @@ STYLES: dict[str, tuple[str, str]] = {
 OTHER = ("#984ea3", "-")
 
 
-def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """For each question and provider: the question's title, and cells as :data:`HEADER` names them."""
+def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """The title of each question, and for each provider cells as :data:`HEADER` names them."""
     for answers in record["results"].values():
-        found, grows = answers["providers"], answers["grows"]
+        found, grows, lines = answers["providers"], answers["grows"], []
         for row in found.values():
             cells = [row["label"], f"{row[grows]:,}" + ("" if row["complete"] else " or more")]
             for other in (BASE, CHECKPOINTED):
                 base = found.get(other, {}).get(grows, 0)
                 cells.append(f"{row[grows] / base:.1f}" if base else "-")
-            cells += [_gigabytes(part) for part in _parts(row)]
-            yield answers["title"], cells
+            lines.append(cells + ["-" if part is None else f"{part / 1e9:.2f} GB" for part in _parts(row)])
+        yield answers["title"], lines
 
 
 HEADER = ["", "largest", "/ torchvision", "/ memory_efficient", "parameters", "the rest"]
-
-
-def _gigabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f} GB"
 
 
 def _best(row: dict[str, Any]) -> dict[str, Any]:
@@ -62,26 +59,18 @@ def _parts(row: dict[str, Any]) -> tuple[int | None, int | None]:
 
 def tables(record: dict[str, Any]) -> list[Table]:
     """One table for each question."""
-    settings, found = record["settings"], {}
+    settings, found = record["settings"], []
     for title, cells in rows(record):
-        if title not in found:
-            found[title] = Table(*HEADER, title=f"{title}, {settings['budget'] / 1e9:g} GB")
-            found[title].caption = settings["method"]
-            for i, column in enumerate(found[title].columns):
-                column.justify, column.no_wrap = ("right" if i else "left"), not i
-        found[title].add_row(*cells)
-    return list(found.values())
+        found.append(console_table(f"{title}, {settings['budget'] / 1e9:g} GB", HEADER, cells))
+        found[-1].caption = settings["method"]
+    return found
 
 
 def depth_table(record: dict[str, Any], file: str) -> str:
     """The record as Markdown, with its conditions and what limits the deepest network."""
-    lines, last = [], None
+    lines: list[str] = []
     for title, cells in rows(record):
-        if title != last:
-            lines += ["", f"**{title[0].upper()}{title[1:]}**", "", f"| {' | '.join(HEADER)} |"]
-            lines.append("|---|" + "--:|" * (len(HEADER) - 1))
-            last = title
-        lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"**{title[0].upper()}{title[1:]}**", "", *markdown(HEADER, cells)]
     settings = record["settings"]
     errors = [
         f"{measured['kept_counted'] / measured['kept_measured'] - 1:+.1%} and "
@@ -122,16 +111,14 @@ def _limits(record: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Memory against depth, a panel for each network that grows deeper, and the largest batches as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     results = record["results"]
     curves = [answers for answers in results.values() if answers["grows"] == "depth"]
     bars = [answers for answers in results.values() if answers["grows"] == "batch"]
     panels = len(curves) + bool(bars)
-    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 5.0), squeeze=False)
+    figure = Figure(figsize=(5.6 * panels, 5.0))
+    axes = figure.subplots(1, panels, squeeze=False)
     for axis, answers in zip(axes[0], curves, strict=False):
         _curves(axis, answers, record["settings"]["budget"])
     if bars:
@@ -143,7 +130,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
 
 
 def _curves(axis: Any, answers: dict[str, Any], budget: int) -> None:

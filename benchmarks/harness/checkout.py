@@ -3,7 +3,7 @@
 The kernels lie in the folder ``kernels/`` and become ``fastdense.kernels`` when the package is installed. Where nothing
 may be installed, :func:`enable` lets the ``fastdense`` of this checkout find them all the same. For tests:
 
-    python -m pytest -p benchmarks.checkout -m gpu
+    python -m pytest -p benchmarks.harness.checkout -m gpu
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Kernels:
@@ -40,5 +40,5 @@ def enable() -> None:
 
 
 def pytest_configure() -> None:
-    """What ``-p benchmarks.checkout`` does."""
+    """What ``-p benchmarks.harness.checkout`` does."""
     enable()

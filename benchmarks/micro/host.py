@@ -1,0 +1,53 @@
+"""The Triton host side without launches: everything that Python and PyTorch do before a kernel starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from benchmarks.compiled.launches import SM_COUNT
+from fastdense.backends import select
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.ops.bn_relu_pool import bn_relu_pool
+from fastdense.ops.dense_block import dense_block
+
+OPERATORS = (
+    dense_block.dense_block,
+    dense_block.dense_block_backward,
+    bn_relu_pool.bn_relu_pool,
+    bn_relu_pool.bn_relu_pool_backward,
+)
+ARCH = 90
+
+
+@contextmanager
+def host_side() -> Iterator[Counter[str]]:
+    """Runs the operators' own bodies on the Triton backend; its launches are counted by kernel, not made.
+
+    For tensors on ``meta``, too, which have no values: whatever waits for one raises there.
+    """
+    launches: Counter[str] = Counter()
+
+    class Silent(TritonBackend):
+        """Prepares everything and launches nothing."""
+
+        def __init__(self, x: Tensor) -> None:
+            super().__init__(x)
+            self.arch, self.sm_count = ARCH, SM_COUNT[ARCH]
+
+        def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+            """Counts it."""
+            launches[kernel.__name__] += 1
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(select, "create", lambda name, x: Silent(x)))
+        for operator in OPERATORS:
+            body = operator._init_fn
+            stack.enter_context(patch.object(operator, "_abstract_fn", body))
+            stack.enter_context(patch.object(operator, "_backend_fns", dict.fromkeys(operator._backend_fns, body)))
+        yield launches

@@ -1,0 +1,88 @@
+"""A thousand layers train in less than 2 GB of a process; the textbook network keeps more than that for backward."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+GIGABYTE = 10**9
+STEPS = """
+import sys, torch, fastdense, torch.nn.functional as F
+from pathlib import Path
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+depth, images, impl, recompute = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+n = (depth - 4) // 6
+model = fastdense.DenseNet(12, (n, n, n), 24, in_channels=1, num_classes=10, small_inputs=True, impl=impl,
+                           recompute=recompute)
+x, labels = torch.rand(images, 1, 8, 8), torch.arange(images) % 10
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=1e-4)
+before, losses = resident(), []
+for _ in range(3):
+    optimizer.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(model(x), labels)
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(before, resident(), losses[0], losses[-1])
+"""
+
+
+class Trained(NamedTuple):
+    """Peak resident bytes of a process before the first step and after the last, and two losses."""
+
+    before: int
+    resident: int
+    first_loss: float
+    last_loss: float
+
+
+def trained(depth: int, images: int, impl: str = "torch", recompute: str = "activations") -> Trained:
+    """Three steps in a process of their own: the operating system counts everything in it."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process is read from /proc")
+    command = [sys.executable, "-c", STEPS, str(depth), str(images), impl, recompute]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, resident, *losses = done.stdout.split()
+    return Trained(int(before), int(resident), *map(float, losses))
+
+
+def textbook_bytes(depth: int, images: int, size: int = 8) -> int:
+    """A bound from below of what the textbook network keeps in float32: what each convolution reads, and each norm.
+
+    A layer that reads ``C`` channels keeps them concatenated, normalised (ReLU works in place), its ``4k`` bottleneck
+    channels and these normalised.
+    """
+    n, growth, channels, pixels, total = (depth - 4) // 6, 12, 24, images * size * size, 0
+    for _ in range(3):
+        total += sum(2 * (channels + l * growth) + 2 * 4 * growth for l in range(n)) * pixels
+        channels, pixels = (channels + n * growth) // 2, pixels // 4
+    return 4 * total
+
+
+def test_a_deep_network_takes_less() -> None:
+    textbook = trained(100, 64, impl="reference")
+    grown = textbook.resident - textbook.before
+    assert grown > 0.9 * textbook_bytes(100, 64)
+    for recompute in ("activations", "bottlenecks"):
+        mine = trained(100, 64, recompute=recompute)
+        assert mine.first_loss == pytest.approx(textbook.first_loss, rel=1e-4)
+        assert mine.resident - mine.before < grown - 0.8e8
+
+
+@pytest.mark.slow
+def test_a_thousand_layers_train_within_two_gigabytes() -> None:
+    found = trained(1000, 32)  # with "activations", which keeps more
+    assert found.resident < 2 * GIGABYTE, f"{found.resident:,}"
+    assert textbook_bytes(1000, 32) > 2 * GIGABYTE
+    assert found.last_loss < found.first_loss + 0.1
