@@ -3,10 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, memory, recompute, reference
+from .analysis.gradient_flow import feature_reuse, gradient_flow
 from .conversion.api import convert, revert
 from .conversion.plan import plan
 from .functional import dense_block
-from .inspect import feature_reuse, gradient_flow
 from .nn import (
     DenseBlock,
     DenseLayer,

@@ -1,5 +1,5 @@
 """``python -m fastdense`` is the ``fastdense`` command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdense.cli import main
-from fastdense.data import Dataset, UnreadableImage
+from fastdense.data.source import Dataset, UnreadableImage
 
 read = Dataset.train
 

@@ -25,7 +25,7 @@ import torch
 import torch._dynamo  # which the first optimizer would import
 from states import same
 
-from fastdense.commands import app
+from fastdense.cli.app import app
 
 ARGUMENTS = [
     *("train", "--depth", "7", "--bn-size", "none", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),

@@ -19,10 +19,10 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner, Result
 
-from fastdense import bench_commands
-from fastdense.commands import app
+from fastdense.cli import bench
+from fastdense.cli.app import app
 
-Record: Any = bench_commands.benchmark("report.record").Record
+Record: Any = bench.benchmark("report.record").Record
 TINY = ["--quick", "--device", "cpu", "--model", "densenet-bc-40", "--size", "16", "--batch", "2", "--repeats", "2"]
 ONE = ["--providers", "fastdense-activations"]
 
@@ -87,20 +87,20 @@ def test_providers_are_listed() -> None:
 
 
 def test_a_benchmark_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = bench_commands.benchmark
+    real = bench.benchmark
 
     def without_depth(name: str) -> Any:
         if name == "depth":
             raise ModuleNotFoundError("No module named 'benchmarks.depth'", name="benchmarks.depth")
         return real(name)
 
-    monkeypatch.setattr(bench_commands, "benchmark", without_depth)
+    monkeypatch.setattr(bench, "benchmark", without_depth)
     result = invoke("depth", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1 and "no such benchmark" in result.output
 
 
 def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, given = bench_commands.benchmark, []
+    real, given = bench.benchmark, []
 
     class Depth:
         @staticmethod
@@ -112,7 +112,7 @@ def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.Mon
         def plot(record: dict[str, Any], path: Path) -> None:
             path.write_text(str(record["results"]))
 
-    monkeypatch.setattr(bench_commands, "benchmark", lambda name: Depth if name == "depth" else real(name))
+    monkeypatch.setattr(bench, "benchmark", lambda name: Depth if name == "depth" else real(name))
     result = invoke("depth", "--device", "cpu", "--budget", "3GB", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert (given[0].budget, given[0].device) == ("3GB", "cpu")
@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
         rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == bench_commands.INTERRUPTED, rest
+    assert process.returncode == bench.INTERRUPTED, rest
     assert "Interrupted" in rest and "Traceback" not in rest
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["complete"] is False and record["results"]["torchvision"]["step"]["repeats"] > 0

@@ -19,6 +19,7 @@ from benchmarks.harness import runner, training
 from benchmarks.harness.options import DTYPES, Options
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec
 from benchmarks.report import render
+from benchmarks.report.record import Record
 
 
 def rendered(page: Path, text: str) -> str:

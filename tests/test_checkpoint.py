@@ -22,13 +22,13 @@ import pictures
 from states import same
 from train_runs import COMMAND, command, load, records, words
 
-from fastdense import checkpoint
-from fastdense.data import digits
-from fastdense.logs import EPOCH_SCALARS, STEP_SCALARS
-from fastdense.outputs import OutputOptions
-from fastdense.runs import Run
-from fastdense.train import Experiment
-from fastdense.train_config import TrainConfig
+from fastdense.data.source import digits
+from fastdense.training import checkpoint
+from fastdense.training.config import TrainConfig
+from fastdense.training.experiment import Experiment
+from fastdense.training.logs import EPOCH_SCALARS, STEP_SCALARS
+from fastdense.training.outputs import OutputOptions
+from fastdense.training.run import Run
 
 DIGITS = digits()
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=480, device="cpu", impl="torch")

@@ -21,16 +21,16 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner, Result
 
 import fastdense
-from fastdense import display
-from fastdense.commands import app
-from fastdense.data import digits
-from fastdense.option_fields import flag, option_name
-from fastdense.outputs import OutputOptions, Outputs
-from fastdense.runs import Run
-from fastdense.terminal import Printer
-from fastdense.train import Experiment
-from fastdense.train_command import train
-from fastdense.train_config import TrainConfig
+from fastdense.cli import display
+from fastdense.cli.app import app
+from fastdense.cli.terminal import Printer
+from fastdense.cli.train import train
+from fastdense.data.source import digits
+from fastdense.training.config import TrainConfig
+from fastdense.training.experiment import Experiment
+from fastdense.training.option_fields import flag, option_name
+from fastdense.training.outputs import OutputOptions, Outputs
+from fastdense.training.run import Run
 
 TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
 FINAL = re.compile(

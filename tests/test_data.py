@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdense import augment, cifar
-from fastdense.data import Dataset, Source, digits, open_data
+from fastdense.data import augment, cifar
+from fastdense.data.source import Dataset, Source, digits, open_data
 
 PER_FILE = 6
 Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]

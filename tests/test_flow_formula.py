@@ -8,10 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+from fastdense.analysis.gradient_flow import BlockFlow, gradient_flow
+from fastdense.analysis.plain import without_dense_connections
+from fastdense.cli.subject import Subject, batch, subject
 from fastdense.conversion.blocks import dense_blocks
-from fastdense.inspect import BlockFlow, gradient_flow
-from fastdense.plain import without_dense_connections
-from fastdense.subject import Subject, batch, subject
 
 
 def flows(of: Subject) -> list[BlockFlow]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from pictures import smooth, write_folder
 
-from fastdense import folders
-from fastdense.data import open_data
+from fastdense.data import folders
+from fastdense.data.source import open_data
 
 
 def test_classes_and_order_are_torchvisions(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ pytest.importorskip("sklearn")
 from states import same
 from train_runs import COMMAND, command, load, records, words
 
-from fastdense.logs import WholeWrites
-from fastdense.runs import Run
+from fastdense.training.logs import WholeWrites
+from fastdense.training.run import Run
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import torch
 from pictures import smooth, write_folder
 from PIL import Image, ImageOps
 
-from fastdense import augment, folders, images
-from fastdense.data import Source, UnreadableImage, open_data
-from fastdense.images import read_image
+from fastdense.data import augment, folders, images
+from fastdense.data.images import read_image
+from fastdense.data.source import Source, UnreadableImage, open_data
 
 SIZE = 28
 

@@ -17,23 +17,23 @@ from common import assert_close, block_pair, random_input
 from torch import Tensor, nn
 
 import fastdense
-from fastdense import inspect
+from fastdense.analysis import gradient_flow as flows
+from fastdense.analysis.gradient_flow import BlockFlow, feature_reuse, first_not_finite, gradient_flow
+from fastdense.analysis.plain import PlainBlock, without_dense_connections
 from fastdense.conversion.blocks import dense_blocks
 from fastdense.core.features import as_rows
-from fastdense.inspect import BlockFlow, feature_reuse, first_not_finite, gradient_flow
-from fastdense.plain import PlainBlock, without_dense_connections
 
 
 def terms(model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: Any = None) -> list[Any]:
     """The runs of ``gradient_flow``, whose ``vectors`` are what each consumer sends back, as rows ``[m, C_j]``."""
-    record = inspect._Run._record
+    record = flows._Run._record
 
     def keep(run: Any, consumer: int, rows: Tensor) -> None:
         vars(run).setdefault("vectors", {})[consumer] = rows
         record(run, consumer, rows)
 
-    with mock.patch.object(inspect._Run, "_record", keep):
-        return inspect._run(model, x, target, loss_fn, torch.float64)  # type: ignore[return-value]
+    with mock.patch.object(flows._Run, "_record", keep):
+        return flows._run(model, x, target, loss_fn, torch.float64)  # type: ignore[return-value]
 
 
 def textbook_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, list[Tensor]]:

@@ -13,11 +13,11 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import fastdense
-from fastdense.commands import app
-from fastdense.data import digits
-from fastdense.inspect import BlockFlow, BlockReuse
-from fastdense.inspect_plots import flow_picture, reuse_picture
-from fastdense.plain import without_dense_connections
+from fastdense.analysis.gradient_flow import BlockFlow, BlockReuse
+from fastdense.analysis.plain import without_dense_connections
+from fastdense.analysis.plots import flow_picture, reuse_picture
+from fastdense.cli.app import app
+from fastdense.data.source import digits
 
 SMALL = ["--block-config", "3,2", "--growth-rate", "4", "--images", "16"]
 
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_picture_as_it_was(tmp_path: Path, monkeypatch: p
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdense.inspect_plots.reuse_picture", full)
+    monkeypatch.setattr("fastdense.analysis.plots.reuse_picture", full)
     picture = tmp_path / "reuse.png"
     picture.write_bytes(b"before")
     result = run("reuse", "--depth", "16", "--out", str(picture))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 pytest.importorskip("sklearn")
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.core.features import Features, LazyGradient
-from fastdense.data import batches, digits
+from fastdense.data.source import batches, digits
 from fastdense.kernels import launch
-from fastdense.train import schedule
-from fastdense.train_config import TrainConfig
+from fastdense.training.config import TrainConfig
+from fastdense.training.experiment import schedule
 
 DIGITS = digits()
 MEMBERS = 19  # one correct run in 20 ranks first among them,

@@ -18,14 +18,14 @@ pytest.importorskip("sklearn")
 import torch
 from rich.live import Live
 
-from fastdense.data import digits
-from fastdense.display import PlainDisplay
-from fastdense.events import Event, Stopped
-from fastdense.outputs import OutputOptions, Outputs
-from fastdense.terminal import Printer
-from fastdense.train import Experiment
-from fastdense.train_command import train
-from fastdense.train_config import TrainConfig
+from fastdense.cli.display import PlainDisplay
+from fastdense.cli.terminal import Printer
+from fastdense.cli.train import train
+from fastdense.data.source import digits
+from fastdense.training.config import TrainConfig
+from fastdense.training.events import Event, Stopped
+from fastdense.training.experiment import Experiment
+from fastdense.training.outputs import OutputOptions, Outputs
 
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=3, batch_size=480, device="cpu", impl="torch")
 

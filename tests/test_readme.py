@@ -92,7 +92,7 @@ def test_targets_modules_and_files_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_commands_and_flags_exist(page: Path) -> None:
     typer = pytest.importorskip("typer")
-    from fastdense.commands import app
+    from fastdense.cli.app import app
 
     commands = typer.main.get_command(app).commands
     text = page.read_text()

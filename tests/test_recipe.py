@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from states import same
 from torch import nn
 
-from fastdense import train
-from fastdense.data import digits
-from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.runs import Run, lr_scheduler
-from fastdense.train import Experiment
-from fastdense.train_config import TrainConfig
+from fastdense.data.source import digits
+from fastdense.training import experiment as experiments
+from fastdense.training.config import TrainConfig
+from fastdense.training.events import FlowEvent, NonFiniteLoss, StepEvent
+from fastdense.training.experiment import Experiment
+from fastdense.training.run import Run, lr_scheduler
 
 DIGITS = digits()
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=1, batch_size=64, device="cpu", impl="torch")
@@ -154,7 +154,9 @@ def test_the_gradient_norm_is_reported() -> None:
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "diagnose", lambda run, images, labels: f"{len(labels)} images went into {run.name}")
+    monkeypatch.setattr(
+        experiments, "diagnose", lambda run, images, labels: f"{len(labels)} images went into {run.name}"
+    )
     experiment = prepared(steps=4, drop_rate=0.2, ema=0.9)
     (run,) = experiment.runs
     rounds = experiment.rounds()
@@ -178,9 +180,9 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeyp
 
 
 def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = types.ModuleType("fastdense.plain")
+    plain = types.ModuleType("fastdense.analysis.plain")
     plain.without_dense_connections = lambda model: model.requires_grad_(False)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastdense.plain", plain)
+    monkeypatch.setitem(sys.modules, "fastdense.analysis.plain", plain)
     for asked in (True, False):
         model = dataclasses.replace(TINY, plain=asked).architecture.build(channels=1, classes=10, plain=asked)
         assert any(p.requires_grad for p in model.parameters()) != asked
@@ -193,6 +195,6 @@ def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -
         seen.append((len(run.losses), all(p.grad is not None for p in run.model.parameters()), images.shape[0]))
         return FlowEvent(run.name, step, epoch, {}, {})
 
-    monkeypatch.setattr(train, "flow", flow)
+    monkeypatch.setattr(experiments, "flow", flow)
     list(prepared(steps=5, watch_flow=2).events())
     assert seen == [(2, True, 64), (4, True, 64)]

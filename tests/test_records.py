@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import runner
+from benchmarks.report.record import Record
 
 # A sum of the compile report; pytest-benchmark's; the stages of a GPU run.
 OTHER_FORMS = (

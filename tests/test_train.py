@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastdense import train_config
-from fastdense.data import batches, digits
-from fastdense.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
-from fastdense.runs import Run, lr_scheduler, saved_for_backward
-from fastdense.train import Experiment
-from fastdense.train_config import TrainConfig
+from fastdense.data.source import batches, digits
+from fastdense.training.config import TrainConfig, layers_per_block
+from fastdense.training.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
+from fastdense.training.experiment import Experiment
+from fastdense.training.run import Run, lr_scheduler, saved_for_backward
 
 DIGITS = digits()
 TINY = TrainConfig(depth=16, growth_rate=8, epochs=2, device="cpu", impl="torch")
@@ -282,7 +281,7 @@ def test_digits_are_split_and_standardised() -> None:
     ("depth", "bottleneck", "n"), [(10, True, 1), (40, True, 6), (100, True, 16), (7, False, 1), (40, False, 12)]
 )
 def test_depth_gives_layers_per_block(depth: int, bottleneck: bool, n: int) -> None:
-    assert train_config.layers_per_block(depth, bottleneck=bottleneck) == n
+    assert layers_per_block(depth, bottleneck=bottleneck) == n
     config = TrainConfig(depth=depth, bn_size=4 if bottleneck else None)
     assert config.architecture.arguments["block_config"] == (n, n, n)
     model = config.architecture.build(channels=1, classes=10)
@@ -296,7 +295,7 @@ def test_depth_gives_layers_per_block(depth: int, bottleneck: bool, n: int) -> N
 )
 def test_depth_that_does_not_fit_names_the_nearest(depth: int, bottleneck: bool, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"--depth {depth} .*nearest {nearest}$"):
-        train_config.layers_per_block(depth, bottleneck=bottleneck)
+        layers_per_block(depth, bottleneck=bottleneck)
 
 
 def test_named_models_keep_their_stem_where_images_are_large_enough() -> None:

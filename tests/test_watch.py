@@ -13,11 +13,11 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import fastdense
-from fastdense.commands import app
-from fastdense.data import digits
-from fastdense.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.train import Experiment
-from fastdense.train_config import TrainConfig
+from fastdense.cli.app import app
+from fastdense.data.source import digits
+from fastdense.training.config import TrainConfig
+from fastdense.training.events import FlowEvent, NonFiniteLoss, StepEvent
+from fastdense.training.experiment import Experiment
 
 TINY = TrainConfig(depth=16, growth_rate=4, epochs=1, steps=6, batch_size=32, device="cpu", impl="torch")
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
     def fail(*args: object) -> str:
         raise torch.OutOfMemoryError("no memory for a copy")
 
-    monkeypatch.setattr("fastdense.diagnose.first_not_finite", fail)
+    monkeypatch.setattr("fastdense.training.diagnose.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
         list(experiment(lr=1e30).events())
 
@@ -114,7 +114,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, m
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdense.inspect_plots.flow_picture", full)
+    monkeypatch.setattr("fastdense.analysis.plots.flow_picture", full)
     small = ["--depth", "16", "--growth-rate", "4", "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
     for on_error, code in (("skip", 0), ("stop", 1)):
         out = tmp_path / on_error

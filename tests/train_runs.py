@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner, Result
 
-from fastdense.commands import app
+from fastdense.cli.app import app
 
 COMMAND = [
     *("train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),

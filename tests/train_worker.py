@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from states import same
 
-from fastdense import train_command
-from fastdense.commands import app
-from fastdense.data import digits
-from fastdense.events import EpochEvent, StepEvent, Stopped
-from fastdense.outputs import OutputOptions, Outputs
-from fastdense.processes import Processes, processes
-from fastdense.terminal import Printer
-from fastdense.train import Experiment
-from fastdense.train_config import TrainConfig
+from fastdense.cli import train
+from fastdense.cli.app import app
+from fastdense.cli.terminal import Printer
+from fastdense.data.source import digits
+from fastdense.training.config import TrainConfig
+from fastdense.training.distributed import Processes, processes
+from fastdense.training.events import EpochEvent, StepEvent, Stopped
+from fastdense.training.experiment import Experiment
+from fastdense.training.outputs import OutputOptions, Outputs
 
 DATA = digits()
 UNEVEN = dataclasses.replace(DATA, test_images=DATA.test_images[:37], test_labels=DATA.test_labels[:37])
@@ -129,7 +129,7 @@ def command_line(ranks: Processes) -> None:
     """Rank 0 alone writes and prints."""
     folder = Path(f"{FILE}.out")
     # A process joins the others once in its life.
-    train_command.processes = lambda: contextlib.nullcontext(ranks)
+    train.processes = lambda: contextlib.nullcontext(ranks)
     tiny = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--steps", "6", "--sync-bn", "--out"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -152,7 +152,7 @@ def unreadable_images_are_recorded_by_rank_0(ranks: Processes) -> None:
         experiment.data.unreadable.append("cat.png: broken")
     printed = io.StringIO()
     with Outputs(OutputOptions(out=folder), experiment, warned.append) as outputs:
-        train_command.train(Printer(file=printed), experiment, outputs)
+        train.train(Printer(file=printed), experiment, outputs)
     assert warned == ranks.rank * ["Skipped an image that cannot be read: cat.png: broken"], warned
     assert "could not be read: 1, the first cat.png: broken." in printed.getvalue()
     if ranks.rank == 0:
@@ -171,7 +171,7 @@ def lost_output_of_rank_0_ends_both(ranks: Processes) -> None:
         Outputs(OutputOptions(out=folder), experiment, print) as outputs,
         pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
     ):
-        train_command.train(printer, experiment, outputs)
+        train.train(printer, experiment, outputs)
     if ranks.rank == 0:
         assert torch.load(folder / "last.pt", weights_only=True)["step"] == 1
 

@@ -13,15 +13,10 @@ from torch import Tensor
 from benchmarks.compiled.launches import SM_COUNT
 from fastdense.backends import select
 from fastdense.backends.triton_backend import TritonBackend
-from fastdense.ops.bn_relu_pool import bn_relu_pool
-from fastdense.ops.dense_block import dense_block
+from fastdense.ops.bn_relu_pool import bn_relu_pool, bn_relu_pool_backward
+from fastdense.ops.dense_block import dense_block, dense_block_backward
 
-OPERATORS = (
-    dense_block.dense_block,
-    dense_block.dense_block_backward,
-    bn_relu_pool.bn_relu_pool,
-    bn_relu_pool.bn_relu_pool_backward,
-)
+OPERATORS = (dense_block, dense_block_backward, bn_relu_pool, bn_relu_pool_backward)
 ARCH = 90
 
 

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .events import CheckEvent, EpochEvent, Event, FlowEvent, StepEvent, Summary
-from .recompute import in_words
-from .runs import Run
-from .train import Experiment
+from ..recompute import in_words
+from ..training.events import CheckEvent, EpochEvent, Event, FlowEvent, StepEvent, Summary
+from ..training.experiment import Experiment
+from ..training.run import Run
 
 __all__ = ["LiveDisplay", "PlainDisplay", "curve", "display", "environment_tables", "introduction", "result_table"]
 

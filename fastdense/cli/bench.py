@@ -120,7 +120,7 @@ def benchmark(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "fastdense.benchmarks":
             raise
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "speed.py").is_file():
         raise ModuleNotFoundError("fastdense was installed without its benchmarks", name="fastdense.benchmarks")
     if str(root) not in sys.path:

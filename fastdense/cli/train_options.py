@@ -9,9 +9,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .option_fields import PANELS, flag, option_name, parse, shown
-from .outputs import OutputOptions
-from .train_config import TrainConfig
+from ..training.config import TrainConfig
+from ..training.option_fields import PANELS, flag, option_name, parse, shown
+from ..training.outputs import OutputOptions
 
 __all__ = ["given_options", "parsed", "train_options"]
 

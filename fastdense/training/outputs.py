@@ -19,9 +19,9 @@ from typing import Any
 
 from . import checkpoint
 from .events import Event, Record, Stopped
+from .experiment import Experiment
 from .logs import FlowPictures, JsonLines, Log, TensorBoard
 from .option_fields import AT_LEAST_0, Rule, check_options, option
-from .train import Experiment
 
 __all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
 

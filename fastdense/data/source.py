@@ -137,7 +137,7 @@ def open_data(
     Args:
         data: ``"digits"`` (a folder of that name is ``"./digits"``); a folder that is or holds CIFAR-10 or CIFAR-100 as
             published, in the Python or the binary version; or a folder of images laid out as
-            :func:`fastdense.folders.find` says.
+            :func:`fastdense.data.folders.find` says.
         image_size: height and width of the images in a batch; ``None`` is 8 for digits, 32 for CIFAR and 224 for a
             folder.
         augment: how images to train on are varied. ``"crop-flip"``: shifted by up to 4 pixels (in a folder: a random

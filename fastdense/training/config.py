@@ -15,9 +15,9 @@ from torch import nn
 
 import fastdense
 
+from ..core import checks
+from ..environment import choose_impl
 from . import option_fields as opt
-from .core import checks
-from .environment import choose_impl
 from .option_fields import Parser, Rule, one_of
 
 __all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
@@ -53,7 +53,7 @@ class Architecture:
         construct = getattr(fastdense, self.constructor)
         model: nn.Module = construct(in_channels=channels, num_classes=classes, **self.arguments, **keywords)
         if plain:
-            model = importlib.import_module("fastdense.plain").without_dense_connections(model)
+            model = importlib.import_module("fastdense.analysis.plain").without_dense_connections(model)
         return model
 
 
@@ -256,7 +256,7 @@ class TrainConfig:
     def architecture(self) -> Architecture:
         """The network; raises ``ValueError`` where options contradict each other or the images are too small for it.
 
-        For images in a folder, ``image_size`` must be given: :class:`fastdense.train.Experiment` fills it in.
+        For images in a folder, ``image_size`` must be given: :class:`~.experiment.Experiment` fills it in.
         """
         given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
         named = [option for option, value in given.items() if value is not None]

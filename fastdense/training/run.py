@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import memory
-from .data import Source
+from .. import memory
+from ..data.source import Source
+from ..nn import DenseBlock
+from .config import AMP, TrainConfig
+from .distributed import Processes
 from .events import EpochEvent, StepEvent, Summary
-from .nn import DenseBlock
-from .processes import Processes
-from .train_config import AMP, TrainConfig
 
 __all__ = ["Run", "lr_scheduler", "saved_for_backward"]
 

@@ -22,10 +22,10 @@ import torch
 
 import fastdense
 
-from .environment import versions
+from ..environment import versions
+from .config import MACHINE_OPTIONS, TrainConfig
+from .experiment import Experiment
 from .option_fields import flag, shown
-from .train import Experiment
-from .train_config import MACHINE_OPTIONS, TrainConfig
 
 __all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save", "verify"]
 

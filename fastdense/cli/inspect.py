@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from .conversion.blocks import dense_blocks
-from .environment import versions
-from .inspect import BlockFlow, BlockReuse, feature_reuse, gradient_flow
-from .plain import without_dense_connections
-from .reference import widths
+from ..analysis.gradient_flow import BlockFlow, BlockReuse, feature_reuse, gradient_flow
+from ..analysis.plain import without_dense_connections
+from ..conversion.blocks import dense_blocks
+from ..environment import versions
+from ..reference import widths
+from ..training.config import TrainConfig
 from .subject import LARGE_STEM_IMAGE, Batch, Subject, batch, subject
-from .train_config import TrainConfig
 
 __all__ = ["inspect"]
 
@@ -89,7 +89,7 @@ def flow(
 
     dLoss/dH_i is the sum of what every later layer sends back. Heat maps show the terms, curves the sums.
     """
-    from .inspect_plots import flow_picture  # matplotlib takes long to import, and no other command needs it
+    from ..analysis.plots import flow_picture  # matplotlib takes long to import, and no other command needs it
 
     with _errors(out):
         looked_at = subject(model, weights, ema, seed, depth, block_config, growth_rate)
@@ -124,7 +124,7 @@ def reuse(
     json_file: Json = None,
 ) -> None:
     """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
-    from .inspect_plots import reuse_picture
+    from ..analysis.plots import reuse_picture
 
     with _errors(out):
         looked_at = subject(model, weights, ema, seed, depth, block_config, growth_rate)

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import typer
 
-from . import checkpoint
-from .data import UnreadableImage, open_data
+from ..data.source import UnreadableImage, open_data
+from ..environment import versions
+from ..training import checkpoint
+from ..training.config import TrainConfig
+from ..training.distributed import Processes, lost_process, processes
+from ..training.events import NonFiniteLoss, Note, Stopped
+from ..training.experiment import Experiment
+from ..training.outputs import LAST, OutputOptions, Outputs, prepare
 from .display import display, introduction, result_table
-from .environment import versions
-from .events import NonFiniteLoss, Note, Stopped
-from .outputs import LAST, OutputOptions, Outputs, prepare
-from .processes import Processes, lost_process, processes
 from .terminal import DeferSignals, Interrupted, Printer
-from .train import Experiment
-from .train_config import TrainConfig
 from .train_options import parsed
 
 __all__ = ["run", "train"]

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from .inspect import BlockFlow, BlockReuse
+from .gradient_flow import BlockFlow, BlockReuse
 
 __all__ = ["flow_picture", "reuse_picture"]
 

@@ -147,7 +147,7 @@ class FlowPictures(Log):
     """``flow-RUN-N.png`` in ``folder`` for each look at the gradient flow of ``network`` on ``data``."""
 
     def __init__(self, folder: Path, network: str, data: str) -> None:
-        from .inspect_plots import flow_picture  # matplotlib takes long to import
+        from ..analysis.plots import flow_picture  # matplotlib takes long to import
 
         self._draw, self._folder, self._network, self._data = flow_picture, folder, network, data
 

@@ -1,7 +1,7 @@
 """Training a DenseNet, alone or beside its reference twin: what ``fastdense train`` runs, without any display.
 
-An :class:`Experiment` holds one or two :class:`~fastdense.runs.Run` objects and hands out events after every step and
-epoch, for a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
+An :class:`Experiment` holds one or two :class:`~.run.Run` objects and hands out events after every step and epoch, for
+a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Source, batches
+from ..data.source import Source, batches
+from .config import TrainConfig
 from .diagnose import diagnose, flow
+from .distributed import Processes
 from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss
-from .processes import Processes
-from .runs import Run, saved_for_backward
-from .train_config import TrainConfig
+from .run import Run, saved_for_backward
 
 __all__ = ["Experiment"]
 

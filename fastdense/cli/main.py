@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line; exits with its status, or with 1 and one line where an extra is missing."""
     try:
         # Not above: whoever installed fastdense without the extras reads how to get them, not a traceback.
-        from .commands import app
+        from .app import app
 
         app(prog_name="fastdense")
     except ModuleNotFoundError as error:

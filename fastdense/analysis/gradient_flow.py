@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .conversion.api import check_model
-from .conversion.blocks import dense_blocks, with_dense_blocks
-from .conversion.converted import Converted
-from .core import checks
-from .core.features import Features, LazyGradient, as_rows, row_stride
-from .core.primitives import Backend, Conv, Dropout, Gradients, Layer
-from .ops import dense_block
+from ..conversion.api import check_model
+from ..conversion.blocks import dense_blocks, with_dense_blocks
+from ..conversion.converted import Converted
+from ..core import checks
+from ..core.features import Features, LazyGradient, as_rows, row_stride
+from ..core.primitives import Backend, Conv, Dropout, Gradients, Layer
+from ..ops import dense_block
+from ..reference import widths
 from .plain import PlainBlock
-from .reference import widths
 
 __all__ = ["BlockFlow", "BlockReuse", "feature_reuse", "first_not_finite", "gradient_flow"]
 

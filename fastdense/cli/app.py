@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from . import train_command
-from .bench_commands import bench
+from ..environment import environment
+from . import train as train_command
+from .bench import bench
 from .display import environment_tables
-from .environment import environment
-from .inspect_commands import inspect
+from .inspect import inspect
 from .train_options import given_options, train_options
 
 __all__ = ["app"]

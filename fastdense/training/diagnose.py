@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.gradient_flow import BlockFlow, first_not_finite, gradient_flow
 from .events import FlowEvent
-from .inspect import BlockFlow, first_not_finite, gradient_flow
-from .runs import Run
+from .run import Run
 
 __all__ = ["diagnose", "flow", "flows"]
 

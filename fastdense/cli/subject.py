@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .conversion.blocks import with_dense_blocks
-from .data import open_data
-from .train_config import TrainConfig
+from ..conversion.blocks import with_dense_blocks
+from ..data.source import open_data
+from ..training import checkpoint
+from ..training.config import TrainConfig
 
 __all__ = ["Batch", "Subject", "batch", "subject"]
 

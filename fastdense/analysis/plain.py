@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conversion.blocks import dense_blocks, with_dense_blocks
-from .reference import BATCH_NORM, CONV, stages, widths
+from ..conversion.blocks import dense_blocks, with_dense_blocks
+from ..reference import BATCH_NORM, CONV, stages, widths
 
 __all__ = ["PlainBlock", "without_dense_connections"]
 

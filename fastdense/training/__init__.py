@@ -1,0 +1,1 @@
+"""Training an image classifier: the experiment, its steps and events, and what a long run leaves behind."""
