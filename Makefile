@@ -36,7 +36,7 @@ help: ## List the targets
 
 env: $(ENV_READY) ## Create or update .venv with everything that development needs
 
-demo: $(TRAIN_READY) ## Train one DenseNet twice, textbook and fastdense, and compare
+demo: $(TRAIN_READY) ## Train one DenseNet twice, reference and fastdense, and compare
 	@$(BIN)/fastdense train --compare
 
 test: lint types pytest ## Lint, types and every test that this machine can run

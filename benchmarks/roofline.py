@@ -117,7 +117,7 @@ def _in_float64(model: torch.nn.Module) -> torch.Tensor:
 
 
 def _step(options: Options) -> dict[str, Any]:
-    """The PyTorch backend's training step: checked against the textbook network in float64, then timed."""
+    """The PyTorch backend's training step: checked against the reference network in float64, then timed."""
     reference = getattr(fastdense, options.model)(impl="reference")
     model = getattr(fastdense, options.model)(impl="torch")
     model.load_state_dict(reference.state_dict())

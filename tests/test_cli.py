@@ -97,7 +97,7 @@ def test_compare_ends_in_a_table_and_plain_words(compared: tuple[Result, list[di
     result, written = compared
     summaries = {record["label"]: record for record in written if record["event"] == "summary"}
     table = rows(result.output)
-    for label in ("textbook torch.cat", "fastdense"):
+    for label in ("reference (torch.cat)", "fastdense"):
         run = summaries[label]
         assert table[label] == [
             f"{run['train_loss']:.4f}",
@@ -246,7 +246,7 @@ def test_interrupt_exits_with_130_and_shows_the_table_so_far(
     assert result.exit_code == 130
     # In the fourth step the other run goes first.
     table = rows(result.output)
-    assert (table["textbook torch.cat"][0] == "-") == (table["fastdense"][0] == "-") == (at == 0)
+    assert (table["reference (torch.cat)"][0] == "-") == (table["fastdense"][0] == "-") == (at == 0)
     assert f"Interrupted after step {at // 2} of 132." in words(result.output)
     assert records(path)[-3 if at == 0 else -4]["event"] == "error"
 
@@ -311,7 +311,7 @@ def test_terminal_shows_both_curves_grow() -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert max(map(len, text.splitlines())) <= 80
     assert "check in float64" in text and "epoch 1/1" in text and "12/12" in text
-    for label in ("textbook torch.cat", "fastdense"):
+    for label in ("reference (torch.cat)", "fastdense"):
         (curve,) = re.findall(rf"{label} .* ms +([▁-█]{{30}}) *$", text.split("12/12")[-1], re.MULTILINE)
         assert curve[0] == "█" and curve[-1] < "█"
 

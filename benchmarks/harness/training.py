@@ -160,7 +160,7 @@ class Check:
         try:
             return build(PROVIDERS[BASE], self.spec, self.options)
         except Unavailable:
-            reference = Provider("reference", "textbook", _reference)
+            reference = Provider("reference", "reference", _reference)
             return build(reference, self.spec, self.options)
 
     def _outcome(self, model: nn.Module, dtype: str) -> Tensor:

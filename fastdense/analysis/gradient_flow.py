@@ -100,7 +100,7 @@ def gradient_flow(
             without data; the loss is no scalar, or does not depend on the model.
         RuntimeError: a block took no part in the loss or could not run fused; the message names it.
 
-    Equivalent, for the totals, to ``retain_grad()`` on every element of the list that the textbook block concatenates.
+    Equivalent, for the totals, to ``retain_grad()`` on every element of the list that the reference block concatenates.
     """
     return [run.flow() for run in _run(model, x, target, loss_fn, dtype)]
 

@@ -152,11 +152,10 @@ class TorchBackend:
             rows = torch.sub(rows, shift, out=self._buffer("activation", *rows.shape))
         columns = groups * channels
         images = rows.as_strided((1, columns, count // groups, 1), (count * channels, 1, columns, columns))
-        running: tuple[Tensor | None, Tensor | None] = (None, None)
+        running: Sequence[Tensor | None] = (None, None)
         if rows.dtype is not self.acc:  # their dtype is that of the result
-            zeros = torch.zeros(2, columns, dtype=self.acc, device=self.device)
-            running = zeros[0], zeros[1]
-        mean, var = torch.batch_norm_update_stats(images, *running, 0.0)
+            running = torch.zeros(2, columns, dtype=self.acc, device=self.device).unbind()
+        mean, var = torch.batch_norm_update_stats(images, running[0], running[1], 0.0)
         if groups > 1:
             means = mean.view(groups, channels)
             mean = means.mean(0)

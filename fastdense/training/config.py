@@ -137,7 +137,7 @@ class TrainConfig:
 
     compare: bool = _training(
         False,
-        "Train the textbook torch.cat network too, from the same weights on the same batches, step by step beside the "
+        "Train the reference torch.cat network too, from the same weights on the same batches, step by step beside the "
         "other.",
     )
     check_steps: int = _training(
@@ -178,7 +178,7 @@ class TrainConfig:
     seed: int = _training(0, "Of weights, order of images and dropout.", _SEED)
 
     device: str | None = _machine(None, "cpu, cuda, cuda:1.", default_shown="cuda where there is one, else cpu")
-    impl: str = _machine("auto", "auto, triton, torch, or reference: the textbook torch.cat.", one_of(checks.IMPL))
+    impl: str = _machine("auto", "auto, triton, torch, or reference: the plain torch.cat.", one_of(checks.IMPL))
     recompute: str | None = _machine(
         None,
         "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
@@ -208,7 +208,7 @@ class TrainConfig:
             )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
-                "--compare trains the textbook block (reference) beside another one: --impl and "
+                "--compare trains the reference block beside another one: --impl and "
                 "FASTDENSE_IMPL must be auto, triton or torch, not reference"
             )
         if self.compare and self.plain:

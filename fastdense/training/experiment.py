@@ -113,7 +113,7 @@ class Experiment:
         config, processes = self.config, self.processes
         if impl == "reference" and config.sync_bn and processes.count > 1 and self.device.type == "cpu":
             raise ValueError(
-                "--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
+                "--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
             )
         return Run(name, impl, config, self.data, processes, steps=self.steps, device=self.device, dtype=dtype)
 

@@ -157,7 +157,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return "textbook torch.cat" if self.name == "reference" else "fastdense"
+        return "reference (torch.cat)" if self.name == "reference" else "fastdense"
 
     @property
     def recompute_modes(self) -> dict[str, str]:

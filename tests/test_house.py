@@ -1,8 +1,9 @@
-"""Imports go one way, from the bottom of the house to its top, and nowhere in a circle."""
+"""The house: imports go one way, every module has its room, and no page of code is too long to read."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ FLOORS = (
     ("fastdense.benchmarks",),
     ("fastdense.__main__",),
 )
+# What one program does, from its first load to its last store.
+LONG_KERNELS = {
+    "fastdense.kernels.bn_relu_conv.bn_relu_conv_kernel",
+    "fastdense.kernels.bn_relu_conv_backward._pass_over_rows",
+    "fastdense.kernels.bn_relu_pool.bn_relu_pool_backward_kernel",
+}
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -94,6 +101,28 @@ def test_no_circles() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_contributings_table_is_the_tree() -> None:
+    rows = [row for row in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if row.startswith("| `")]
+    tables = {row.split("`")[1].rstrip("/"): set(re.findall(r"`(\w+)`", row)) for row in rows}
+    for folder in sorted({path.parent for path in MODULES.values()}):
+        if (room := str(folder.relative_to(ROOT))) in ("fastdense", *tables) and not room.startswith("benchmarks"):
+            there = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+            if room == "fastdense":
+                there = {f"fastdense/{name}.py" for name in there - {"__main__", "memory", "environment"}} - set(tables)
+            assert there <= tables.get(room, set()), f"CONTRIBUTING.md does not say what lives in {room}"
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for name, path in MODULES.items():
+        text = path.read_text()
+        long += [name] if text.count("\n") > 450 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{name}.{node.name}")
+    assert set(long) <= LONG_KERNELS
 
 
 def test_the_reading_of_imports_finds_every_form() -> None:
