@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import runner, traffic
+from benchmarks.compiled import traffic
 from benchmarks.gpu import candidates, primitives, right, steps, tools
 from benchmarks.gpu.primitives import Case
 from benchmarks.gpu.stage import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
+from benchmarks.harness import runner
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.kernels import launch
 

@@ -312,7 +312,7 @@ def test_terminal_shows_both_curves_grow() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "check in float64" in text and "epoch 1/1" in text and "12/12" in text
     for label in ("reference (torch.cat)", "fastdense"):
-        (curve,) = re.findall(rf"{label} .* ms +([▁-█]{{30}}) *$", text.split("12/12")[-1], re.MULTILINE)
+        (curve,) = re.findall(rf"{re.escape(label)} .* ms +([▁-█]{{30}}) *$", text.split("12/12")[-1], re.MULTILINE)
         assert curve[0] == "█" and curve[-1] < "█"
 
 
@@ -371,7 +371,7 @@ def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("missing", ["typer", "rich", "sklearn", "tensorboardX"])
 def test_missing_extra_is_one_line_with_the_remedy(missing: str, tmp_path: Path) -> None:
     # None in sys.modules makes an import fail as if the package were not there.
-    code = f"import sys; sys.modules[{missing!r}] = None; from fastdense.cli import main; main()"
+    code = f"import sys; sys.modules[{missing!r}] = None; from fastdense.cli.main import main; main()"
     command = [sys.executable, "-c", code, *TINY, "--steps", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

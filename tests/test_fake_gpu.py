@@ -26,7 +26,7 @@ import json, sys
 from functools import partial
 from pathlib import Path
 import torch
-from benchmarks import traffic
+from benchmarks.compiled import traffic
 from benchmarks.gpu import ahead, fake
 from benchmarks.gpu.steps import OURS
 from benchmarks.gpu.primitives import Case

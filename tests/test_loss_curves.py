@@ -23,7 +23,7 @@ from fastdense.core.features import Features, LazyGradient
 from fastdense.data.source import batches, digits
 from fastdense.kernels import launch
 from fastdense.training.config import TrainConfig
-from fastdense.training.experiment import schedule
+from fastdense.training.run import lr_scheduler
 
 DIGITS = digits()
 MEMBERS = 19  # one correct run in 20 ranks first among them,
@@ -54,7 +54,7 @@ def train(config: TrainConfig, impl: str = "reference", images: Tensor = DIGITS.
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
     assert config.steps is not None
-    scheduler, order = schedule(optimizer, config.steps), torch.Generator().manual_seed(config.seed)
+    scheduler, order = lr_scheduler(optimizer, config.steps), torch.Generator().manual_seed(config.seed)
     for _, batch in zip(range(config.steps), batches(len(images), config.batch_size, order), strict=False):
         labels = DIGITS.train_labels[batch]
         optimizer.zero_grad(set_to_none=True)

@@ -134,7 +134,7 @@ def test_wheel_metadata(distributions: Distributions) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache License" in distributions.wheel_text("licenses/LICENSE").decode()
-    assert "fastdense = fastdense.cli:main" in distributions.wheel_text("entry_points.txt").decode()
+    assert "fastdense = fastdense.cli.main:main" in distributions.wheel_text("entry_points.txt").decode()
 
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {r.name for r in needed if "extra" not in str(r.marker)} == {"torch", "triton"}

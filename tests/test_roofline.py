@@ -12,7 +12,7 @@ from interpreted import accesses_counted
 
 import fastdense
 from benchmarks import roofline
-from benchmarks.compiled.launches import traffic
+from benchmarks.compiled import traffic
 from benchmarks.gpu.primitives import Case, bind
 from benchmarks.harness import runner
 

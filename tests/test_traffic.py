@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import fastdense
-from benchmarks.compiled.launches import traffic
+from benchmarks.compiled import traffic
 from benchmarks.compiled.traffic import Network, Operation, Shape, Traffic
 
 

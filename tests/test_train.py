@@ -90,7 +90,7 @@ def test_events_tell_every_step_and_epoch(compared: tuple[Experiment, list[Event
 def test_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]) -> None:
     experiment, _ = compared
     reference, fast = (run.summary() for run in experiment.runs)
-    assert (reference.run, reference.label, reference.impl) == ("reference", "textbook torch.cat", "reference")
+    assert (reference.run, reference.label, reference.impl) == ("reference", "reference (torch.cat)", "reference")
     assert (fast.run, fast.label, fast.impl) == ("fastdense", "fastdense", "torch")
     assert reference.kept_bytes > 1.5 * fast.kept_bytes > 0
     run = experiment.runs[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.compiled.launches import SM_COUNT, waves
+from benchmarks.compiled import waves
+from benchmarks.compiled.launches import SM_COUNT
 from benchmarks.compiled.traffic import NETWORKS, blocks
 from fastdense.kernels import launch
 from fastdense.kernels.launch import LaunchConfig, Shape, Work
@@ -121,12 +121,3 @@ def test_a_changed_tile_is_not_believed_to_fit_as_often() -> None:
     assert LaunchConfig(64, 64, 64, num_warps=2).resident == 4
     with pytest.raises(ValueError, match="programs_per_sm must not be negative, got -1"):
         LaunchConfig(64, 64, 64, programs_per_sm=-1)
-
-
-@pytest.mark.slow
-def test_the_record_is_of_these_launches() -> None:
-    recorded = [waves.Fit(**row) for row in json.loads(waves.RECORD.read_text())]
-    wanted = waves.together(waves.fits(90, "densenet121", 64))
-    assert [fit for fit in recorded if (fit.arch, fit.network, fit.batch) == (90, "densenet121", 64)] == wanted, (
-        "run python -m benchmarks.compiled.waves"
-    )
