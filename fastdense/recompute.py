@@ -119,7 +119,7 @@ class BlockSize(NamedTuple):
         return self.pixels * sum(c * b for c, b in zip(self.reads, self.bottlenecks, strict=False))
 
     def kept(self, mode: str) -> int:
-        """Bytes kept for backward: ``X``, and every ``Z_l`` unless they are recomputed."""
+        """Bytes saved for backward: ``X``, and every ``Z_l`` unless they are recomputed."""
         return self.pixels * self.channels * self.itemsize + (self.freed if mode == "activations" else 0)
 
     def scratch(self, mode: str) -> int:

@@ -35,7 +35,7 @@ from fastdense.training.run import Run
 TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
 FINAL = re.compile(
     r"^same loss curve \(largest difference of the training loss over the first 3 steps in float64: \S+; over all 30 "
-    r"steps in float32, where rounding errors grow: \S+\), \S+ times fewer bytes kept for backward, step time \S+ "
+    r"steps in float32, where rounding errors grow: \S+\), \S+ times fewer bytes saved for backward, step time \S+ "
     r"times\.$",
     re.MULTILINE,
 )

@@ -123,7 +123,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_after_the_report(
     assert result.exit_code == 1
     assert "the last checkpoint could not be written" in words(result.output)
     assert "No space left on device" in words(result.output) and "next save" not in words(result.output)
-    assert "kept for" in result.output and load(out / "last.pt")["step"] == 2
+    assert "saved for" in result.output and load(out / "last.pt")["step"] == 2
 
 
 @needs_proc

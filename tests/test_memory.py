@@ -1,4 +1,4 @@
-"""Bytes kept for backward: at the plan, linear in depth, nothing hidden from saved-tensor hooks."""
+"""Bytes saved for backward: at the plan, linear in depth, nothing hidden from saved-tensor hooks."""
 
 from __future__ import annotations
 

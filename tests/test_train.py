@@ -110,7 +110,7 @@ def test_comparison_in_words(compared: tuple[Experiment, list[Event]]) -> None:
     assert re.fullmatch(
         rf"same loss curve \(largest difference of the training loss over the first 10 steps in float64: {number}; "
         rf"over all 44 steps in float32, where rounding errors grow: {number}\), "
-        r"\d\.\d times fewer bytes kept for backward, step time \d\.\d\d times",
+        r"\d\.\d times fewer bytes saved for backward, step time \d\.\d\d times",
         words,
     ), words
     reference, fast = experiment.runs

@@ -33,7 +33,7 @@ def step_against_memory(record: Record, path: Path) -> None:
         axes.errorbar(x, y, yerr=spread, capsize=3, label=label, **{**style, "linestyle": "none"})
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0, top=1.25 * max(row["step"]["p80"] for row in results.values()) * 1e3)
-    axes.set_xlabel("kept for the backward pass [MB]")
+    axes.set_xlabel("saved for backward [MB]")
     axes.set_ylabel("training step [ms], bars: 20 % to 80 %")
     axes.annotate("better", (0.02, 0.03), (0.12, 0.13), xycoords="axes fraction", color="#777777",
                   arrowprops={"arrowstyle": "->", "color": "#777777"})  # fmt: skip
@@ -77,7 +77,7 @@ def memory_against_depth(record: Record, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("depth (convolutions and classifier)")
-    axes.set_ylabel("kept for the backward pass [MB an image]")
+    axes.set_ylabel("saved for backward [MB an image]")
     caption = (
         f"DenseNet-BC, k = {settings['depths']['growth_rate']}, three equal blocks, images of "
         f"{settings['depths']['size']} x {settings['depths']['size']}, batch {settings['batch']}, "

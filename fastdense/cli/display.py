@@ -222,7 +222,7 @@ def result_table(summaries: Sequence[Summary]) -> Table:
     """One row a run, and one for its average where there is one."""
     table = Table()
     table.add_column("run")
-    for heading in ("train\nloss", "test\nloss", "test\naccuracy", "step time\n(median)", "kept for\nbackward"):
+    for heading in ("train\nloss", "test\nloss", "test\naccuracy", "step time\n(median)", "saved for\nbackward"):
         table.add_column(heading, justify="right")
     for run in summaries:
         milliseconds = "-" if run.step_seconds is None else f"{1e3 * run.step_seconds:.1f} ms"

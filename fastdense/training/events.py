@@ -128,7 +128,7 @@ class Comparison:
         fewer = f"{self.kept_ratio:.1f} times fewer"
         if self.kept_ratio < 1:
             fewer = f"{1 / self.kept_ratio:.1f} times MORE"
-        return f"{curve}, {fewer} bytes kept for backward, step time {self.time_ratio:.2f} times"
+        return f"{curve}, {fewer} bytes saved for backward, step time {self.time_ratio:.2f} times"
 
 
 @dataclass(frozen=True)
