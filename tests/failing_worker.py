@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdense.cli import main
+from fastdense.cli.main import main
 from fastdense.data.source import Dataset, UnreadableImage
 
 read = Dataset.train

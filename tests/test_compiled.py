@@ -39,7 +39,7 @@ def test_kernels_compile_to_what_the_record_says(
         "-W",
         "ignore",
         "-m",
-        "benchmarks.compiled.report",
+        "benchmarks.compiled",
         "--json",
         str(tmp_path / "rows.json"),
     ]

@@ -17,7 +17,7 @@ from fastdense.backends.torch_backend import TorchBackend
 from fastdense.backends.triton_backend import TritonBackend
 from fastdense.core.features import Features, LazyGradient
 from fastdense.core.primitives import Conv, Norm, Pool
-from fastdense.functional import windows
+from fastdense.ops.validate import windows
 
 pytestmark = pytest.mark.usefixtures("kernels_checked")
 

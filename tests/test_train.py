@@ -136,7 +136,7 @@ def test_comparison_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reference.losses, fast.losses = [1.0, math.nan, 1.0], [1.5, 1.0, 1.0]
     words = str(experiment.comparison())
     assert "rounding errors grow: nan" in words
-    assert "2.0 times MORE bytes kept" in words
+    assert "2.0 times MORE bytes saved" in words
 
 
 def test_dropout_is_not_called_the_same_curve() -> None:

@@ -112,7 +112,7 @@ def batches_that_cannot_be_shared(ranks: Processes) -> None:
     with pytest.raises(ValueError, match=r"--batch-size must be divisible by the 2 processes, as 64 is; got 65"):
         Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, ranks)
     with pytest.raises(
-        ValueError, match="--sync-bn in the textbook block is PyTorch's SyncBatchNorm, which needs a GPU"
+        ValueError, match="--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU"
     ):
         Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, ranks)
 
