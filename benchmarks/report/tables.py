@@ -13,7 +13,9 @@ def console_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[A
     """A table of ``rows``, whose first ``words`` columns are words."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < words else "right", overflow="fold", no_wrap=i == 0 or i >= words)
+        table.add_column(
+            heading, justify="left" if i < words else "right", overflow="fold", no_wrap=i == 0 or i >= words
+        )
     for row in rows:
         table.add_row(*map(str, row))
     return table
