@@ -12,9 +12,11 @@ import pytest
 from benchmarks.harness import runner
 from benchmarks.report.record import Record
 
-# A sum of the compile report; pytest-benchmark's; the stages of a GPU run.
+# A sum of the compile report and a count of waves; pytest-benchmark's; the stages of a GPU run.
 OTHER_FORMS = (
     "compiled/kernels.json",
+    "compiled/waves.json",
+    "cpu/host-densenet121.json",  # of the form before kinds
     "cpu/micro.json",
     "h100/first.json",
     "h100/gpu.json",
