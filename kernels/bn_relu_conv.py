@@ -35,7 +35,7 @@ def _load_activation(
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
     stride = assume_multiple_of(stride_xm, X_UNIT)
     x = tl.load(x_ptr + (first_row + distance) * stride + offsets(local, c, stride), mask=mask, other=0.0)
-    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs, c, c_mask, eps)
     # Centre first: with mean*scale folded into beta, digits would cancel where |mean| >> deviation.
     activation = relu((x.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :])
     if KD * KH * KW > 1:  # padding comes after the ReLU
@@ -54,7 +54,7 @@ def _load_average(
     c_mask = c < assume_multiple_of(C, W_UNIT)
     mask = inside[:, None] & (c < tl.cdiv(C, X_UNIT) * X_UNIT)[None, :]
     stride = assume_multiple_of(stride_xm, X_UNIT)
-    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs, c, c_mask, eps)
     window = offsets(source, c, stride)
     total = tl.zeros(window.shape, tl.float32)
     for place in tl.static_range(PD * PH * PW):
@@ -82,6 +82,44 @@ def _add_shifted(products, x, W, KW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
             inside = (x + (j - KW // 2) >= 0) & (x + (j - KW // 2) < W)
             out += tl.where(inside[:, None], shifted, 0.0)
     return out
+
+
+@triton.jit
+def _convolve(
+    x_ptr, norm_ptrs, w_ptr, first_row, local, k,
+    m, C, K, D, H, W, XD, XH, XW, stride_xm, stride_wk, stride_wc, stride_wt, eps,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SHIFTS: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``conv(pool(relu(bn(x))))`` ``[BLOCK_M, BLOCK_N]`` in fp32, at a tile of pixels and of output channels ``k``."""
+    place = pixel(first_row, local, D, H, W, KD * KH * KW)
+    first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    products = ()
+    for _ in tl.static_range(SHIFTS):
+        products += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+    for step in range(KD * KH * KW // SHIFTS * c_blocks):
+        tap = step // c_blocks * SHIFTS
+        c = step % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+        if PD * PH * PW > 1:
+            activation = _load_average(
+                x_ptr, norm_ptrs, first_source, source, first_row + local < m, c, C, XH, XW, stride_xm, eps,
+                PD, PH, PW, X_UNIT, W_UNIT,
+            )  # fmt: skip
+        else:
+            activation = _load_activation(
+                x_ptr, norm_ptrs, first_row, local, place, tap, c,
+                m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
+            )  # fmt: skip
+        w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * assume_multiple_of(stride_wk, W_UNIT)
+        w_mask = (c < assume_multiple_of(C, W_UNIT))[:, None] & (k < K)[None, :]
+        added = ()
+        for j in tl.static_range(SHIFTS):
+            w = tl.load(w_tile + (tap + j) * assume_multiple_of(stride_wt, W_UNIT), mask=w_mask, other=0.0)
+            added += (dot(activation, w, products[j], INPUT_PRECISION),)
+        products = added
+    return _add_shifted(products, place[3], W, SHIFTS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(
@@ -115,7 +153,7 @@ def bn_relu_conv_kernel(
     K = assume_multiple_of(K, OUT_UNIT)
     HALO: tl.constexpr = SHIFTS // 2
     ROWS: tl.constexpr = BLOCK_M - SHIFTS + 1
-    tiles, c_blocks = tl.cdiv(m, ROWS), tl.cdiv(C, BLOCK_C)
+    tiles = tl.cdiv(m, ROWS)
     program, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(K, BLOCK_N))
     first_tile = program * tiles_per_program
     sums = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
@@ -123,42 +161,19 @@ def bn_relu_conv_kernel(
         tile = first_tile + i
         first_row, local = tile * ROWS - HALO, tl.arange(0, BLOCK_M) + opaque_zero(tile)
         k = column * BLOCK_N + tl.arange(0, BLOCK_N) + opaque_zero(tile)
-        place = pixel(first_row, local, D, H, W, KD * KH * KW)
-        first_source, source = source_rows(first_row, local, D, H, W, XD, XH, XW, PD, PH, PW)
-        products = ()
-        for _ in tl.static_range(SHIFTS):
-            products += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
-        for step in range(KD * KH * KW // SHIFTS * c_blocks):
-            tap = step // c_blocks * SHIFTS
-            c = step % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-            norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
-            if PD * PH * PW > 1:
-                activation = _load_average(
-                    x_ptr, norm_ptrs, first_source, source, first_row + local < m, c, C, XH, XW, stride_xm, eps,
-                    PD, PH, PW, X_UNIT, W_UNIT,
-                )  # fmt: skip
-            else:
-                activation = _load_activation(
-                    x_ptr, norm_ptrs, first_row, local, place, tap, c,
-                    m, C, D, H, W, stride_xm, eps, KD, KH, KW, SHIFTS, X_UNIT, W_UNIT,
-                )  # fmt: skip
-            w_tile = w_ptr + c[:, None] * stride_wc + k[None, :] * assume_multiple_of(stride_wk, W_UNIT)
-            w_mask = (c < assume_multiple_of(C, W_UNIT))[:, None] & (k < K)[None, :]
-            added = ()
-            for j in tl.static_range(SHIFTS):
-                w = tl.load(w_tile + (tap + j) * assume_multiple_of(stride_wt, W_UNIT), mask=w_mask, other=0.0)
-                added += (dot(activation, w, products[j], INPUT_PRECISION),)
-            products = added
-        out = _add_shifted(products, place[3], W, SHIFTS, BLOCK_M, BLOCK_N)
+        out = _convolve(
+            x_ptr, (mean_ptr, var_ptr, gamma_ptr, beta_ptr), w_ptr, first_row, local, k,
+            m, C, K, D, H, W, XD, XH, XW, stride_xm, stride_wk, stride_wc, stride_wt, eps,
+            KD, KH, KW, SHIFTS, PD, PH, PW, INPUT_PRECISION, X_UNIT, W_UNIT, BLOCK_M, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+        rows = first_row + local
         if HAS_DROPOUT:
-            rows = first_row + local
             out *= dropout_scale(seed_ptr, rows, k, K, D * H * W, layer, threshold, keep_scale, PER_CHANNEL)
-        stored = to_storage(out, out_ptr.dtype.element_ty)
-        mine = (local >= HALO) & (local < BLOCK_M - HALO) & (first_row + local < m)
+        mine = (local >= HALO) & (local < BLOCK_M - HALO) & (rows < m)
         out_stride = assume_multiple_of(stride_om, OUT_UNIT)
         out_tile = out_ptr + first_row * out_stride + offsets(local, k, out_stride)
         out_mask = mine[:, None] & (k < assume_multiple_of(K, OUT_UNIT))[None, :]
-        tl.store(out_tile, stored, mask=out_mask)
+        tl.store(out_tile, to_storage(out, out_ptr.dtype.element_ty), mask=out_mask)
         if HAS_MOMENTS:
             # Read again, in the layout of the store: its threads hold whole pieces of columns, the product's do not.
             tl.debug_barrier()
@@ -190,15 +205,11 @@ def activation_kernel(
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < assume_multiple_of(C, UNIT)
     mask = (first_row + local < m)[:, None] & c_mask[None, :]
-    x_tile = (
-        x_ptr + first_row * assume_multiple_of(stride_xm, UNIT) + offsets(local, c, assume_multiple_of(stride_xm, UNIT))
-    )
+    stride = assume_multiple_of(stride_xm, UNIT)
+    x_tile = x_ptr + first_row * stride + offsets(local, c, stride)
     x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
-    mean, scale, beta = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    mean, scale, beta = load_norm((mean_ptr, var_ptr, gamma_ptr, beta_ptr), c, c_mask, eps)
     out = relu((x - mean[None, :]) * scale[None, :] + beta[None, :])
-    out_tile = (
-        out_ptr
-        + first_row * assume_multiple_of(stride_om, UNIT)
-        + offsets(local, c, assume_multiple_of(stride_om, UNIT))
-    )
+    out_stride = assume_multiple_of(stride_om, UNIT)
+    out_tile = out_ptr + first_row * out_stride + offsets(local, c, out_stride)
     tl.store(out_tile, to_storage(out, out_ptr.dtype.element_ty), mask=mask)

@@ -18,7 +18,7 @@ def _largest(
     Values are compared as they would be stored. Every window has a pixel in the image, and no value is negative.
     """
     c_mask = c < C
-    mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
+    mean, scale, beta = load_norm(norm_ptrs, c, c_mask, eps)
     n, z, y, x = rows // (W * H * D), rows // (W * H) % D * SD - OD, rows // W % H * SH - OH, rows % W * SW - OW
     first = ((n * XD + z) * XH + y) * XW + x
     best = tl.full([rows.shape[0], c.shape[0]], -1.0, tl.float32)
@@ -30,9 +30,8 @@ def _largest(
         )
         mask = inside[:, None] & c_mask[None, :]
         row = (first + (dz * XH + dy) * XW + dx).to(tl.int64)
-        v = tl.load(x_ptr + row[:, None] * assume_multiple_of(stride_xm, UNIT) + c[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        stride = assume_multiple_of(stride_xm, UNIT)
+        v = tl.load(x_ptr + row[:, None] * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         v = relu((v - mean[None, :]) * scale[None, :] + beta[None, :])
         v = to_storage(v, x_ptr.dtype.element_ty).to(tl.float32)
         larger = mask & ((v > best) | (v != v))
@@ -116,7 +115,7 @@ def bn_relu_mean_kernel(
     image, column = divmod_pid(tl.program_id(0).to(tl.int64), tl.cdiv(C, BLOCK_C))
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    mean, scale, beta = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, c, c_mask, eps)
+    mean, scale, beta = load_norm((mean_ptr, var_ptr, gamma_ptr, beta_ptr), c, c_mask, eps)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stride = assume_multiple_of(stride_xm, UNIT)
     for tile in range(tl.cdiv(pixels, BLOCK_M)):
@@ -125,12 +124,8 @@ def bn_relu_mean_kernel(
         x_tile = x_ptr + (image * pixels + tile * BLOCK_M) * stride + offsets(tl.arange(0, BLOCK_M), c, stride)
         x = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, relu((x - mean[None, :]) * scale[None, :] + beta[None, :]), 0.0)
-    out = tl.sum(total, 0) / pixels
-    tl.store(
-        out_ptr + image * assume_multiple_of(stride_om, UNIT) + c,
-        to_storage(out, out_ptr.dtype.element_ty),
-        mask=c_mask,
-    )
+    out = to_storage(tl.sum(total, 0) / pixels, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + image * assume_multiple_of(stride_om, UNIT) + c, out, mask=c_mask)
 
 
 @triton.jit
@@ -153,9 +148,8 @@ def _from_windows(
         mask = inside[:, None] & (c < C)[None, :]
         window = (((n * D + wz) * H + wy) * W + wx).to(tl.int64)[:, None]
         tap = tl.load(tap_ptr + window * C + c[None, :], mask=mask, other=255)
-        g = tl.load(g_ptr + window * assume_multiple_of(stride_gm, UNIT) + c[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        stride = assume_multiple_of(stride_gm, UNIT)
+        g = tl.load(g_ptr + window * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         mine = (dz * KH + dy) * KW + dx
         total += tl.where(mask & (tap.to(tl.int32) == mine[:, None]), g, 0.0)
     return total
@@ -212,20 +206,18 @@ def bn_relu_pool_backward_kernel(
             product = product.to(tl.float32) / pixels
         stride = assume_multiple_of(stride_xm, UNIT)
         x = tl.load(x_ptr + tile * BLOCK_M * stride + offsets(local, c, stride), mask=mask, other=0.0)
-        mean, scale, beta = load_norm(norm_ptrs[0], norm_ptrs[1], norm_ptrs[2], norm_ptrs[3], c, c_mask, eps)
+        mean, scale, beta = load_norm(norm_ptrs, c, c_mask, eps)
         centred = x.to(tl.float32) - mean[None, :]
         y = centred * scale[None, :] + beta[None, :]
         dy = tl.where((y <= 0.0) | ~mask, 0.0, product)  # NaN in y passes the gradient on, as PyTorch's ReLU
         sum_dy += dy
         sum_centred += dy * centred
         if HAS_INTO:
-            D_tile = (
-                D_ptr
-                + tile * BLOCK_M * assume_multiple_of(stride_Dm, UNIT)
-                + offsets(local, c, assume_multiple_of(stride_Dm, UNIT))
-            )
+            D_stride = assume_multiple_of(stride_Dm, UNIT)
+            D_tile = D_ptr + tile * BLOCK_M * D_stride + offsets(local, c, D_stride)
             tl.store(D_tile, to_storage(dy * scale[None, :], D_ptr.dtype.element_ty), mask=mask)
+    sum_ptrs = (dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr)
     finish_sums(
-        dgamma_ptr, dbeta_ptr, da_ptr, db_ptr, sums_ptr, counter_ptr, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0),
-        norm_ptrs, m, C, 0, eps, split, tl.cdiv(tiles, tiles_per_split), column, columns, HAS_BATCH, False, BLOCK_C,
+        sum_ptrs, tl.sum(sum_dy, 0), tl.sum(sum_centred, 0), norm_ptrs,
+        m, C, 0, eps, split, tl.cdiv(tiles, tiles_per_split), column, columns, HAS_BATCH, False, BLOCK_C,
     )  # fmt: skip

@@ -81,8 +81,9 @@ def opaque_zero(tile):
 
 
 @triton.jit
-def load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, channels, mask, eps):
+def load_norm(norm_ptrs, channels, mask, eps):
     """One BatchNorm's ``mu, gamma/sqrt(var + eps), beta`` of some channels, in fp32; zeros outside ``mask``."""
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr = norm_ptrs
     mean = tl.load(mean_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + channels, mask=mask, other=1.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + channels, mask=mask, other=0.0).to(tl.float32)

@@ -175,14 +175,14 @@ def reduce(out_ptr, partial_ptr, elements, splits, program, programs, BLOCK: tl.
 
 @triton.jit
 def finish_sums(
-    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr, sum_dy, sum_centred, norm_ptrs,
-    m, C, start, eps, split, splits, column, c, HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    sum_ptrs, sum_dy, sum_centred, norm_ptrs, m, C, start, eps, split, splits, column, c,
+    HAS_BATCH: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dbeta = sum(dy)``, ``dgamma = r*sum(dy*(x - mu))``; ``a -= gamma*r*dbeta/m``, ``b -= gamma*r^2*dgamma/m``.
 
     The last program of a column tile to arrive adds up what all splits of the rows found, in their order.
     """
+    dgamma_ptr, dbeta_ptr, a_ptr, b_ptr, sums_ptr, counter_ptr = sum_ptrs
     c_mask = c < C
     tl.store(sums_ptr + split * 2 * C + c, sum_dy, mask=c_mask)
     tl.store(sums_ptr + (split * 2 + 1) * C + c, sum_centred, mask=c_mask)
