@@ -71,8 +71,9 @@ def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
     primitive = bind(backward, torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
-    windows = backward.shape.m // traffic.WINDOW
-    floors = traffic.arg_max(windows, backward.shape), traffic.max_pool_backward(windows, backward.shape)
+    pixels = backward.shape.m
+    windows = backward.shape._replace(m=pixels // traffic.WINDOW)
+    floors = (traffic.floor(kernel, windows, pixels) for kernel in ("arg-max", "max pool backward"))
     for one, floor in zip(found, floors, strict=True):
         assert floor.bytes <= one.moved <= floor.bytes * MOVED, one
 

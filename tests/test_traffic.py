@@ -12,17 +12,15 @@ from benchmarks.compiled.traffic import Network, Operation, Shape, Traffic
 def test_primitives_counted_by_hand() -> None:
     pointwise = Shape(m=10, reads=64, writes=128, taps=1, itemsize=2)
     # 10 rows of 64 in, of 128 out, a weight of 64*128, two bytes each
-    assert traffic.forward(pointwise) == Traffic(2 * (640 + 1280 + 8192), 2 * 10 * 8192)
+    assert traffic.floor("forward", pointwise) == Traffic(2 * (640 + 1280 + 8192), 2 * 10 * 8192)
     # the gradient of 128 with its values, 64 features, their D in and out; weight in, its gradient out in fp32
-    assert traffic.backward(pointwise, accumulate=True) == Traffic(
-        2 * (2 * 1280 + 3 * 640) + 8192 * (2 + 4), 4 * 10 * 8192
-    )
+    assert traffic.floor("backward", pointwise) == Traffic(2 * (2 * 1280 + 3 * 640) + 8192 * (2 + 4), 4 * 10 * 8192)
     spatial = Shape(m=10, reads=128, writes=32, taps=9, itemsize=4)
-    assert traffic.forward(spatial) == Traffic(4 * (1280 + 320 + 36864), 2 * 10 * 36864)
-    assert traffic.backward(spatial, accumulate=False) == Traffic(
+    assert traffic.floor("forward", spatial) == Traffic(4 * (1280 + 320 + 36864), 2 * 10 * 36864)
+    assert traffic.floor("backward of the only reader", spatial) == Traffic(
         4 * (2 * 320 + 2 * 1280) + 36864 * (4 + 4), 4 * 10 * 36864
     )
-    assert traffic.copy_with_moments(Shape(10, 64, 64, 1, 2)) == Traffic(2560, 0)
+    assert traffic.floor("copy", Shape(10, 64, 64, 1, 2)) == Traffic(2560, 0)
 
 
 @pytest.mark.parametrize("reads", [64, 224, 1000])

@@ -230,7 +230,7 @@ def _compile(launch: Launch, arch: int) -> Any:
 
 
 def products_in_flight(launch: Launch, arch: int) -> int:
-    """How many of Hopper's asynchronous products may still run when the code goes on, at most.
+    """How many of Hopper's asynchronous products may still run when the code continues, at most.
 
     With operands in registers, which the next step of a loop overwrites, it has to be none.
     """

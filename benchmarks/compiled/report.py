@@ -143,6 +143,9 @@ def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launc
     return list(found.values())
 
 
+_KERNELS = {"bn_relu_mean_kernel": "mean", "bn_relu_conv_kernel": "forward", "resolve_kernel": "resolve"}
+
+
 def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str, int]]:
     """What a launch must move and compute at least, and the shape that this is of."""
     a, name = launch.arguments, launch.kernel.__name__
@@ -152,33 +155,20 @@ def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str
     m = a["m"] if "m" in a else launch.programs // -(-a["C"] // a["BLOCK_C"]) * a["pixels"]
     taps, window = (prod(a.get(size, 1) for size in sizes) for sizes in (("KD", "KH", "KW"), ("PD", "PH", "PW")))
     shape = traffic.Shape(m, a["C" if "C" in a else "K"], a["K" if "K" in a else "C"], taps, itemsize)
-    if name == "bn_relu_mean_kernel":
-        moved = traffic.mean(shape)
-    elif name == "bn_relu_conv_kernel":
-        moved = traffic.forward(shape) if window == 1 else traffic.pooled_forward(m * window, shape)
-    elif name == "bn_relu_conv_backward_kernel" and window == 1:
-        moved = traffic.backward(shape, accumulate=a["ACCUMULATE"])
-    elif name == "bn_relu_conv_backward_kernel":
-        moved = traffic.pooled_backward(m * window, shape)
-    elif name == "resolve_kernel":
-        moved = traffic.resolve(shape)
+    described = {"m": m, "reads": shape.reads, "writes": shape.writes, "taps": taps}
+    pixels, kernel = m * window, _KERNELS.get(name, "")
+    if name == "bn_relu_conv_backward_kernel":
+        alone = "backward" if a["ACCUMULATE"] else "backward of the only reader"
+        kernel = alone if window == 1 else "pooled backward"
     elif name == "copy_with_moments_kernel":
-        moved = traffic.copy_with_moments(shape) if a["out_ptr"] is not None else traffic.moments(shape)
-    else:
-        moved = _pooling(launch, shape)
-    return moved, {"m": m, "reads": shape.reads, "writes": shape.writes, "taps": taps}
-
-
-def _pooling(launch: Launch, shape: traffic.Shape) -> traffic.Traffic:
-    """Of a kernel that pools a maximum, or of a pooling's backward; ``shape.m`` is the kernel's own ``m``."""
-    a, m = launch.arguments, shape.m
-    outside, inside = a["D"] * a["H"] * a["W"], a["XD"] * a["XH"] * a["XW"]
-    if launch.kernel.__name__ == "bn_relu_max_pool_kernel":
-        count = traffic.max_pool if a["tap_ptr"] is None else traffic.arg_max
-        return count(m, shape._replace(m=m // outside * inside))
-    if a["MAXIMUM"]:
-        return traffic.max_pool_backward(m // inside * outside, shape)
-    return traffic.mean_backward(shape, images=m // inside)
+        kernel = "copy" if a["out_ptr"] is not None else "moments"
+    elif name == "bn_relu_max_pool_kernel":
+        kernel = "max pool" if a["tap_ptr"] is None else "arg-max"
+        pixels = m // (a["D"] * a["H"] * a["W"]) * a["XD"] * a["XH"] * a["XW"]
+    elif name == "bn_relu_pool_backward_kernel":
+        kernel, windows = ("max pool backward", a["D"] * a["H"] * a["W"]) if a["MAXIMUM"] else ("mean backward", 1)
+        shape = shape._replace(m=m // (a["XD"] * a["XH"] * a["XW"]) * windows)
+    return traffic.floor(kernel, shape, pixels), described
 
 
 def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None:

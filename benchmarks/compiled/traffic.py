@@ -18,7 +18,7 @@ pass of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -56,104 +56,36 @@ class Traffic(NamedTuple):
     flops: int
 
 
-def forward(shape: Shape) -> Traffic:
-    """``bn_relu_conv``: reads features and weight, writes features."""
-    m, reads, writes, taps, itemsize = shape
-    return Traffic((m * (reads + writes) + taps * reads * writes) * itemsize, 2 * m * reads * writes * taps)
-
-
-def backward(shape: Shape, *, accumulate: bool) -> Traffic:
-    """``bn_relu_conv_backward`` of the convolution that reads ``reads`` and writes ``writes`` channels.
+def floor(kernel: str, shape: Shape, pixels: int | None = None) -> Traffic:
+    """The floor of one kernel.
 
     Args:
-        shape: of the forward convolution.
-        accumulate: whether the gradient of what it read is added to ``D``, which is then read as well as written.
+        kernel: a row of the table below. ``"backward of the only reader"`` writes the gradient of what it read, where
+            ``"backward"`` adds to it; ``"pooled backward"`` meets no lazy gradient.
+        shape: ``m`` counts what is written: a pooling kernel's windows, or images.
+        pixels: values per channel of the input, where windows of them are pooled.
     """
     m, reads, writes, taps, itemsize = shape
-    features = m * (2 * writes + (3 if accumulate else 2) * reads)
-    weight = taps * reads * writes
-    return Traffic(features * itemsize + weight * (itemsize + GRADIENT_BYTES), 4 * m * reads * writes * taps)
-
-
-def pooled_forward(values: int, shape: Shape) -> Traffic:
-    """``bn_relu_conv`` of averages over windows: reads ``values`` pixels, writes ``shape.m``."""
-    m, reads, writes, _, itemsize = shape
-    return Traffic((values * reads + m * writes + reads * writes) * itemsize, 2 * m * reads * writes)
-
-
-def pooled_backward(values: int, shape: Shape) -> Traffic:
-    """Its backward: reads ``values`` pixels and writes their ``D``; the output's gradient is no lazy one."""
-    m, reads, writes, _, itemsize = shape
-    weight = reads * writes
-    moved = (2 * values * reads + m * writes) * itemsize + weight * (itemsize + GRADIENT_BYTES)
-    return Traffic(moved, 4 * m * weight)
-
-
-def copy_with_moments(shape: Shape) -> Traffic:
-    """``copy_with_moments``: every value once in and once out."""
-    return Traffic(shape.m * (shape.reads + shape.writes) * shape.itemsize, 0)
-
-
-def moments(shape: Shape) -> Traffic:
-    """``moments``: every value once in."""
-    return Traffic(shape.m * shape.reads * shape.itemsize, 0)
-
-
-def resolve(shape: Shape) -> Traffic:
-    """``resolve``: ``D`` and values in, the gradient ``D + a + b*(v - mu)`` out."""
-    elements = shape.m * shape.reads
-    return Traffic(3 * elements * shape.itemsize, 3 * elements)
-
-
-def max_pool(windows: int, shape: Shape) -> Traffic:
-    """BN-ReLU-MaxPool of ``shape.m`` pixels: reads pixels, writes windows."""
-    return Traffic((shape.m + windows) * shape.reads * shape.itemsize, 0)
-
-
-def arg_max(windows: int, shape: Shape) -> Traffic:
-    """Where each maximum lies, one byte a window, computed again for backward."""
-    return Traffic(shape.reads * (shape.m * shape.itemsize + windows), 0)
-
-
-def max_pool_backward(windows: int, shape: Shape) -> Traffic:
-    """Its backward proper: the windows' gradient and places and the pixels in, the pixels' ``D`` out."""
-    return Traffic(shape.reads * (2 * shape.m * shape.itemsize + windows * (shape.itemsize + 1)), 0)
-
-
-def mean(shape: Shape) -> Traffic:
-    """BN-ReLU and the mean over all pixels: every pixel in; one value an image and channel is left out."""
-    return Traffic(shape.m * shape.reads * shape.itemsize, 0)
-
-
-def mean_backward(shape: Shape, images: int = 0) -> Traffic:
-    """Its backward: every pixel in, its ``D`` out, and one value an image and channel where ``images`` are named."""
-    return Traffic((2 * shape.m + images) * shape.reads * shape.itemsize, 0)
-
-
-def _around(operation: str, shape: Shape, window: int) -> Traffic:
-    """The floor of an operation of :func:`around`; ``shape.m`` is what a convolution writes, else what is read."""
-    if operation in STEM:  # its input is no parameter and needs no gradient
-        m, reads, writes, taps, itemsize = shape
-        stride = 1 if taps == STEM_TAPS[1] else 2
-        moved = m * (stride**2 * reads + writes) * itemsize
-        weight = taps * reads * writes * (itemsize if operation == STEM[0] else GRADIENT_BYTES)
-        return Traffic(moved + weight, 2 * m * reads * writes * taps)
-    windows, pixels = shape.m // window, shape.m * window
-    floors: dict[str, Callable[[], Traffic]] = {
-        MOMENTS: lambda: moments(shape),
-        RESOLVE: lambda: resolve(shape),
-        MAX_POOL[0]: lambda: max_pool(windows, shape),
-        MAX_POOL[1]: lambda: _sum(arg_max(windows, shape), max_pool_backward(windows, shape)),
-        TRANSITION[0]: lambda: pooled_forward(pixels, shape),
-        TRANSITION[1]: lambda: pooled_backward(pixels, shape),
-        MEAN[0]: lambda: mean(shape),
-        MEAN[1]: lambda: mean_backward(shape),
-    }
-    return floors[operation]()
-
-
-def _sum(*parts: Traffic) -> Traffic:
-    return Traffic(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    x, y, weight = (m if pixels is None else pixels) * reads, m * writes, taps * reads * writes
+    products, weight_gradient = 2 * m * weight, GRADIENT_BYTES * weight
+    # Features and weights moved, other bytes moved (a maximum's place takes one), operations.
+    moved, other_bytes, flops = {
+        "copy": (x + y, 0, 0),
+        "moments": (x, 0, 0),
+        "resolve": (3 * x, 0, 3 * x),
+        "forward": (x + y + weight, 0, products),
+        "backward": (3 * x + 2 * y + weight, weight_gradient, 2 * products),
+        "backward of the only reader": (2 * x + 2 * y + weight, weight_gradient, 2 * products),
+        "pooled backward": (2 * x + y + weight, weight_gradient, 2 * products),
+        "max pool": (x + y, 0, 0),
+        "arg-max": (x, y, 0),
+        "max pool backward": (2 * x + y, y, 0),
+        "mean": (x, 0, 0),
+        "mean backward": (2 * x + y, 0, 0),
+        "stem convolution": (x + y + weight, 0, products),
+        "stem convolution backward": (x + y, weight_gradient, products),  # images need no gradient
+    }[kernel]
+    return Traffic(moved * itemsize + other_bytes, flops)
 
 
 def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: int = WINDOW) -> Traffic:
@@ -162,13 +94,25 @@ def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: 
     Behind a bottleneck a 3x3 convolution is the only reader of its input, so it writes ``D`` where every other
     backward adds to it. ``window``: pixels that a transition averages, 8 in 3D.
     """
-    if operation == COPY:
-        return copy_with_moments(shape)
+    kernel, pixels = operation, shape.m
     if operation in FORWARD:
-        return forward(shape)
-    if operation not in BACKWARD:
-        return _around(operation, shape, window)
-    return backward(shape, accumulate=not (bottleneck and operation == "backward 3x3"))
+        kernel = "forward"
+    elif operation in BACKWARD:
+        kernel = "backward of the only reader" if bottleneck and operation == "backward 3x3" else "backward"
+    elif operation in TRANSITION:
+        kernel, pixels = "forward" if operation == TRANSITION[0] else "pooled backward", shape.m * window
+    elif operation in STEM:
+        pixels = shape.m * (1 if shape.taps == STEM_TAPS[1] else 4)
+    elif operation in MAX_POOL:
+        shape = shape._replace(m=shape.m // window)
+    elif operation in MEAN:  # one value an image and channel is left out
+        shape = shape._replace(m=0)
+    parts = ("arg-max", kernel) if operation == MAX_POOL[1] else (kernel,)
+    return _sum(floor(part, shape, pixels) for part in parts)
+
+
+def _sum(parts: Iterable[Traffic]) -> Traffic:
+    return Traffic(*map(sum, zip(*parts, strict=True)))
 
 
 def floor_seconds(bytes_: float, flops: float, copy_rate: float, matmul_rate: float) -> float:
@@ -284,7 +228,7 @@ def around(network: Network, batch: int, size: int, itemsize: int) -> list[Opera
 
 def outside_blocks(network: Network, batch: int, size: int, itemsize: int) -> Traffic:
     """All of :func:`around` together."""
-    return _sum(*(primitive(o.name, o.shape) for o in around(network, batch, size, itemsize)))
+    return _sum(primitive(o.name, o.shape) for o in around(network, batch, size, itemsize))
 
 
 def _parts(network: Network, batch: int, size: int, itemsize: int) -> Iterator[tuple[int, Traffic]]:
