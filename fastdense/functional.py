@@ -25,7 +25,7 @@ from .core.primitives import Pool
 from .ops import support, validate
 from .ops.bn_relu_pool import channels_last
 from .ops.common import autocast
-from .ops.dense_block import call
+from .ops.dense_block import Settings, call
 from .ops.running_stats import update_running_statistics
 from .reference import stages
 
@@ -50,8 +50,8 @@ def dense_block(
             strides (channels last saves a transposition). Under autocast it is cast to autocast's dtype.
         layers: modules with children ``norm1, conv1, norm2, conv2`` (or ``norm1, conv1`` alone for the basic layer) and
             the attributes ``drop_rate`` and ``training``, such as :class:`fastdense.nn.DenseLayer` or torchvision's.
-        recompute: what backward computes again: ``"activations"`` keeps the features and the bottlenecks;
-            ``"bottlenecks"`` keeps the features alone; ``"auto"`` takes the first while the bottlenecks fit into a
+        recompute: what backward computes again: ``"activations"`` saves the features and the bottlenecks;
+            ``"bottlenecks"`` saves the features alone; ``"auto"`` takes the first while the bottlenecks fit into a
             quarter of the device's free memory (under ``torch.compile`` and in CUDA graphs the second), and says so.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         moments: mean and biased variance ``[C0]`` of ``x`` over batch and space, if they are known already, in
@@ -95,7 +95,7 @@ def transition(
 
     Args:
         x: ``[N, C, *spatial]``, one to three spatial dimensions, any floating dtype. Under autocast it is cast to
-            autocast's dtype. For backward it is kept, and nothing else.
+            autocast's dtype. It alone is saved for backward.
         norm, relu, conv, pool: the transition's modules. Where one is no plain ``nn.BatchNorm``, ``nn.ReLU``,
             ``nn.Conv`` or ``nn.AvgPool`` (or carries a hook) each is called, once.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -116,7 +116,7 @@ def bn_relu_max_pool(x: Tensor, norm: nn.Module, relu: nn.Module, pool: nn.Modul
     """What follows the stem's convolution: BN-ReLU-MaxPool.
 
     Args:
-        x: ``[N, C, *spatial]``. For backward it is kept, and nothing else: mask and arg-max are computed again.
+        x: ``[N, C, *spatial]``. It alone is saved for backward: mask and arg-max are computed again.
         norm, relu, pool: plain ``nn.BatchNorm``, ``nn.ReLU`` and ``nn.MaxPool``; others are called one after another.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -135,7 +135,7 @@ def bn_relu_mean_pool(x: Tensor, norm: nn.Module, *, impl: str = "auto") -> Tens
     """The head up to the classifier: BN-ReLU and the mean over all pixels.
 
     Args:
-        x: ``[N, C, *spatial]``. For backward it is kept, and nothing else.
+        x: ``[N, C, *spatial]``. It alone is saved for backward.
         norm: a plain ``nn.BatchNorm``; another is called.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -159,19 +159,19 @@ def run_block(
     want_moments: bool = False,
     *,
     strict: bool = False,
-    picked: Callable[[str], None] | None = None,
+    on_resolved: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """The block's output, and its moments if they are wanted and known; ``moments`` are those of ``x``.
 
     Where moments cannot be handed in or out (SyncBatchNorm) they are computed where they are needed, or if ``strict``
-    the reference path runs. ``picked`` is told what ``recompute="auto"`` resolved to.
+    the reference path runs. ``on_resolved`` is told what ``recompute="auto"`` resolved to.
     """
     checks.choice("recompute", recompute, checks.RECOMPUTE)
     impl = checks.impl_name(impl)
     validate.block_input(x, layers)
     if impl == "reference" or support.falls_back(impl, support.unsupported_reason(layers, moments=strict)):
         return reference.dense_block(x, layers), None
-    return fused_block(x, layers, recompute, impl, moments, want_moments, picked)
+    return fused_block(x, layers, recompute, impl, moments, want_moments, on_resolved)
 
 
 def run_transition(
@@ -254,7 +254,7 @@ def fused_block(
     impl: str,
     moments: Moments | None = None,
     want_moments: bool = False,
-    picked: Callable[[str], None] | None = None,
+    on_resolved: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """``run_block`` for layers that are known to run fused, with ``x`` checked already."""
     validate.block_layers(x, layers)
@@ -265,29 +265,23 @@ def fused_block(
     per_layer = len(convs) // len(layers)
     first = _first_gradient(x, moments, [(norm.weight, norm.bias, conv.weight) for norm, conv in convs], per_layer)
     if recompute == "auto":
-        recompute = planner.for_block(x, layers[first:], picked)
+        recompute = planner.for_block(x, layers[first:], on_resolved)
     want_moments = want_moments and not group
-    X, mean, var, _, z_mean, z_var = call(
-        x,
-        moments,
-        params,
-        [
-            stat
-            for norm, fixed in zip(norms, frozen, strict=True)
-            if fixed
-            for stat in (norm.running_mean, norm.running_var)
-        ],
-        [norm.eps for norm in norms],
-        frozen,
-        [float(layer.drop_rate) if layer.training else 0.0 for layer in layers],
-        bool(getattr(layers[0], "drop_channels", False)),
-        per_layer == 2,
-        want_moments or not all(frozen[::per_layer]),
-        first,
-        recompute == "bottlenecks",
-        backend,
-        group,
+    fixed = [norm for norm, is_frozen in zip(norms, frozen, strict=True) if is_frozen]
+    settings = Settings(
+        eps=[norm.eps for norm in norms],
+        frozen=frozen,
+        drop_rates=[float(layer.drop_rate) if layer.training else 0.0 for layer in layers],
+        drop_channels=bool(getattr(layers[0], "drop_channels", False)),
+        bottleneck=per_layer == 2,
+        tracked=want_moments or not all(frozen[::per_layer]),
+        first=first,
+        recompute=recompute == "bottlenecks",
+        impl=backend,
+        group=group,
     )
+    statistics = [stat for norm in fixed for stat in (norm.running_mean, norm.running_var)]
+    X, mean, var, _, z_mean, z_var = call(x, moments, params, statistics, settings)
     update_running_statistics(_batch_moments(norms, per_layer, (mean, var), (z_mean, z_var)), z_var[-1] if group else m)
     return X, (mean, var) if want_moments else None
 

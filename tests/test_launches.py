@@ -40,9 +40,10 @@ def launches(
     stages = 1 if bn_size is None else 2
     count = layers * stages
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan = dense_block.build_layers(
-        params, [], seed if drop else None, [1e-5] * count, [False] * count, [drop] * layers, False, stages == 2
+    settings = dense_block.Settings(
+        [1e-5] * count, [False] * count, [drop] * layers, False, stages == 2, True, 0, recompute, "triton", ""
     )
+    plan = dense_block.build_layers(params, [], seed if drop else None, settings)
     channels, m = 8 + 4 * layers, 2 * 5 * 4
     X = empty_features((2, channels, 5, 4), dtype=F16, device=DEVICE)
     features = Features(as_rows(X), *torch.empty(2, channels, device=DEVICE))
@@ -64,7 +65,7 @@ def per_layer(**options: object) -> float:
 @pytest.mark.parametrize("weights", [F16, F32])  # fp32 weights of 16-bit features, as under autocast
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_layer_and_step(recompute: bool, weights: torch.dtype) -> None:
-    """Forward two, backward two; the bottleneck again where it was not kept."""
+    """Forward two, backward two; the bottleneck again where it was not saved."""
     cast = 1 if weights is F32 else 0  # on a CPU each cast is an operator of its own; on a GPU one call takes them all
     counts = launches(3, recompute=recompute, bn_size=4, weights=weights, drop=0.0)
     assert counts["_foreach_copy_"] == 2 * cast

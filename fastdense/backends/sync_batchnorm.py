@@ -7,7 +7,7 @@ share of ``(a, b)``, linear in the two sums, by another. ``dgamma`` and ``dbeta`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -63,14 +63,9 @@ class SyncBackend:
         self.inner, self.total, self.unread = inner, total, unread
         self.group = _resolve(group)
 
-    @property
-    def m(self) -> int:
-        """Values per channel in this process."""
-        return self.inner.m
-
-    def prepare(self, convs: Sequence[Conv]) -> Sequence[Conv]:
-        """As ``inner``."""
-        return self.inner.prepare(convs)
+    def __getattr__(self, name: str) -> Any:
+        """As ``inner``, in all that no other process has a part in."""
+        return getattr(self.inner, name)
 
     def moments(self, of: Features) -> None:
         """As ``inner``, with the moments of all ranks."""
@@ -162,11 +157,3 @@ class SyncBackend:
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """As ``inner``; what sums to 0 does so over all processes."""
         return replace(self.inner.gradient_buffer(of), balanced=False)
-
-    def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
-        """As ``inner``."""
-        return self.inner.resolve(grad, of, out)
-
-    def finish(self) -> None:
-        """As ``inner``."""
-        self.inner.finish()

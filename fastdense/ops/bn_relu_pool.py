@@ -6,7 +6,7 @@
     transition   conv1x1(avg_pool(relu(bn(x))))    disjoint windows; pooling first is the same for a quarter of the work
     head         mean of relu(bn(x)) over all pixels
 
-It keeps ``x`` and its moments; activation, mask and arg-max are computed again in backward. Moments that the caller
+It saves ``x`` and its moments; activation, mask and arg-max are computed again in backward. Moments that the caller
 has are taken, and if they are differentiable their gradients go back to what computed them, with ``D`` as the
 gradient of ``x``: the lazy gradient of ``schedule.py``. The moments of the output are for its consumer: what that
 makes of them belongs to the gradient that it returns for the output itself.

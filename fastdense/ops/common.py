@@ -88,6 +88,12 @@ def gradients_like(params: Sequence[Tensor], gradients: Sequence[Tensor | None],
     return found
 
 
+def empty_like_where(params: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """What :func:`gradients_like` returns, for compilers: shapes, dtypes and strides."""
+    wanted = zip(params, needs, strict=True)
+    return [torch.empty_like(param) if needed else param.new_empty(0) for param, needed in wanted]
+
+
 def raise_not_twice(ctx: Any, *grads: Any) -> Any:
     """The gradient of a gradient."""
     raise RuntimeError(NOT_TWICE)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,41 +22,78 @@ from torch import Tensor
 from ..core import schedule
 from ..core.features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
 from ..core.primitives import Backend, Conv, Dropout, Layer, Norm
-from .common import backend_of, generator_state, gradients_like, plain_arithmetic, raise_not_twice, restore_generator
+from .common import (
+    backend_of,
+    empty_like_where,
+    generator_state,
+    gradients_like,
+    plain_arithmetic,
+    raise_not_twice,
+    restore_generator,
+)
 
 Watcher = Callable[[Backend, LazyGradient, Features, Sequence[Layer]], Backend]
 # What watches a block's gradients come about, as analysis does, puts a backend of its own between.
 watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
+class Settings(NamedTuple):
+    """What of a block's call is no tensor; ``SETTINGS`` is the same in an operator's schema.
+
+    Attributes:
+        eps, frozen: of each convolution's norm, in the order of execution; a frozen one uses running statistics.
+        drop_rates: of each layer.
+        drop_channels: whether dropout takes whole channels.
+        bottleneck: whether layers have two convolutions.
+        tracked: whether anyone uses the batch moments of ``X``; else ``mean`` and ``var`` come back empty.
+        first: the first layer whose parameters or inputs need a gradient: no bottleneck below it is saved.
+        recompute: save no bottlenecks at all; backward computes them again.
+        impl: backend name, ``"torch"`` or ``"triton"``.
+        group: the process group that batch statistics are shared with (SyncBatchNorm), or ``""``.
+    """
+
+    eps: Sequence[float]
+    frozen: Sequence[bool]
+    drop_rates: Sequence[float]
+    drop_channels: bool
+    bottleneck: bool
+    tracked: bool
+    first: int
+    recompute: bool
+    impl: str
+    group: str
+
+
+SETTINGS = (
+    "float[] eps, bool[] frozen, float[] drop_rates, bool drop_channels, bool bottleneck, bool tracked, SymInt first, "
+    "bool recompute, str impl, str group"
+)
+
+
 def build_layers(
     params: Sequence[Tensor],
     frozen_stats: Sequence[Tensor],
     seed: Tensor | None,
-    eps: Sequence[float],
-    frozen: Sequence[bool],
-    drop_rates: Sequence[float],
-    drop_channels: bool,
-    bottleneck: bool,
+    settings: Settings,
     needs: Sequence[bool] | None = None,
 ) -> list[Layer]:
     """The flat arguments of an operator as layers.
 
-    ``params`` holds ``gamma, beta, weight`` of each convolution in the order of their execution, ``eps`` and ``frozen``
-    one value for each convolution, ``frozen_stats`` the running ``mean, var`` of each frozen norm.
+    ``params`` holds ``gamma, beta, weight`` of each convolution in the order of their execution, ``frozen_stats`` the
+    running ``mean, var`` of each frozen norm.
     """
     running = iter(frozen_stats)
     needs = [True] * len(params) if needs is None else needs
     convs = []
     for i in range(len(params) // 3):
         gamma, beta, weight = params[3 * i : 3 * i + 3]
-        moments = (next(running), next(running)) if frozen[i] else None
+        moments = (next(running), next(running)) if settings.frozen[i] else None
         wants = (needs[3 * i], needs[3 * i + 1], needs[3 * i + 2])
-        convs.append(Conv(Norm(gamma, beta, eps[i], moments), weight, wants))
-    layers, reads, per_layer = [], params[0].numel(), 2 if bottleneck else 1
-    for l, p in enumerate(drop_rates):
+        convs.append(Conv(Norm(gamma, beta, settings.eps[i], moments), weight, wants))
+    layers, reads, per_layer = [], params[0].numel(), 2 if settings.bottleneck else 1
+    for l, p in enumerate(settings.drop_rates):
         conv1x1, conv3x3 = (convs[2 * l], convs[2 * l + 1]) if per_layer == 2 else (None, convs[l])
-        dropout = None if seed is None or p == 0 else Dropout(seed, l, p, drop_channels)
+        dropout = None if seed is None or p == 0 else Dropout(seed, l, p, settings.drop_channels)
         layers.append(Layer(reads, conv3x3.weight.shape[0], conv1x1, conv3x3, dropout))
         reads += conv3x3.weight.shape[0]
     return layers
@@ -73,8 +110,8 @@ def _bottlenecks(
     scratch = x.new_empty(m * max(widths)) if len(rows) < len(layers) else x.new_empty(0)
     bottlenecks, offset = [], 0
     for l, width in enumerate(widths):
-        kept = l - first if rows else -1
-        z = rows[kept] if kept >= 0 else scratch[: m * width].view(m, width)
+        saved = l - first if rows else -1
+        z = rows[saved] if saved >= 0 else scratch[: m * width].view(m, width)
         tracked = layers[l].conv3x3.norm.frozen is None
         moments = (mean[offset : offset + width], var[offset : offset + width]) if tracked else (None, None)
         bottlenecks.append(Features(z, *moments))
@@ -82,28 +119,20 @@ def _bottlenecks(
     return bottlenecks
 
 
-def _bottleneck_shapes(params: Sequence[Tensor], bottleneck: bool, first: int, keep: bool) -> tuple[list[int], int]:
-    """Widths of the kept ``Z_l``, and of all together."""
-    if not bottleneck:
-        return [], 0
-    widths = [weight.shape[0] for weight in params[2::6]]
-    return (widths[first:] if keep else []), sum(widths)
-
-
-def _outputs(
-    x: Tensor, params: Sequence[Tensor], bottleneck: bool, tracked: bool, first: int, keep: bool, group: str
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+def _outputs(x: Tensor, params: Sequence[Tensor], settings: Settings) -> tuple[Any, ...]:
     """Uninitialised outputs of ``dense_block``."""
-    last_weights = params[5::6] if bottleneck else params[2::3]
-    channels = x.shape[1] + sum(weight.shape[0] for weight in last_weights)
+    weights = params[2::3]  # in the order of execution
+    bottlenecks, last = (weights[::2], weights[1::2]) if settings.bottleneck else ([], weights)
+    channels, total = (sum(weight.shape[0] for weight in of) for of in (last, bottlenecks))
+    channels += x.shape[1]
     # Not by Size.numel(), which makes numbers of the symbols that compilers put in their place.
     acc, m = accumulation_dtype(x.dtype), x.shape[0] * math.prod(x.shape[2:])
-    widths, total = _bottleneck_shapes(params, bottleneck, first, keep)
     X = empty_features((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
-    mean, var = (x.new_empty(channels if tracked else 0, dtype=acc) for _ in range(2))
+    mean, var = (x.new_empty(channels if settings.tracked else 0, dtype=acc) for _ in range(2))
+    saved = [] if settings.recompute else bottlenecks[settings.first :]
     # Frozen norms leave theirs unwritten. With a group, the last of z_var is its number of values per channel.
-    z_mean, z_var = x.new_zeros(total, dtype=acc), x.new_zeros(total + bool(group), dtype=acc)
-    return X, mean, var, [x.new_empty(m, width) for width in widths], z_mean, z_var
+    z_mean, z_var = x.new_zeros(total, dtype=acc), x.new_zeros(total + bool(settings.group), dtype=acc)
+    return X, mean, var, [x.new_empty(m, weight.shape[0]) for weight in saved], z_mean, z_var
 
 
 def call(
@@ -111,25 +140,25 @@ def call(
     moments: tuple[Tensor, Tensor] | None,
     params: Sequence[Tensor],
     frozen_stats: Sequence[Tensor],
-    eps: Sequence[float],
-    frozen: Sequence[bool],
-    drop_rates: Sequence[float],
-    *static: Any,
+    settings: Settings,
 ) -> Any:
     """``dense_block`` with a fresh seed where anything drops; a call that fails leaves the generator as it was."""
-    dropping = any(drop_rates)
+    dropping = any(settings.drop_rates)
     state = generator_state(x.device) if dropping else None
     try:
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropping else None
-        return torch.ops.fastdense.dense_block(
-            x, *(moments or (None, None)), params, frozen_stats, seed, eps, frozen, drop_rates, *static
-        )
+        return torch.ops.fastdense.dense_block(x, *(moments or (None, None)), params, frozen_stats, seed, *settings)
     except BaseException:
         restore_generator(x.device, state)
         raise
 
 
-@torch.library.custom_op("fastdense::dense_block", mutates_args=())
+@torch.library.custom_op(
+    "fastdense::dense_block",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] params, Tensor[] frozen_stats, Tensor? seed, "
+    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor)",
+)
 def dense_block(
     x: Tensor,
     x_mean: Tensor | None,
@@ -137,57 +166,42 @@ def dense_block(
     params: Sequence[Tensor],
     frozen_stats: Sequence[Tensor],
     seed: Tensor | None,
-    eps: Sequence[float],
-    frozen: Sequence[bool],
-    drop_rates: Sequence[float],
-    drop_channels: bool,
-    bottleneck: bool,
-    tracked: bool,
-    first: int,
-    recompute: bool,
-    impl: str,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    *static: Any,
+) -> tuple[Any, ...]:
     """``X, mean, var`` of the block, and what its backward needs: bottleneck rows, their means and variances.
 
     Args:
         x: ``[N, C0, *spatial]``, any strides.
         x_mean, x_var: batch moments of ``x`` if the caller has them, ``[C0]`` in the accumulation dtype.
-        params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck: see ``build_layers``.
-        tracked: whether anyone uses the batch moments of ``X``; else ``mean`` and ``var`` come back empty.
-        first: the first layer whose parameters or inputs need a gradient: no bottleneck below it is kept.
-        recompute: keep no bottlenecks at all; backward computes them again.
-        impl: backend name, ``"torch"`` or ``"triton"``.
-        group: the process group that batch statistics are shared with (SyncBatchNorm), or ``""``.
+        params, frozen_stats, seed: see ``build_layers``.
+        static: :class:`Settings`.
     """
-    layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck)
-    X, mean, var, rows, z_mean, z_var = _outputs(x, params, bottleneck, tracked, first, not recompute, group)
-    if x_mean is not None and x_var is not None and tracked:
+    settings = Settings(*static)
+    layers = build_layers(params, frozen_stats, seed, settings)
+    X, mean, var, rows, z_mean, z_var = _outputs(x, params, settings)
+    if x_mean is not None and x_var is not None and settings.tracked:
         mean[: x.shape[1]] = x_mean
         var[: x.shape[1]] = x_var
-    features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
+    features = Features(as_rows(X), *((mean, var) if settings.tracked else (None, None)))
+    Z = _bottlenecks(layers, rows, settings.first, x, z_mean, z_var)
     with plain_arithmetic(x):
-        schedule.forward(
-            backend_of(impl, x, group, z_var, X.shape[1] - layers[-1].writes),
-            x,
-            layers,
-            features,
-            _bottlenecks(layers, rows, first, x, z_mean, z_var),
-            given_moments=x_mean is not None,
-        )
+        be = backend_of(settings.impl, x, settings.group, z_var, X.shape[1] - layers[-1].writes)
+        schedule.forward(be, x, layers, features, Z, given_moments=x_mean is not None)
     return X, mean, var, rows, z_mean, z_var
 
 
 @dense_block.register_fake
-def _(
-    x: Tensor, x_mean: Any, x_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any,
-    drop_rates: Any, drop_channels: bool, bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str,
-    group: str,
-) -> Any:  # fmt: skip
-    return _outputs(x, params, bottleneck, tracked, first, not recompute, group)
+def _(x: Tensor, x_mean: Any, x_var: Any, params: Any, frozen_stats: Any, seed: Any, *static: Any) -> Any:
+    return _outputs(x, params, Settings(*static))
 
 
-@torch.library.custom_op("fastdense::dense_block_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastdense::dense_block_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_X, Tensor? grad_mean, Tensor? grad_var, Tensor X, Tensor mean, Tensor var, Tensor[] rows, "
+    f"Tensor z_mean, Tensor z_var, Tensor[] params, Tensor[] frozen_stats, Tensor? seed, {SETTINGS}, bool lazy, "
+    "bool needs_x, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
 def dense_block_backward(
     grad_X: Tensor | None,
     grad_mean: Tensor | None,
@@ -201,35 +215,24 @@ def dense_block_backward(
     params: Sequence[Tensor],
     frozen_stats: Sequence[Tensor],
     seed: Tensor | None,
-    eps: Sequence[float],
-    frozen: Sequence[bool],
-    drop_rates: Sequence[float],
-    drop_channels: bool,
-    bottleneck: bool,
-    tracked: bool,
-    first: int,
-    recompute: bool,
-    impl: str,
-    group: str,
-    lazy: bool,
-    needs_x: bool,
-    needs: Sequence[bool],
+    *static: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of ``x, x_mean, x_var`` and of every parameter; empty tensors where none is needed.
 
     With ``lazy`` that of ``x`` leaves out what goes through its moments, which get their own; else it is whole.
     """
-    layers = build_layers(params, frozen_stats, seed, eps, frozen, drop_rates, drop_channels, bottleneck, needs)
-    features = Features(as_rows(X), *((mean, var) if tracked else (None, None)))
-    entering = layers[0].reads
+    settings, (lazy, needs_x, needs) = Settings(*static[:-3]), static[-3:]
+    layers = build_layers(params, frozen_stats, seed, settings, needs)
+    features = Features(as_rows(X), *((mean, var) if settings.tracked else (None, None)))
+    entering, first = layers[0].reads, settings.first
     start = 0 if needs_x else layers[first].reads
     with plain_arithmetic(X):
-        be = backend_of(impl, X, group, z_var)
+        be = backend_of(settings.impl, X, settings.group, z_var)
         Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
         G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
         if (watch := watcher.get()) is not None:
             be = watch(be, G, features, layers)
-        gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=recompute)
+        gradients = schedule.backward(be, G, layers, features, Z, first=first, recompute=settings.recompute)
         grad_x, grad_x_mean, grad_x_var = X.new_empty(0), mean.new_empty(0), var.new_empty(0)
         if needs_x and lazy:
             grad_x = be.resolve(LazyGradient(G.D[:, :entering], None, None), features[:entering])
@@ -237,7 +240,7 @@ def dense_block_backward(
                 grad_x_mean, grad_x_var = G.a[:entering] * be.m, G.b[:entering] * (be.m / 2)
         elif needs_x:
             grad_x = be.resolve(G[:entering], features[:entering])
-    flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if bottleneck else 3)]
+    flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if settings.bottleneck else 3)]
     return grad_x, grad_x_mean, grad_x_var, gradients_like(params, flat, needs)
 
 
@@ -268,18 +271,15 @@ def _incoming_gradient(
 @dense_block_backward.register_fake
 def _(
     grad_X: Any, grad_mean: Any, grad_var: Any, X: Tensor, mean: Tensor, var: Tensor, rows: Any, z_mean: Any,
-    z_var: Any, params: Any, frozen_stats: Any, seed: Any, eps: Any, frozen: Any, drop_rates: Any, drop_channels: bool,
-    bottleneck: bool, tracked: bool, first: int, recompute: bool, impl: str, group: str, lazy: bool,
-    needs_x: bool, needs: Any,
+    z_var: Any, params: Any, frozen_stats: Any, seed: Any, *static: Any,
 ) -> Any:  # fmt: skip
+    settings, (lazy, needs_x, needs) = Settings(*static[:-3]), static[-3:]
     entering = params[0].shape[0]
-    x_moments = (entering if needs_x and lazy and tracked else 0,)
+    x_moments = (entering if needs_x and lazy and settings.tracked else 0,)
     grad_x = X.new_empty(0)
     if needs_x:
         grad_x = empty_features((X.shape[0], entering, *X.shape[2:]), dtype=X.dtype, device=X.device)
-    return grad_x, mean.new_empty(x_moments), var.new_empty(x_moments), [
-        torch.empty_like(param) if wanted else param.new_empty(0) for param, wanted in zip(params, needs, strict=True)
-    ]  # fmt: skip
+    return grad_x, mean.new_empty(x_moments), var.new_empty(x_moments), empty_like_where(params, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -294,8 +294,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> Any:
     X, mean, var, z_mean, z_var, seed, *lists = ctx.saved_tensors
-    kept, parameters, _ = ctx.counts
-    rows, params, frozen_stats = lists[:kept], lists[kept : kept + parameters], lists[kept + parameters :]
+    saved, parameters, _ = ctx.counts
+    rows, params, frozen_stats = lists[:saved], lists[saved : saved + parameters], lists[saved + parameters :]
     needs_x, needs = any(ctx.needs_input_grad[:3]), list(ctx.needs_input_grad[3])
     lazy = any(ctx.needs_input_grad[1:3])
     grad_x, grad_x_mean, grad_x_var, gradients = torch.ops.fastdense.dense_block_backward(
