@@ -36,25 +36,25 @@ def saved_bytes(*owners: nn.Module | Tensor) -> Iterator[SavedBytes]:
     ``torch.autograd.graph.saved_tensors_hooks`` sees.
 
     Example:
-        >>> with fastdense.memory.saved_bytes(model) as kept:
+        >>> with fastdense.memory.saved_bytes(model) as saved:
         ...     loss = model(x).square().mean()
-        >>> print(f"{kept.bytes / 1e6:.1f} MB")
+        >>> print(f"{saved.bytes / 1e6:.1f} MB")
     """
     own: set[int] = set()
     for owner in owners:
         tensors = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
         own.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
-    kept = SavedBytes()
+    saved = SavedBytes()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept.storages[storage.data_ptr()] = storage.nbytes()
+            saved.storages[storage.data_ptr()] = storage.nbytes()
         # Detached: a node that saved its own output would otherwise keep itself alive.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved
 
 
 @dataclass

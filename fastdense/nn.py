@@ -47,7 +47,7 @@ class DenseBlock(ConcatDenseBlock):
         growth_rate: ``k``, channels each layer adds.
         drop_rate: element-wise dropout after each layer.
         memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
-        recompute: ``"activations"`` (keep features and bottlenecks), ``"bottlenecks"`` (keep the features alone),
+        recompute: ``"activations"`` (save features and bottlenecks), ``"bottlenecks"`` (save the features alone),
             ``"auto"`` (the first while the bottlenecks fit into a quarter of the free memory; a :class:`DenseNet`
             plans for all its blocks) or ``None`` (what ``memory_efficient`` says).
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; ``"auto"`` obeys ``FASTDENSE_IMPL``.
@@ -63,7 +63,7 @@ class DenseBlock(ConcatDenseBlock):
     """
 
     layer_type = DenseLayer
-    picked: str | None = None  # what recompute="auto" resolved to, the last time
+    resolved_recompute: str | None = None  # what recompute="auto" resolved to, the last time
 
     def __init__(
         self,
@@ -106,18 +106,18 @@ class DenseBlock(ConcatDenseBlock):
         """``forward`` with moments in and out; ``planned`` is what ``recompute="auto"`` resolved to, if known."""
         mode = planned or checks.recompute_mode(self.recompute, self.memory_efficient)
         if planned is not None:
-            self.picked = planned
+            self.resolved_recompute = planned
         return functional.run_block(
-            x, list(self.values()), mode, self.impl, moments, want_moments, picked=self._remember
+            x, list(self.values()), mode, self.impl, moments, want_moments, on_resolved=self._remember
         )
 
-    def _remember(self, picked: str) -> None:
-        self.picked = picked
+    def _remember(self, mode: str) -> None:
+        self.resolved_recompute = mode
 
     def extra_repr(self) -> str:
         recompute = repr(checks.recompute_mode(self.recompute, self.memory_efficient))
-        if self.recompute == "auto" and self.picked is not None:
-            recompute += f" (resolved to {self.picked!r})"
+        if self.recompute == "auto" and self.resolved_recompute is not None:
+            recompute += f" (resolved to {self.resolved_recompute!r})"
         return f"recompute={recompute}, impl={self.impl!r}"
 
 
@@ -141,7 +141,7 @@ class Transition(ConcatTransition):
         ``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``.
 
     Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work. For backward
-    the input is kept, and nothing else. Equivalent to ``pool(conv(relu(norm(x))))``.
+    the input alone is saved for backward. Equivalent to ``pool(conv(relu(norm(x))))``.
 
     Source: arXiv 1608.06993, section 3.
     """
@@ -258,7 +258,7 @@ class DenseNet(nn.Module):
         return not plain or checks.impl_name(self.impl) == "reference" or process_unsupported_reason() is not None
 
     def _pooled_features(self, x: Tensor) -> Tensor:
-        """What the head hands to the classifier, ``[N, C]``; moments go on to the next consumer."""
+        """What the head hands to the classifier, ``[N, C]``; moments pass to the next consumer."""
         moments: Moments | None = None
         children: list[tuple[str, Any]] = list(self.features._modules.items())
         plan = recompute.plan(self, x)

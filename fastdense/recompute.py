@@ -41,8 +41,8 @@ def choose_recompute(bottleneck_bytes: int, free_bytes: int) -> str:
     return "activations" if 4 * bottleneck_bytes <= free_bytes else "bottlenecks"
 
 
-def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | None = None) -> str:
-    """The mode of a block that does not know the others, said once and told to ``picked``.
+def for_block(x: Tensor, layers: Sequence[Any], on_resolved: Callable[[str], None] | None = None) -> str:
+    """The mode of a block that does not know the others, said once and told to ``on_resolved``.
 
     Args:
         x: what enters the block.
@@ -55,8 +55,8 @@ def for_block(x: Tensor, layers: Sequence[Any], picked: Callable[[str], None] | 
     size, free = x.numel() // x.shape[1] * channels * x.element_size(), memory.free_bytes(x.device)
     mode = choose_recompute(size, free)
     _say(f"{mode!r} for a block by itself", f"its bottlenecks have {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
-    if picked is not None:
-        picked(mode)
+    if on_resolved is not None:
+        on_resolved(mode)
     return mode
 
 
@@ -76,14 +76,14 @@ def plan(network: Any, x: Any) -> dict[str, str]:
         return {}
     if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point() or not may_query(x.device):
         return {}
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     if not sizes:
         return {}
     free = memory.free_bytes(x.device)
-    modes = plan_recompute(list(sizes.values()), int(USABLE * free), also_kept)
-    kept, peak = planned_bytes(list(sizes.values()), modes, also_kept)
+    modes = plan_recompute(list(sizes.values()), int(USABLE * free), also_saved)
+    saved, peak = planned_bytes(list(sizes.values()), modes, also_saved)
     by_name = dict(zip(sizes, modes, strict=True))
-    bytes_in_words = f"keeps {kept / 1e6:.1f} MB, needs {peak / 1e6:.1f} MB at its peak, {free / 1e6:.1f} MB are free"
+    bytes_in_words = f"saves {saved / 1e6:.1f} MB, needs {peak / 1e6:.1f} MB at its peak, {free / 1e6:.1f} MB are free"
     _say(in_words(by_name), bytes_in_words)
     return by_name
 
@@ -110,7 +110,7 @@ class BlockSize(NamedTuple):
 
     @property
     def freed(self) -> int:
-        """Bytes of all bottlenecks: what ``"bottlenecks"`` does not keep."""
+        """Bytes of all bottlenecks: what ``"bottlenecks"`` does not save."""
         return self.pixels * sum(self.bottlenecks) * self.itemsize
 
     @property
@@ -118,7 +118,7 @@ class BlockSize(NamedTuple):
         """Multiplications that ``"bottlenecks"`` repeats: ``m * sum(C_l * B_l)``."""
         return self.pixels * sum(c * b for c, b in zip(self.reads, self.bottlenecks, strict=False))
 
-    def kept(self, mode: str) -> int:
+    def saved(self, mode: str) -> int:
         """Bytes saved for backward: ``X``, and every ``Z_l`` unless they are recomputed."""
         return self.pixels * self.channels * self.itemsize + (self.freed if mode == "activations" else 0)
 
@@ -133,25 +133,25 @@ class BlockSize(NamedTuple):
         return self.pixels * channels * self.itemsize
 
 
-def planned_bytes(blocks: Sequence[BlockSize], modes: Sequence[str], also_kept: int = 0) -> tuple[int, int]:
-    """``(kept, peak)`` of a training step: after the forward pass, and at the worst moment of the backward pass.
+def planned_bytes(blocks: Sequence[BlockSize], modes: Sequence[str], also_saved: int = 0) -> tuple[int, int]:
+    """``(saved, peak)`` of a training step: after the forward pass, and at the worst moment of the backward pass.
 
-    Backward goes from the last block to the first, and each frees what it kept: while block ``b`` is at work there is
-    what blocks ``0 .. b`` keep, and the scratch of ``b``.
+    Backward goes from the last block to the first, and each frees what it saved: while block ``b`` is at work there is
+    what blocks ``0 .. b`` save, and the scratch of ``b``.
 
     Args:
         blocks: in the order of their execution.
         modes: ``"activations"`` or ``"bottlenecks"`` for each.
-        also_kept: bytes that are there all the time: what the stem keeps, gradients that do not exist yet.
+        also_saved: bytes that are there all the time: what the stem saves, gradients that do not exist yet.
     """
-    kept = peak = also_kept
+    saved = peak = also_saved
     for block, mode in zip(blocks, modes, strict=True):
-        kept += block.kept(mode)
-        peak = max(peak, kept + block.scratch(mode))
-    return kept, peak + WORKSPACE_BYTES
+        saved += block.saved(mode)
+        peak = max(peak, saved + block.scratch(mode))
+    return saved, peak + WORKSPACE_BYTES
 
 
-def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int = 0) -> list[str]:
+def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_saved: int = 0) -> list[str]:
     """``"activations"`` or ``"bottlenecks"`` for each block, so that :func:`planned_bytes` fits into ``free_bytes``.
 
     While it does not, one more block recomputes, the one where that costs least for each byte that it frees:
@@ -164,7 +164,7 @@ def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int 
     cheapest_first = sorted(price, key=price.__getitem__)
 
     def fits() -> bool:
-        return planned_bytes(blocks, modes, also_kept)[1] <= free_bytes
+        return planned_bytes(blocks, modes, also_saved)[1] <= free_bytes
 
     for i in cheapest_first:
         if not fits():
@@ -178,7 +178,7 @@ def plan_recompute(blocks: Sequence[BlockSize], free_bytes: int, also_kept: int 
 
 
 def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
-    """The blocks that keep something for backward, by name, and the bytes that are needed beside them.
+    """The blocks that save something for backward, by name, and the bytes that are needed beside them.
 
     Those are the output of the stem's convolution and the gradients that do not exist yet. Of ``x``, only shape and
     dtype matter. Without blocks where a module's output size is not known.
@@ -186,7 +186,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
     autocast = autocasts(x.device.type) and x.dtype != torch.float64
     itemsize = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).itemsize
     sizes: dict[str, BlockSize] = {}
-    also_kept = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad and p.grad is None)
+    also_saved = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad and p.grad is None)
     spatial, channels, learns = tuple(x.shape[2:]), x.shape[1], x.requires_grad
     children: dict[str, Any] = network.features._modules
     for name, child in children.items():
@@ -199,7 +199,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             continue
         learns = learns or any(parameter.requires_grad for parameter in child.parameters())
         if type(child) in _NORMS and name != "norm5":
-            also_kept += learns * pixels * channels * itemsize
+            also_saved += learns * pixels * channels * itemsize
         elif type(child) in CONVOLUTIONS:
             channels = child.out_channels
             steps = zip(spatial, child.padding, child.dilation, child.kernel_size, child.stride, strict=True)
@@ -211,8 +211,8 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             channels = conv.out_channels
             spatial = windows("average", child.pool).sizes(spatial)
         elif type(child) not in (nn.ReLU, *_NORMS):
-            return {}, also_kept
-    return sizes, also_kept
+            return {}, also_saved
+    return sizes, also_saved
 
 
 def _block_size(layers: Sequence[Any], pixels: int, itemsize: int, learns: bool) -> BlockSize | None:

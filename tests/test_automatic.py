@@ -52,7 +52,7 @@ def small(**named: Any) -> fastdense.DenseNet:
 
 
 def picked(network: nn.Module) -> list[str | None]:
-    return [block.picked for block in network.modules() if isinstance(block, fastdense.DenseBlock)]
+    return [block.resolved_recompute for block in network.modules() if isinstance(block, fastdense.DenseBlock)]
 
 
 def said(network: nn.Module, x: torch.Tensor) -> list[str]:
@@ -65,11 +65,11 @@ def said(network: nn.Module, x: torch.Tensor) -> list[str]:
 def test_sizes_by_hand() -> None:
     assert EARLY.freed == 1000 * 16 * 4
     assert EARLY.work == 1000 * (10 * 8 + 15 * 8)
-    assert EARLY.kept(B) == 1000 * 20 * 4
-    assert EARLY.kept(A) == 1000 * 36 * 4
+    assert EARLY.saved(B) == 1000 * 20 * 4
+    assert EARLY.saved(A) == 1000 * 36 * 4
     assert EARLY.scratch(A) == 1000 * (2 * 20 + 10) * 4  # the gradient handed on is wider than a bottleneck
     assert EARLY.scratch(B) == 1000 * (2 * 20 + 10 + 8) * 4
-    assert BlockSize(10, 20, (10, 15), (), 2).kept(A) == 10 * 20 * 2
+    assert BlockSize(10, 20, (10, 15), (), 2).saved(A) == 10 * 20 * 2
     # Backward begins with the last block: 144,000 + 74,000 are kept and 120,000 are scratch; then 200,000 with 144,000.
     assert planned_bytes([EARLY, LATE], [A, A], 1000) == (1000 + 144_000 + 74_000, 1000 + 344_000 + WORKSPACE_BYTES)
 
@@ -83,7 +83,7 @@ def test_the_cheapest_blocks_recompute_first() -> None:
     assert plan_recompute(blocks, needs[1]) == [A, B]
     assert plan_recompute(blocks, needs[1] - 1) == [B, B]
     assert plan_recompute(blocks, 0) == [B, B]
-    assert plan_recompute(blocks, needs[0] + 999, also_kept=1000) == [A, B]
+    assert plan_recompute(blocks, needs[0] + 999, also_saved=1000) == [A, B]
     assert plan_recompute([], 0) == []
 
 
@@ -101,15 +101,15 @@ def test_blocks_without_bottleneck_have_nothing_to_recompute() -> None:
 
 def test_the_network_obeys_the_plan(free: Free) -> None:
     network, x = small(), torch.randn(4, 3, 64, 64)
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     blocks = list(sizes.values())
     gradients = sum(parameter.nbytes for parameter in network.parameters())
-    enough = int(planned_bytes(blocks, [B, A, A], also_kept)[1] / 0.9) + 1  # nine tenths are used
+    enough = int(planned_bytes(blocks, [B, A, A], also_saved)[1] / 0.9) + 1  # nine tenths are used
     for free.bytes, modes in ((PLENTY, [A, A, A]), (enough, [B, A, A]), (0, [B, B, B]), (PLENTY, [A, A, A])):
         with saved_bytes(network, x) as kept:
             network(x)
         assert picked(network) == modes
-        planned = planned_bytes(blocks, modes, also_kept)[0] - gradients
+        planned = planned_bytes(blocks, modes, also_saved)[0] - gradients
         assert planned <= kept.bytes <= 1.03 * planned
 
 
@@ -125,12 +125,12 @@ def test_the_network_obeys_the_plan(free: Free) -> None:
 @pytest.mark.parametrize("free_bytes", [0, PLENTY])
 def test_planned_is_what_is_kept(build: Any, shape: tuple[int, ...], free_bytes: int, free: Free) -> None:
     network, x, free.bytes = build(), torch.randn(shape), free_bytes
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     with saved_bytes(network, x) as kept:
         network(x)
     modes = [A if free_bytes else B] * 3
     assert picked(network) == modes
-    planned = planned_bytes(list(sizes.values()), modes, also_kept)[0]
+    planned = planned_bytes(list(sizes.values()), modes, also_saved)[0]
     planned -= sum(parameter.nbytes for parameter in network.parameters())
     assert planned <= kept.bytes <= 1.03 * planned
 
@@ -147,12 +147,12 @@ def test_planned_is_what_is_kept_where_only_the_end_learns(free: Free) -> None:
     learning = ("features.denseblock2.denselayer3", "features.denseblock2.denselayer4", "features.denseblock3")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith((*learning, "features.transition2", "features.norm5", "classifier")))
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     assert {name: len(size.reads) for name, size in sizes.items()} == {"denseblock2": 2, "denseblock3": 2}
     with saved_bytes(network, x) as kept:
         network(x)
     assert picked(network) == [None, A, A]
-    planned = planned_bytes(list(sizes.values()), [A, A], also_kept)[0]
+    planned = planned_bytes(list(sizes.values()), [A, A], also_saved)[0]
     planned -= sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
     assert planned <= kept.bytes <= 1.03 * planned
 
@@ -162,9 +162,9 @@ def test_planned_is_what_is_measured(modes: list[str], free: Free) -> None:
     """DenseNet-121 at 224 x 224: the kept bytes to 1 %; the peak to 3 % and the scratch that no size decides."""
     network, x = fastdense.densenet121(recompute="auto"), torch.randn(4, 3, 224, 224)
     x = x.contiguous(memory_format=torch.channels_last)
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     blocks = list(sizes.values())
-    kept, peak = planned_bytes(blocks, modes, also_kept)
+    kept, peak = planned_bytes(blocks, modes, also_saved)
     free.bytes = 0 if modes == [B] * 4 else int(peak / 0.9) + 1
     with peak_bytes("cpu") as measured:
         with saved_bytes(network, x) as saved:
@@ -181,7 +181,7 @@ def test_it_says_what_it_picked_once_for_each_choice(free: Free) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     first = said(network, x)
     assert len(first) == 1 and first[0].startswith(
-        "fastdense: recompute='auto' resolved to 'activations' for denseblock1, denseblock2, denseblock3: keeps "
+        "fastdense: recompute='auto' resolved to 'activations' for denseblock1, denseblock2, denseblock3: saves "
     )
     assert "1099511.6 MB are free" in first[0]
     assert "recompute='auto' (resolved to 'activations')" in repr(network.features.denseblock2)
@@ -210,10 +210,10 @@ def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch
     monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
-    sizes, also_kept = network_sizes(network, x)
+    sizes, also_saved = network_sizes(network, x)
     with saved_bytes(network, x) as kept:
         assert said(network, x) == []
-    planned = planned_bytes(list(sizes.values()), [B] * 3, also_kept)[0]
+    planned = planned_bytes(list(sizes.values()), [B] * 3, also_saved)[0]
     assert kept.bytes <= 1.03 * (planned - sum(parameter.nbytes for parameter in network.parameters()))
     assert (free.asked, picked(network)) == (0, [None] * 3)
 
@@ -244,7 +244,7 @@ def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:
         (message,) = said(block, x)
         assert message.startswith(f"fastdense: recompute='auto' resolved to {mode!r} for a block by itself: ")
         assert f"{bottlenecks / 1e6:.1f} MB" in message
-        assert block.picked == mode and f"resolved to {mode!r}" in repr(block)
+        assert block.resolved_recompute == mode and f"resolved to {mode!r}" in repr(block)
         assert said(block, x) == []
 
 

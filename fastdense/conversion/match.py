@@ -255,7 +255,7 @@ def _mark_dropout(copy: nn.Module, index: dict[str, int]) -> dict[float, Dropout
     return sources
 
 
-class _Reader:
+class _Walk:
     """Walks back through a trace, and remembers which operations it understood."""
 
     def __init__(self, found: Trace) -> None:
@@ -308,10 +308,10 @@ def _argument(operation: Operation, position: int, name: str, default: Any = Non
 def _block(
     found: Trace, nodes: tuple[Node, ...], index: dict[str, int], sources: dict[float, DropoutSource]
 ) -> BlockSpec:
-    reader = _Reader(found)
+    walk = _Walk(found)
     _check_output(found.output)
-    layers = [_layer(reader, value, found.output[: i + 1], index, sources) for i, value in enumerate(found.output[1:])]
-    reader.finish()
+    layers = [_layer(walk, value, found.output[: i + 1], index, sources) for i, value in enumerate(found.output[1:])]
+    walk.finish()
     names = [part for layer in layers for stage in layer.stages for part in (stage.norm, stage.conv)]
     if len(set(names)) != len(names):
         raise Unsupported("its layers share modules")
@@ -340,24 +340,24 @@ def _check_output(output: Label) -> None:
 
 
 def _layer(
-    reader: _Reader, value: int, earlier: Label, index: dict[str, int], sources: dict[float, DropoutSource]
+    walk: _Walk, value: int, earlier: Label, index: dict[str, int], sources: dict[float, DropoutSource]
 ) -> LayerSpec:
     """The layer that made ``value``; it must read exactly ``earlier``, in that order."""
-    operation = reader.take((value,), "conv", "dropout", "channel dropout")
+    operation = walk.take((value,), "conv", "dropout", "channel dropout")
     dropout, per_channel = None, operation.kind == "channel dropout"
     if operation.kind != "conv":
         rate = float(_argument(operation, 1, "p", 0.5))
         dropout = sources.get(rate, DropoutSource(index[operation.module], None, rate))
-        operation = reader.take(operation.inputs[0], "conv")
+        operation = walk.take(operation.inputs[0], "conv")
     stages: list[Stage] = []
     while True:
-        path = reader.convolution(operation)
-        conv = reader.found.copy.get_submodule(path)
+        path = walk.convolution(operation)
+        conv = walk.found.copy.get_submodule(path)
         if reason := convolution_unsupported_reason(conv, repr(path)):
             raise Unsupported(reason)
-        relu = reader.take(operation.inputs[0], "relu")
-        norm = reader.take(relu.inputs[0], "batch_norm")
-        stages.insert(0, Stage(index[reader.norm(norm)], index[path], geometry(conv)))
+        relu = walk.take(operation.inputs[0], "relu")
+        norm = walk.take(relu.inputs[0], "batch_norm")
+        stages.insert(0, Stage(index[walk.norm(norm)], index[path], geometry(conv)))
         label = norm.inputs[0]
         if label == earlier:
             return LayerSpec(tuple(stages), dropout, per_channel)
@@ -367,15 +367,15 @@ def _layer(
             raise Unsupported(f"{path!r} does not read all earlier features")
         if len(stages) == 2:
             raise Unsupported("a layer has more than two convolutions")
-        operation = reader.take(label, "conv")
+        operation = walk.take(label, "conv")
 
 
 def _transition(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) -> TransitionSpec:
-    reader = _Reader(found)
-    pooling = reader.take(found.output, "avg_pool")
-    convolution = reader.take(pooling.inputs[0], "conv")
-    conv_path = reader.convolution(convolution)
-    norm, relu = _norm_and_relu(reader, convolution, index, "convolution and average pooling")
+    walk = _Walk(found)
+    pooling = walk.take(found.output, "avg_pool")
+    convolution = walk.take(pooling.inputs[0], "conv")
+    conv_path = walk.convolution(convolution)
+    norm, relu = _norm_and_relu(walk, convolution, index, "convolution and average pooling")
     conv, pool = (found.copy.get_submodule(path) for path in (conv_path, pooling.module))
     if not pools_first(conv, pool):
         raise Unsupported("its pooling and its convolution cannot change places")
@@ -383,23 +383,23 @@ def _transition(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) ->
 
 
 def _stem(found: Trace, nodes: tuple[Node, ...], index: dict[str, int]) -> StemSpec:
-    reader = _Reader(found)
-    pooling = reader.take(found.output, "max_pool")
-    norm, _ = _norm_and_relu(reader, pooling, index, "maximum pooling")
+    walk = _Walk(found)
+    pooling = walk.take(found.output, "max_pool")
+    norm, _ = _norm_and_relu(walk, pooling, index, "maximum pooling")
     if reason := maximum_unsupported_reason(found.copy.get_submodule(pooling.module)):
         raise Unsupported(reason)
     return StemSpec(nodes, norm, index[pooling.module])
 
 
-def _norm_and_relu(reader: _Reader, operation: Operation, index: dict[str, int], what: str) -> tuple[int, int | None]:
+def _norm_and_relu(walk: _Walk, operation: Operation, index: dict[str, int], what: str) -> tuple[int, int | None]:
     """The modules of BatchNorm and ReLU before ``operation``, and nothing before those; no ReLU if the norm has it."""
-    relu = reader.take(operation.inputs[0], "relu")
-    normed = reader.take(relu.inputs[0], "batch_norm")
+    relu = walk.take(operation.inputs[0], "relu")
+    normed = walk.take(relu.inputs[0], "batch_norm")
     if normed.inputs[0] != (INPUT,):
         raise Unsupported(f"it does more than BatchNorm, ReLU, {what}")
-    reader.finish()
-    norm_path = reader.norm(normed)
+    walk.finish()
+    norm_path = walk.norm(normed)
     inside = relu.module == norm_path or relu.module.startswith(f"{norm_path}.")
-    if not inside and type(reader.found.copy.get_submodule(relu.module)) is not nn.ReLU:
+    if not inside and type(walk.found.copy.get_submodule(relu.module)) is not nn.ReLU:
         raise Unsupported("its ReLU is no module")
     return index[norm_path], None if inside else index[relu.module]

@@ -30,7 +30,7 @@ class PlanEntry:
         action: ``"convert"``, ``"skip"``, or ``"done"`` where it runs on fastdense already.
         reason: why it is skipped; empty otherwise.
         layers: layers of a block that is converted; 0 otherwise.
-        bytes_before, bytes_after: what one training step keeps for backward in it, for the plan's ``input_shape``;
+        bytes_before, bytes_after: what one training step saves for backward in it, for the plan's ``input_shape``;
             ``None`` without one, or where it could not be found out.
     """
 
@@ -57,7 +57,7 @@ def plan(model: nn.Module, input_shape: Sequence[int] | None = None) -> list[Pla
     Args:
         model: any module.
         input_shape: shape of the model's input with its batch, ``(N, C, *spatial)``: the table then says how many
-            bytes one training step keeps for backward, before and after. Nothing is computed: a copy without data runs.
+            bytes one training step saves for backward, before and after. Nothing is computed: a copy without data runs.
 
     Returns:
         An entry for each block, each transition and each stem, in the model's order. The same is printed as a table (by
@@ -89,7 +89,7 @@ def _entry(finding: Finding, shape: tuple[int, ...] | None) -> PlanEntry:
     layers = len(spec.layers) if isinstance(spec, BlockSpec) else 0
     before = after = None
     if shape is not None and spec is not None:
-        before, after = (_kept(module, cls, spec, shape) for cls in (original, converted_class(original)))
+        before, after = (_saved_bytes(module, cls, spec, shape) for cls in (original, converted_class(original)))
     return PlanEntry(finding.name, finding.kind, original.__name__, action, finding.reason, layers, before, after)
 
 
@@ -126,16 +126,16 @@ def _meta_input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, ...]) -> int | None:
-    """Bytes that ``module``, run as a ``cls`` on an input of ``shape``, keeps for backward.
+def _saved_bytes(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, ...]) -> int | None:
+    """Bytes that ``module``, run as a ``cls`` on an input of ``shape``, saves for backward.
 
     Its input is saved by what made it, but for a stem's, which a convolution made and does not need again. A block's
     output counts: its consumer saves it in either case.
     """
-    kept: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        found[tensor.untyped_storage()._cdata] = tensor
         return tensor.detach()
 
     try:
@@ -157,7 +157,7 @@ def _kept(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tuple[int, 
         pack(output)
     inputs = () if spec.kind == "stem" else (x,)
     own = {tensor.untyped_storage()._cdata for tensor in (*inputs, *copy.parameters(), *copy.buffers())}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in own)
 
 
 def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int] | None) -> None:
@@ -168,7 +168,7 @@ def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int
     ]
     if input_shape is not None:
         title += f", input {tuple(input_shape)}"
-        header += ["kept before", "kept after", "saved"]
+        header += ["saved before", "saved after", "less"]
         sums = [_total([getattr(e, f"bytes_{what}") for e in entries]) for what in ("before", "after", "saved")]
         for row, e in zip(rows, entries, strict=True):
             row += [_megabytes(e.bytes_before), _megabytes(e.bytes_after), _megabytes(e.bytes_saved)]

@@ -78,7 +78,7 @@ def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: to
     del loss
     for block, probed in zip(model.modules(), probe.modules(), strict=True):
         if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
-            block.picked = probed.picked
+            block.resolved_recompute = probed.resolved_recompute
     return saved.bytes
 
 
@@ -163,9 +163,9 @@ class Run:
     def recompute_modes(self) -> dict[str, str]:
         """What ``recompute="auto"`` resolved to, by block; empty where it was not asked for."""
         return {
-            name.removeprefix("features."): block.picked
+            name.removeprefix("features."): block.resolved_recompute
             for name, block in self.model.named_modules()
-            if isinstance(block, DenseBlock) and block.recompute == "auto" and block.picked is not None
+            if isinstance(block, DenseBlock) and block.recompute == "auto" and block.resolved_recompute is not None
         }
 
     @property
