@@ -37,7 +37,7 @@ STEPS = """
 fake.install()
 known = set()
 for name, batch, size in json.loads(sys.argv[1]):
-    found = set(ahead.requests(partial(ahead.network_step, name, OURS[0], batch, size, torch.bfloat16, True)))
+    found = set(ahead.requests(partial(ahead.network_step, name, OURS[0], batch, size, torch.bfloat16, "tf32")))
     print(len(found), len(found - known))
     known |= found
 """

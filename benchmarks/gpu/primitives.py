@@ -18,7 +18,8 @@ from fastdense.core.features import Features, LazyGradient, as_images, as_rows, 
 from fastdense.core.primitives import Conv, Norm, Pool
 
 from ..compiled import traffic
-from .machine import relative_error, tf32
+from ..harness.training import arithmetic
+from .machine import relative_error
 
 # Relative 2-norm against the same arithmetic in fp32: a few roundings of operands and results.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -66,7 +67,7 @@ class Case:
 
 
 class Tensors(NamedTuple):
-    """Random values of one primitive, all as the backends get them; those of a 3x3 write into the wide buffer."""
+    """What one primitive reads and writes, as the backends get it; those of a 3x3 write into the wide buffer."""
 
     x: Tensor  # [m_in, width or reads]: what is read, or the buffer that it is a slice of
     y: Tensor  # [m_out, width or writes]: what is written, or was
@@ -78,33 +79,33 @@ class Tensors(NamedTuple):
     b: Tensor  # [writes], fp32
     weight: Tensor  # [writes, reads, *kernel]
 
-    @classmethod
-    def random(cls, case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Values of ordinary size; moderate gradients, to which a timed run can add many times."""
-        _, reads, writes, taps, _ = case.shape
-        m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
-        spatial, wide_y = case.operation in CONV_3X3, case.operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
-        x = m_in, reads if spatial else case.width
-        y = m_out, case.width if wide_y else writes
 
-        def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            return torch.randn(size, device=device).mul_(scale).add_(shift)
+def _random(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Values of ordinary size; moderate gradients, to which a timed run can add many times."""
+    _, reads, writes, taps, _ = case.shape
+    m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
+    spatial, wide_y = case.operation in CONV_3X3, case.operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
+    x = m_in, reads if spatial else case.width
+    y = m_out, case.width if wide_y else writes
 
-        grad_y = normal(*y, scale=1e-2).to(dtype)
-        kernel = (math.isqrt(taps),) * case.dims
-        values = _apart(case, device) if case.operation in traffic.MAX_POOL else normal(*x, shift=0.5)
-        return cls(
-            x=values.to(dtype),
-            y=normal(*y, shift=-0.5).to(dtype),
-            grad_x=normal(*x, scale=1e-2).to(dtype),
-            grad_y=grad_y,
-            gamma=torch.rand(reads, device=device) + 0.5,
-            beta=torch.rand(reads, device=device) - 0.5,
-            # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
-            a=-grad_y.float().mean(0) if case.operation == ACCUMULATING else normal(writes, scale=1e-3),
-            b=normal(writes, scale=1e-3),
-            weight=normal(writes, *kernel, reads, scale=math.sqrt(2 / (reads * taps))).to(dtype).movedim(-1, 1),
-        )
+    def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return torch.randn(size, device=device).mul_(scale).add_(shift)
+
+    grad_y = normal(*y, scale=1e-2).to(dtype)
+    kernel = (math.isqrt(taps),) * case.dims
+    values = _apart(case, device) if case.operation in traffic.MAX_POOL else normal(*x, shift=0.5)
+    return Tensors(
+        x=values.to(dtype),
+        y=normal(*y, shift=-0.5).to(dtype),
+        grad_x=normal(*x, scale=1e-2).to(dtype),
+        grad_y=grad_y,
+        gamma=torch.rand(reads, device=device) + 0.5,
+        beta=torch.rand(reads, device=device) - 0.5,
+        # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
+        a=-grad_y.float().mean(0) if case.operation == ACCUMULATING else normal(writes, scale=1e-3),
+        b=normal(writes, scale=1e-3),
+        weight=normal(writes, *kernel, reads, scale=math.sqrt(2 / (reads * taps))).to(dtype).movedim(-1, 1),
+    )
 
 
 def _apart(case: Case, device: torch.device) -> Tensor:
@@ -122,13 +123,7 @@ def _with_moments(rows: Tensor) -> Features:
 
 
 class Primitive:
-    """A primitive bound to its tensors; calling it runs it, ``results()`` is what it left behind.
-
-    Args:
-        case: which primitive.
-        tensors: what it reads and writes: a call changes them.
-        impl: the backend's name.
-    """
+    """A primitive of backend ``impl`` bound to its tensors: calling it runs it and changes them."""
 
     def __init__(self, case: Case, tensors: Tensors, impl: str) -> None:
         self.case, self.tensors, self.dtype, device = case, tensors, tensors.x.dtype, tensors.x.device
@@ -156,16 +151,13 @@ class Primitive:
             moments = (None, None) if case.operation in traffic.MEAN else torch.empty(2, writes, device=device)
             self.output = Features(as_rows(self.written) if outside else self.written, *moments)
         self.gradients: list[Tensor | None] = []
-        self._start: Tensor | None = None
+        self._start = self.into.D.clone() if case.operation == ACCUMULATING else None
 
     def reset(self) -> None:
-        """NaN wherever a call must write, so that what it leaves out is seen; what it adds to, as it was at first."""
+        """Writes NaN wherever a call must write, and what it adds to as it was at first."""
         self.gradients = []
-        accumulating = self.case.operation == ACCUMULATING
-        if accumulating and self._start is None:
-            self._start = self.into.D.clone()
         for tensor in self.results().values():
-            tensor.fill_(0.0 if accumulating else math.nan)
+            tensor.fill_(math.nan if self._start is None else 0.0)
         if self._start is not None:
             self.into.D.copy_(self._start)
 
@@ -190,7 +182,7 @@ class Primitive:
             be.bn_relu_pool(source, conv.norm, pool, self.output)
 
     def results(self) -> dict[str, Tensor]:
-        """Everything that the primitive writes, by name."""
+        """Returns everything that the primitive writes, by name."""
         found: dict[str, Tensor | None] = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=False))
         if self.case.operation in (*traffic.BACKWARD, traffic.TRANSITION[1], *POOLED_BACKWARD):
             found |= {"D": self.into.D, "a": self.into.a, "b": self.into.b}
@@ -204,30 +196,31 @@ class Primitive:
 
 
 def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str = "triton") -> Primitive:
-    """The primitive on fresh random values."""
-    return Primitive(case, Tensors.random(case, dtype, device), impl)
+    """Returns the primitive on fresh random values."""
+    return Primitive(case, _random(case, dtype, device), impl)
 
 
 def expected(primitive: Primitive) -> dict[str, Tensor]:
-    """What the torch backend finds in fp32 on the values of a primitive that has not run yet."""
+    """Computes in fp32, by the torch backend, the results of a primitive that has not run yet."""
     case, tensors = primitive.case, primitive.tensors
     if case.operation != traffic.MAX_POOL[0]:  # a maximum is taken of rounded values
         tensors = Tensors(*(tensor.float().clone() for tensor in tensors))
     truth = Primitive(case, tensors, "torch")
-    truth.reset()
-    with tf32(False):
-        truth()
-    return truth.results()
+    return _run(truth)
 
 
 def errors(primitive: Primitive, want: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors of one run, by name."""
+    """Computes the relative errors of one run, by name."""
+    return {name: relative_error(got, want[name]) for name, got in _run(primitive).items()}
+
+
+def _run(primitive: Primitive) -> dict[str, Tensor]:
     primitive.reset()
-    with tf32(False):
+    with arithmetic("fp32", primitive.tensors.x.device):
         primitive()
-    return {name: relative_error(got, want[name]) for name, got in primitive.results().items()}
+    return primitive.results()
 
 
 def passes(errors: dict[str, float], dtype: torch.dtype) -> bool:
-    """Whether every error is within a few roundings; NaN is not."""
+    """Returns whether every error is within a few roundings; NaN is not."""
     return bool(errors) and all(error <= TOLERANCE[dtype] for error in errors.values())

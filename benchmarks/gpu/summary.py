@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..roofline import bars, of_profile
-from .stage import last_line
+from .run import last_line
 from .steps import COMPARISONS
 
 CHARACTERS = 10_000
