@@ -47,11 +47,10 @@ def small(operation: str) -> Case:
 
 
 def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_first_and_last() -> None:
-    found: dict[Case, list[dict[str, Any]]] = {}
-    for case, change in kernels.tried():
+    found = kernels.tried()
+    for case, changes in found.items():
         assert kernels.OPERATION[case.operation] == {**PRIMITIVE, **OF_TABLE}[case.operation]
-        found.setdefault(case, []).append(change)
-        assert dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps
+        assert all(dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps for change in changes)
     blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
     assert len(blocks) == 16 and {case.spatial[0] for case in blocks} == {56, 28, 14, 7}
     around = {traffic.MOMENTS, *traffic.MAX_POOL, *traffic.TRANSITION}
@@ -155,7 +154,8 @@ def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch:
         return real(sets, truth, job)
 
     monkeypatch.setattr(kernels, "_row", row)
-    monkeypatch.setattr(kernels, "REHEARSED", ({}, {"num_warps": 1}, {}))
+    (case,) = kernels.REHEARSED
+    monkeypatch.setattr(kernels, "REHEARSED", {case: ({}, {"num_warps": 1}, {})})
     job.earlier["rates"] = {name: {"per_second": 1e12} for name in ("copy", "bfloat16", "float16", "tf32")}
     kernels.candidates(job)
     rows = job.result["rows"]
@@ -260,7 +260,8 @@ def test_a_graph_that_computes_something_else_is_not_timed(monkeypatch: pytest.M
                     parameter.grad *= 1.01
 
     monkeypatch.setattr(steps, "Step", Stale)
-    steps.measure(job, "densenet121", 64, (), (steps.BASE, steps.OURS[0]))
+    monkeypatch.setitem(steps.COMPARISONS, job.name, ("densenet121", 64, (), (steps.BASE, steps.OURS[0])))
+    steps.compare(job)
     rows = job.result["rows"]
     assert not rows["fastdense activations, graph"]["checked"] and "step" not in rows["fastdense activations, graph"]
     assert "step" in rows["torchvision, graph"] and rows["torchvision, graph"]["differs_by"] > 1e-3

@@ -1,7 +1,7 @@
 """Compiles, without a GPU, every kernel that a run on one launches; and uses there what was compiled.
 
 Each piece of work goes through the code that runs there, at the sizes that run there, on a GPU that computes nothing:
-what is compiled depends on them. First it is only noted what Triton would have to compile; then that is compiled.
+what is compiled depends on them.
 
 The archive holds machine code, its metadata, and the compiled launchers. Nothing in the names depends on where the
 cache, Triton or this project lies: they are hashes of the kernels' sources, of what they were compiled for, and of
@@ -10,24 +10,22 @@ Triton itself. Only the lists of each kernel's files hold absolute paths, and ar
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from fastdense.backends import select
 
@@ -42,19 +40,8 @@ from .steps import COMPARISONS, CONVERTED, MODES, OURS, SIZE, Step, images, mode
 ARCHIVE = "triton-cache.tar.xz"
 NEEDED = (".cubin", ".json", ".so")
 CPU = torch.device("cpu")
-LARGE = 1 << 20  # elements from which on random values cost time
-# What takes longest to compile goes first, so that no process is left with it at the end.
-SLOW = ("bn_relu_conv_backward_kernel", "bn_relu_conv_kernel", "bn_relu_pool_backward_kernel")
 
 Work = Callable[[], None]  # something that launches kernels; a function of this module and its arguments
-
-
-class Request(NamedTuple):
-    """One kernel to compile, as text, so that another process can: everything that its compilation depends on."""
-
-    module: str
-    name: str
-    data: str  # Triton's own description of one specialisation, as JSON
 
 
 def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
@@ -63,7 +50,7 @@ def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], proces
     Args:
         folder: created if need be.
         work: what launches it, by what it is.
-        say: takes a line on what is going on, and at the end on what was made.
+        say: takes a line for each piece of work, and at the end one on what was made.
         processes: that compile; as many as there are processors by default.
 
     Returns:
@@ -76,26 +63,19 @@ def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], proces
         raise RuntimeError(f"nothing can be compiled ahead here: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    failed = []
     with (
         tempfile.TemporaryDirectory(prefix="fastdense-ahead-", ignore_cleanup_errors=True) as cache,
         ProcessPoolExecutor(processes, get_context("spawn"), _begin, (cache,)) as pool,
     ):
-        wanted: dict[Request, str] = {}
-        for label, found in zip(work, pool.map(requests, work.values()), strict=True):
-            new = dict.fromkeys(request for request in found if request not in wanted)
-            wanted |= dict.fromkeys(new, label)
-            say(f"{label}: {len(found)} kernels, {len(new)} of them new")
-        say(f"{len(wanted)} kernels to compile, found in {time.perf_counter() - start:.0f} s")
-        order = sorted(wanted, key=lambda request: request.name not in SLOW)
-        failed = []
-        for request, error in zip(order, pool.map(_compile, order), strict=True):
+        for label, error in zip(work, pool.map(_failure, work.values()), strict=True):
+            say(f"{label}: {error or 'compiled'}")
             if error:
-                failed.append(f"{request.name}, for {wanted[request]}: {error}")
-                say(f"not compiled: {failed[-1]}")
+                failed.append(f"{label}: {error}")
         path = folder / ARCHIVE
         pack(Path(cache), path)
         count, size = len(kernels_in(Path(cache))), path.stat().st_size / 1e6
-        say(f"{path}: {count} kernels, {size:.1f} MB, after {time.perf_counter() - start:.0f} s")
+    say(f"{path}: {count} kernels, {size:.1f} MB, after {time.perf_counter() - start:.0f} s")
     return failed
 
 
@@ -106,29 +86,10 @@ def _begin(folder: str) -> None:
     fake.install()
 
 
-def requests(work: Work) -> list[Request]:
-    """Returns what Triton would have to compile for ``work``, on the fake GPU; nothing is compiled or launched.
-
-    Kernels that this process has compiled before are launched, and not listed.
-    """
-    from triton import knobs
-
-    found: list[Request] = []
-
-    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append(Request(fn.module, fn.name, compile["specialization_data"]))
-        return True  # Triton does without
-
-    with patch.object(knobs.runtime, "jit_cache_hook", note):
-        work()
-    return list(dict.fromkeys(found))
-
-
-def _compile(request: Request) -> str:
-    """Compiles a kernel for this process's GPU, with its launcher; returns why it cannot be launched, if so."""
-    kernel = getattr(importlib.import_module(request.module), request.name)
+def _failure(work: Work) -> str:
+    """Does the work, and with it compiles what is in no process's cache yet; returns why it cannot be done, if so."""
     try:
-        kernel.preload(request.data)._init_handles()
+        work()
     except Exception as failure:  # whatever the compiler raises; the others are to be compiled all the same
         return f"{type(failure).__name__}: {failure}"[:500]
     return ""
@@ -177,33 +138,28 @@ def take(folder: Path) -> Callable[[], str]:
 
 def everything() -> dict[str, Work]:
     """Returns what a run on a GPU launches, by what it is."""
+    timed = [(name, batch, SIZE, DTYPE) for name, batch, *_ in COMPARISONS.values()]
+    checked = [("densenet121", *checks.CHECKED, dtype) for dtype in (torch.float32, DTYPE)]
     work: dict[str, Work] = {}
+    for (name, batch, size, dtype), provider in [*product(timed, OURS), *product(checked, (*OURS, CONVERTED))]:
+        label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)}"
+        work[label] = partial(network_step, name, provider, batch, size, dtype)
     # Of float32 exact products, and in TF32 as PyTorch's convolutions are by default; of 16 bit there is one kind.
-    kinds = [(torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "fp32")]
-    steps = {(name, batch, SIZE, *kinds[0]) for name, batch, *_ in COMPARISONS.values()}
-    steps |= {("densenet121", 64, SIZE, *kinds[1])}
-    steps |= {(name, 16, 64, *kind) for name in ("densenet121", "densenet201") for kind in kinds}
-    for (name, batch, size, dtype, products), provider in product(sorted(steps, key=str), (*OURS, CONVERTED)):
-        label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)} {products}"
-        work[label] = partial(network_step, name, provider, batch, size, dtype, products)
+    kinds = [*((dtype, "tf32") for dtype in DTYPES), (torch.float32, "fp32")]
     looks = product(kinds, MODES, (checks.SHAPE, checks.LARGER), {"plain": {}, **checks.SIMPLER}.items())
-    for (dtype, products), mode, shape, (form, changes) in looks:
+    for (dtype, products), mode, shape, (form, simpler) in looks:
         label = f"smoke {name_of(dtype)} {products} {mode} {shape[2]} {form}"
-        work[label] = partial(smoke_step, shape, dtype, products, mode, changes)
-    for dtype in DTYPES:
-        work[f"self-test {name_of(dtype)}"] = partial(self_test, dtype)
-    changes_of: dict[Case, list[Change]] = {}
-    for case, change in tried():
-        changes_of.setdefault(case, []).append(change)
-    for case, listed in changes_of.items():
-        work[f"{len(listed)} candidates for {case.operation}, {case.shape.m} rows"] = partial(launched, case, listed)
+        work[label] = partial(smoke_step, shape, dtype, products, mode, simpler)
+    work |= {f"self-test {name_of(dtype)}": partial(self_test, dtype) for dtype in DTYPES}
+    for case, changes in tried().items():
+        work[f"candidates for {case.operation}, {case.shape.m} rows"] = partial(launched, case, changes)
     return work
 
 
-def network_step(name: str, provider: str, batch: int, size: int, dtype: torch.dtype, products: str) -> None:
+def network_step(name: str, provider: str, batch: int, size: int, dtype: torch.dtype) -> None:
     """Launches a network's training step."""
     (model,) = models(NETWORKS[name], [provider], CPU).values()
-    with arithmetic(products, CPU), Unwritten():
+    with arithmetic("fp32", CPU):
         Step(model, *images(batch, size, CPU), dtype).launch()
 
 
@@ -221,30 +177,11 @@ def self_test(dtype: torch.dtype) -> None:
         select.layer_results(lambda x: select.create("triton", x), CPU, dtype)
 
 
-def launched(case: Case, changes: list[Change]) -> None:
+def launched(case: Case, changes: Sequence[Change]) -> None:
     """Launches one primitive in several configurations."""
-    with Unwritten():
-        primitive = bind(case, DTYPE, CPU)
-        for change in changes:
-            with run_as(case, change):
-                primitive()
+    from triton.runtime.errors import OutOfResources
 
-
-class Unwritten(TorchFunctionMode):
-    """Within the ``with``, large random tensors and PyTorch's convolutions are memory that nothing has written."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.randn, torch.rand):
-            meta = func(*args, **{**kwargs, "device": "meta", "generator": None})
-            if meta.numel() >= LARGE:
-                return torch.empty(meta.shape, dtype=meta.dtype)
-        if func is torch.conv2d:  # the stem's: what stands before it needs no gradient
-            x, weight = args[:2]
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            with torch.autocast("cpu", enabled=False):
-                shape = func(x.detach().to("meta", dtype), weight.detach().to("meta", dtype), *args[2:], **kwargs).shape
-            return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
-        return func(*args, **kwargs)
+    primitive = bind(case, DTYPE, CPU)
+    for change in changes:
+        with run_as(case, change), suppress(OutOfResources):  # on a GPU it says so, too
+            primitive()

@@ -31,6 +31,7 @@ BLOCK, SHAPE = (3, 64, 4, 32), (8, 64, 28, 27)  # layers, channels, bn_size, gro
 LARGER = (8, 64, 56, 56)  # on which every multiprocessor has work
 REHEARSED_BLOCK, REHEARSED_SHAPE = (1, 8, 4, 4), (2, 8, 5, 4)
 RERUNS = 20
+CHECKED = (16, 64)  # images of a whole network, and their size
 MOST_FAILURES, REASON_CHARACTERS = 100, 400
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak"))
 PROCESSES = 12
@@ -178,7 +179,7 @@ def networks(job: Job) -> None:
     Raises:
         RuntimeError: if one is not.
     """
-    of, batch, size = rehearsed(job, "densenet121", 16, 64)
+    of, batch, size = rehearsed(job, "densenet121", *CHECKED)
     found = models(of, [BASE, *OURS, CONVERTED], job.device, rehearsal=job.rehearsal)
     x, _ = images(batch, size, job.device, seed=1)
     base = found.pop(BASE)

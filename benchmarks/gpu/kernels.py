@@ -42,7 +42,9 @@ CACHE_BYTES = 60 << 20  # more than the largest cache: what a replay reads has l
 GRAPH_MS = 5  # that the launches of one graph take together
 
 Change = dict[str, Any]
-REHEARSED: tuple[Change, ...] = ({}, {"num_warps": 8}, {})
+REHEARSED: dict[Case, tuple[Change, ...]] = {
+    Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32): ({}, {"num_warps": 8}, {})
+}
 
 
 def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: int, **more: Any) -> Change:
@@ -107,16 +109,12 @@ def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
             yield Case(name, around, batch, around.reads)
 
 
-def tried() -> Iterator[tuple[Case, Change]]:
-    """Yields everything that is tried, in turn over the cases.
+def tried() -> dict[Case, tuple[Change, ...]]:
+    """Returns the changes that are tried in each case.
 
     The table's own choice comes first and last: a difference smaller than between those two is noise.
     """
-    for number in range(max(map(len, CHANGES.values())) + 2):
-        for case in cases():
-            changes: list[Change] = [{}, *CHANGES[case.operation], {}]
-            if number < len(changes):
-                yield case, changes[number]
+    return {case: ({}, *CHANGES[case.operation], {}) for case in cases()}
 
 
 def run_as(case: Case, change: Change) -> Any:
@@ -127,28 +125,25 @@ def run_as(case: Case, change: Change) -> Any:
 def candidates(job: Job) -> None:
     """Checks, then times everything; ``rows`` is complete up to where the time ran out."""
     job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
-    todo = list(tried())
-    if job.rehearsal:
-        todo = [(Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32), change) for change in REHEARSED]
     rates = measured_rates(job)
-    bound: dict[Case, tuple[list[Primitive], dict[str, Tensor]]] = {}
-    for number, (case, change) in enumerate(todo):
-        if job.seconds_left() < SECONDS_A_ROW:
-            job.result["not_reached"] = len(todo) - number
-            break
-        row = {"operation": case.operation, **case.shape._asdict(), "change": change}
-        try:
-            if case not in bound:
-                bound[case] = _bound(case, job)
-            with run_as(case, change):
-                row |= _row(*bound[case], job)
-        except Exception as error:  # one kernel that does not compile must not take the others' times with it
-            synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
-            row |= {"checked": False, "error": f"{type(error).__name__}: {error}"[:300]}
-        if rates is not None:
-            row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
-        job.result["rows"].append(row)
-        job.save()
+    for case, changes in (REHEARSED if job.rehearsal else tried()).items():
+        bound = None
+        for change in changes:
+            if job.seconds_left() < SECONDS_A_ROW:
+                job.result["not_reached"] += 1
+                continue
+            bound = bound or _bound(case, job)
+            row = {"operation": case.operation, **case.shape._asdict(), "change": change}
+            try:
+                with run_as(case, change):
+                    row |= _row(*bound, job)
+            except Exception as error:  # one kernel that does not compile must not take the others' times with it
+                synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured
+                row |= {"checked": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            if rates is not None:
+                row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
+            job.result["rows"].append(row)
+            job.save()
     job.result["after"] = state(job.device)
 
 

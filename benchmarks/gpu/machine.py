@@ -27,31 +27,24 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL"
 
 COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
 MATMUL_SIZE = 8192
-REHEARSED_SIZES = 1 << 21, 32
 
 
 def describe(job: Job) -> None:
-    """The environment: device, versions, clocks."""
+    """Records the environment: device, versions, clocks, variables."""
     job.result |= {"fastdense": environment(), "variables": {name: os.environ.get(name) for name in VARIABLES}}
     job.result |= {"cpus": len(os.sched_getaffinity(0)), "torch": torch.__config__.show()}
     if not job.rehearsal:
-        properties = torch.cuda.get_device_properties(job.device)
         job.result["gpu"] = query_gpu(*FIELDS)
-        job.result["properties"] = {
-            "multiprocessors": properties.multi_processor_count,
-            "cache_bytes": properties.L2_cache_size,
-            "free_bytes": torch.cuda.mem_get_info(job.device)[0],
-        }
 
 
 def state(device: torch.device) -> dict[str, str]:
-    """Clocks, temperature and power as they are; read, never set. A slow card shows here."""
+    """Returns clocks, temperature and power as they are; read, never set. A slow card shows here."""
     return query_gpu(*STATE) | query_gpu(SLOWED_BY) if device.type == "cuda" else {}
 
 
 def rates(job: Job) -> None:
-    """Bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
-    moved, size = REHEARSED_SIZES if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
+    """Measures bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
+    moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
     job.result["before"] = state(job.device)
     values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
     job.result["copy"] = _rate(partial(torch.empty_like(values).copy_, values), moved, job.device, bytes=moved)
@@ -86,7 +79,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_timing(function: Callable[[], Any], device: torch.device) -> Timing:
-    """Seconds that ``function`` takes on the device, its inputs not in the cache; a rehearsal's run once on the CPU."""
+    """Measures ``function`` on the device, its inputs not in the cache; on the CPU, for a rehearsal, once."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()

@@ -119,8 +119,6 @@ class Step:
         graphed: captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
     """
 
-    warmups = 3  # before a capture, as PyTorch's documentation asks for
-
     def __init__(
         self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE, *, graphed: bool = False
     ) -> None:
@@ -132,7 +130,7 @@ class Step:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(self.warmups):
+            for _ in range(3):  # as PyTorch's documentation asks for before a capture
                 self.launch()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -175,11 +173,6 @@ def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([tensor.double().flatten() for tensor in found])
 
 
-def compare(job: Job) -> None:
-    """Checks and times the steps of the comparison that is called as the stage."""
-    measure(job, *COMPARISONS[job.name])
-
-
 def compile_ahead(job: Job) -> None:
     """Fills Inductor's cache on disk while the tests run: what the timed stages compile then takes seconds."""
     batch, label = COMPILATIONS[job.name]
@@ -190,8 +183,9 @@ def compile_ahead(job: Job) -> None:
     job.result["first_seconds"] = time.perf_counter() - start
 
 
-def measure(job: Job, network: str, count: int, eager: tuple[str, ...], graphed: tuple[str, ...]) -> None:
-    """Times interleaved steps of all providers that are right and fit into memory."""
+def compare(job: Job) -> None:
+    """Times interleaved steps of the stage's providers, those that are right and fit into memory."""
+    network, count, eager, graphed = COMPARISONS[job.name]
     of, batch, size = rehearsed(job, network, count)
     job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
     job.result |= {"layout": "channels_last", "before": state(job.device), "rows": {}}
@@ -218,16 +212,14 @@ def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, class
     """The step, warmed up, if it is right and fits into memory; what is known of it is in ``job.result``."""
     row: dict[str, Any] = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
     job.result["rows"][f"{label}, {way}"] = row
-    if row["checked"] is False:
-        return None
     if way == "graph" and label == EFFICIENT:  # and what has failed under capture may take later captures along
         row["status"] = "cannot be captured: checkpointing asks for the random generator's state"
+    if row["checked"] is False or "status" in row:
         return None
     try:
         start = time.perf_counter()
         step = Step(model, x, classes, graphed=way == "graph")
         step()
-        synchronize(job.device)
         row["first_seconds"] = time.perf_counter() - start  # with compiling whatever was not compiled yet
         if step.graphed:
             replayed = step.gradients()
@@ -276,13 +268,7 @@ def deepest(job: Job) -> None:
         options = replace(quick, budget=10**8, seconds=min(seconds, 5.0), providers=("fastdense-activations",))
     else:
         options = depth.Options(budget=DEPTH_BYTES, device="cuda", seconds=seconds)
-    said = job.result["said"] = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        job.save()
-
-    job.result |= depth.run(options, say)
+    job.result |= depth.run(options, print)
 
 
 def profile_layers(job: Job) -> None:
@@ -293,9 +279,9 @@ def profile_layers(job: Job) -> None:
             (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
             found = _profile(Step(model, *images(count, size, job.device)), job)
             job.result[f"{label}, batch {batch}"] = found | {"network": "densenet121", "batch": batch}
-            eager = job.earlier.get(f"batch{batch}", {}).get("rows", {}).get(f"{label}, eager", {}).get("step")
-            if eager is not None:
-                job.result[f"{label}, batch {batch}"]["busy"] = found["device_seconds"] / eager["median"]
+            timed = job.earlier.get(f"batch{batch}", {"rows": {}})["rows"].get(f"{label}, eager", {})
+            if "step" in timed:
+                job.result[f"{label}, batch {batch}"]["busy"] = found["device_seconds"] / timed["step"]["median"]
             job.save()
 
 
