@@ -82,7 +82,7 @@ RESULTS = {
 
 
 def errors_of(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
-    primitive = primitives.bind(case, dtype, CPU, impl)
+    primitive = primitives.Primitive(case, dtype, CPU, impl)
     return primitives.errors(primitive, primitives.expected(primitive))
 
 

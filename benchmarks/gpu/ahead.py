@@ -28,13 +28,15 @@ from unittest.mock import patch
 import torch
 
 from fastdense.backends import select
+from fastdense.kernels import launch
 
 from ..compiled.traffic import NETWORKS
 from ..harness.training import arithmetic
 from . import checks, fake
-from .kernels import DTYPE, DTYPES, Change, run_as, tried
+from .kernels import DTYPE, DTYPES, OPERATION, Change, tried
 from .machine import name_of
-from .primitives import Case, bind
+from .primitives import Case, Primitive
+from .run import brief
 from .steps import COMPARISONS, CONVERTED, MODES, OURS, SIZE, Step, images, models
 
 ARCHIVE = "triton-cache.tar.xz"
@@ -91,7 +93,7 @@ def _failure(work: Work) -> str:
     try:
         work()
     except Exception as failure:  # whatever the compiler raises; the others are to be compiled all the same
-        return f"{type(failure).__name__}: {failure}"[:500]
+        return brief(failure)
     return ""
 
 
@@ -181,7 +183,7 @@ def launched(case: Case, changes: Sequence[Change]) -> None:
     """Launches one primitive in several configurations."""
     from triton.runtime.errors import OutOfResources
 
-    primitive = bind(case, DTYPE, CPU)
+    primitive = Primitive(case, DTYPE, CPU)
     for change in changes:
-        with run_as(case, change), suppress(OutOfResources):  # on a GPU it says so, too
+        with launch.override(OPERATION[case.operation], **change), suppress(OutOfResources):  # on a GPU it says so, too
             primitive()

@@ -22,7 +22,7 @@ from fastdense.reference import ConcatDenseBlock, ConcatTransition
 from ..harness.runner import ROOT
 from ..harness.training import arithmetic
 from .machine import name_of, relative_error
-from .run import Job
+from .run import Job, brief
 from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
@@ -84,7 +84,7 @@ def _look_again(changes: Changes, dtype: torch.dtype, mode: str, job: Job) -> di
         with changed(changes):
             looked = _look(dtype, mode, job)
     except Exception as error:  # what does not even run says something, too
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": brief(error)}
     return {"wrong": looked["wrong"], "differing_reruns": looked["differing_reruns"]}
 
 

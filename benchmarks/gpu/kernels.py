@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from glob import glob
 from itertools import product
 from typing import Any
@@ -31,8 +30,8 @@ from fastdense.kernels import launch
 from ..compiled import traffic
 from ..harness.runner import ROOT, Timing
 from .machine import device_timing, measured_rates, state, synchronize
-from .primitives import Case, Primitive, bind, errors, expected, passes
-from .run import ERROR_CHARACTERS, Job, Skip
+from .primitives import Case, Primitive, errors, expected, passes
+from .run import ERROR_CHARACTERS, Job, Skip, brief
 
 BATCH = 64
 DTYPE = torch.bfloat16
@@ -117,11 +116,6 @@ def tried() -> dict[Case, tuple[Change, ...]]:
     return {case: ({}, *CHANGES[case.operation], {}) for case in cases()}
 
 
-def run_as(case: Case, change: Change) -> Any:
-    """Returns a ``with`` in which the launch table's choice for ``case`` is changed."""
-    return launch.override(OPERATION[case.operation], **change) if change else nullcontext()
-
-
 def candidates(job: Job) -> None:
     """Checks, then times everything; ``rows`` is complete up to where the time ran out."""
     job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
@@ -135,11 +129,11 @@ def candidates(job: Job) -> None:
             bound = bound or _bound(case, job)
             row = {"operation": case.operation, **case.shape._asdict(), "change": change}
             try:
-                with run_as(case, change):
+                with launch.override(OPERATION[case.operation], **change):
                     row |= _row(*bound, job)
             except Exception as error:  # one kernel that does not compile must not take the others' times with it
                 synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured
-                row |= {"checked": False, "error": f"{type(error).__name__}: {error}"[:300]}
+                row |= {"checked": False, "error": brief(error)}
             if rates is not None:
                 row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
             job.result["rows"].append(row)
@@ -151,7 +145,7 @@ def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:
     """Binds the primitive to as many sets of tensors as no cache can hold; returns them and the first one's results."""
     dtype = torch.float16 if job.rehearsal else DTYPE  # which the interpreter has no arithmetic for
     count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / case.floor.bytes) + 1)
-    sets = [bind(case, dtype, job.device) for _ in range(count)]
+    sets = [Primitive(case, dtype, job.device) for _ in range(count)]
     return sets, expected(sets[0])
 
 
@@ -195,15 +189,14 @@ METRICS = {
     **{f"smsp__average_warps_issue_stalled_{stall}_per_issue_active.ratio": f"stalled: {stall}" for stall in _STALLS},
 }  # fmt: skip
 PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/opt/cuda/bin")  # of NVIDIA's tools, beside the path
-BLOCKS = (0, 2)  # of DenseNet-121: counted is the middle layer of its first block and of its third
 SANITIZERS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
 def counted() -> list[Case]:
-    """Returns the cases whose kernels are counted."""
+    """Returns the cases whose kernels are counted: the middle layers of the first block and of the third."""
     listed = list(cases())
-    return [case for block in BLOCKS for case in listed[4 * block : 4 * block + 4]]
+    return [*listed[:4], *listed[8:12]]
 
 
 def sanitized() -> Iterator[Case]:
@@ -270,7 +263,7 @@ def sanitizer(job: Job) -> None:
 def run_once(cases: Iterable[Case], dtypes: Iterable[torch.dtype], device: torch.device) -> None:
     """Runs every primitive once in each dtype."""
     for dtype, case in product(dtypes, cases):
-        primitive = bind(case, dtype, device)
+        primitive = Primitive(case, dtype, device)
         primitive.reset()
         primitive()
         synchronize(device)

@@ -88,6 +88,11 @@ def describe(error: BaseException) -> dict[str, str]:
     return {"status": "out of memory" if out_of_memory else "failed", "error": text[-ERROR_CHARACTERS:]}
 
 
+def brief(error: BaseException) -> str:
+    """Returns the kind and the beginning of the message of a failure."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
 def last_line(entry: Mapping[str, Any]) -> str:
     """Returns the end of an entry's error."""
     return "".join(entry.get("error", "").strip().splitlines()[-1:])
