@@ -136,6 +136,7 @@ def test_only_a_rehearsal_is_interpreted(
     monkeypatch.setenv("TRITON_INTERPRET", given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Run, "run", run)
+    monkeypatch.setattr(command, "summary", lambda stages: "")
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path), *["--rehearse"] * rehearsal])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as exit_:

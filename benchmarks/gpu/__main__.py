@@ -27,9 +27,7 @@ from .summary import summary
 
 STAGES = (
     Stage("environment", machine.describe, 20, runs="both"),
-    Stage("compile-batch8", steps.compile_ahead, 200, runs="again", background=True),
-    Stage("compile-batch64", steps.compile_ahead, 200, runs="again", background=True),
-    Stage("compile-batch256", steps.compile_ahead, 200, runs="again", background=True),
+    *(Stage(name, steps.compile_ahead, 200, runs="again", background=True) for name in steps.COMPILATIONS),
     Stage("tests-again", checks.gpu_tests, 110, runs="again", apart=True),
     Stage("rates", machine.rates, 20, runs="both", timed=True),
     Stage("smoke", checks.smoke, 45),

@@ -239,20 +239,17 @@ class _Recorder:
         self.job = job
         job.result |= {"passed": 0, "failed": 0, "skipped": 0, "selected": 0, "failures": {}}
 
-    def pytest_collection_finish(self, session: Any) -> None:
-        self.pytest_xdist_node_collection_finished(session.items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[Any]) -> None:
-        self.job.result["selected"] = max(len(ids), self.job.result["selected"])
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or not report.passed:
             self.job.result[report.outcome] += 1
+        self.job.result["selected"] = self.session.testscollected
         failures = self.job.result["failures"]
         if report.failed and len(failures) < MOST_FAILURES:
-            crash = getattr(report.longrepr, "reprcrash", None)  # where a worker crashed, the report is a text
-            reason = report.longreprtext if crash is None else crash.message
+            crash = getattr(report.longrepr, "reprcrash", None)  # none where a worker crashed
+            reason = crash.message if crash else report.longreprtext
             failures[f"{report.nodeid} ({report.when})"] = reason[:REASON_CHARACTERS]
         if report.when == "teardown":
             self.job.save()

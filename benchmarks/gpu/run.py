@@ -95,7 +95,7 @@ def brief(error: BaseException) -> str:
 
 def last_line(entry: Mapping[str, Any]) -> str:
     """Returns the end of an entry's error."""
-    return "".join(entry.get("error", "").strip().splitlines()[-1:])
+    return entry.get("error", "").strip().rpartition("\n")[2]
 
 
 def release(device: torch.device) -> None:
@@ -117,26 +117,22 @@ def _serve(pipe: Connection, log: Path, rehearsal: bool) -> None:
         stage, until, earlier = pipe.recv()
         print(HEADING, stage.name, flush=True)
         seconds = stage.seconds * (REHEARSAL_PATIENCE if rehearsal else 1.0)
-        _carry_out(stage.function, Job(stage.name, min(time.time() + seconds, until), rehearsal, earlier, pipe=pipe))
-        sys.stdout.flush()
-
-
-def _carry_out(function: Callable[[Job], None], job: Job) -> None:
-    job.save(until=job.until)
-    ended = {"status": "ok"}
-    try:
-        function(job)
-    except Skip as reason:
-        ended = {"status": "skipped", "error": str(reason)}
-    except Exception as error:
-        ended = describe(error)
-        traceback.print_exc()
-    try:
-        release(job.device)
-    except Exception:
-        job.save(**ended, broken=True)
-    else:
+        job = Job(stage.name, min(time.time() + seconds, until), rehearsal, earlier, pipe=pipe)
+        job.save(until=job.until)
+        ended: dict[str, Any] = {"status": "ok"}
+        try:
+            stage.function(job)
+        except Skip as reason:
+            ended = {"status": "skipped", "error": str(reason)}
+        except Exception as error:
+            ended = describe(error)
+            traceback.print_exc()
+        try:
+            release(job.device)
+        except Exception:
+            ended["broken"] = True
         job.save(**ended)
+        sys.stdout.flush()
 
 
 class _Worker:
