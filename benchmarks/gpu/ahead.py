@@ -42,6 +42,7 @@ from .steps import COMPARISONS, CONVERTED, MODES, OURS, SIZE, Step, images, mode
 ARCHIVE = "triton-cache.tar.xz"
 NEEDED = (".cubin", ".json", ".so")
 CPU = torch.device("cpu")
+TOGETHER = 8  # pieces of work that one process takes at a time: neighbours share kernels
 
 Work = Callable[[], None]  # something that launches kernels; a function of this module and its arguments
 
@@ -70,7 +71,8 @@ def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], proces
         tempfile.TemporaryDirectory(prefix="fastdense-ahead-", ignore_cleanup_errors=True) as cache,
         ProcessPoolExecutor(processes, get_context("spawn"), _begin, (cache,)) as pool,
     ):
-        for label, error in zip(work, pool.map(_failure, work.values()), strict=True):
+        found = pool.map(_failure, work.values(), chunksize=TOGETHER)
+        for label, error in zip(work, found, strict=True):
             say(f"{label}: {error or 'compiled'}")
             if error:
                 failed.append(f"{label}: {error}")

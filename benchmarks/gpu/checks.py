@@ -91,7 +91,7 @@ def _look_again(changes: Changes, dtype: torch.dtype, mode: str, job: Job) -> di
 def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     """Root mean square errors over a few inputs, what twice PyTorch's own allows, and how many reruns differ.
 
-    A value within a rounding of 0 switches a ReLU, whoever computes: hence several inputs, and for PyTorch's error the
+    A value within a rounding of 0 switches a ReLU, on any backend: hence several inputs, and for PyTorch's error the
     larger one of the reference's and the torch backend's.
     """
     found: dict[str, list[tuple[float, float]]] = {}

@@ -174,8 +174,9 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the process and everything that it started."""
+        assert self.process.pid is not None
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()  # where it has no group of its own yet
         self.process.join()
 

@@ -19,7 +19,7 @@ CHARACTERS = 10_000
 WIDTH = 118
 ROWS = 12  # of a table of kernels
 LISTED = 5  # of what went wrong in one stage
-REHEARSAL = "REHEARSAL on the CPU, in Triton's interpreter: it ran, and no figure below says anything about a GPU."
+REHEARSAL = "REHEARSAL on the CPU, in Triton's interpreter: it ran, and no number below says anything about a GPU."
 MADE = ("device", "driver", "torch", "triton", "python", "commit", "sources", "date")
 
 Result = Mapping[str, Any]
@@ -119,7 +119,7 @@ def _depth(result: Result) -> Blocks:
     for question in result.get("results", {}).values():
         rows = question["providers"].values()
         answers = (f"{row['label']} {row[question['grows']]}{'' if row['complete'] else ' or more'}" for row in rows)
-        yield f"{question['title']}: {'; '.join(answers) or 'nobody took part'}"
+        yield f"{question['title']}: {'; '.join(answers) or 'no provider took part'}"
 
 
 def _sanitizer(result: Result) -> Blocks:
