@@ -55,7 +55,7 @@ def changed(changes: Changes) -> Iterator[None]:
 
 
 def smoke(job: Job) -> None:
-    """A block and a transition in every dtype and mode against the reference ones in float64; reruns bit for bit.
+    """Checks a block and a transition in every dtype and mode against float64, and reruns bit for bit.
 
     Where something is wrong, the same at once in forms with fewer parts, to say which part is at fault.
 
@@ -169,7 +169,7 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 
 
 def networks(job: Job) -> None:
-    """Whether DenseNet-121 is right in both modes and converted: one that is wrong is not timed.
+    """Checks DenseNet-121 in both modes and converted: one that is wrong is not timed.
 
     A value within a rounding of 0 switches a ReLU, and a network this deep everything after it: two right ones differ
     by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
@@ -211,7 +211,7 @@ def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gpu_tests(job: Job) -> None:
-    """The tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
+    """Runs the tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
 
     Compiling for every shape is most of the work, and each process does its own.
 

@@ -211,16 +211,15 @@ def sanitized() -> Iterator[Case]:
 
 
 def counters(job: Job) -> None:
-    """One row for each launch of the four main kernels: what each one waits for."""
+    """Records a row for each launch of the four main kernels: what each one waits for."""
     if job.rehearsal:
         raise Skip("nothing is counted in a rehearsal")
     options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:bn_relu_conv", "--print-units", "base"]
     options += ["--metrics", ",".join(METRICS)]
     status, said = _under("ncu", options, "counters", job.seconds_left() - 2)
-    job.result["rows"] = list(rows(said)) if status is not None else []
+    job.result["rows"] = list(rows(said))
     if not job.result["rows"]:
-        verdict = "did not finish" if status is None else "counted nothing"
-        raise RuntimeError(f"ncu {verdict}: {said[-ERROR_CHARACTERS:]}")
+        raise RuntimeError(f"ncu counted nothing, exit status {status}: {said[-ERROR_CHARACTERS:]}")
 
 
 def rows(printed: str) -> Iterator[dict[str, Any]]:
@@ -237,7 +236,7 @@ def rows(printed: str) -> Iterator[dict[str, Any]]:
 
 
 def sanitizer(job: Job) -> None:
-    """Accesses out of bounds, and races in shared memory: each with half of the time.
+    """Looks for accesses out of bounds, and for races in shared memory: each with half of the time.
 
     Raises:
         RuntimeError: if one of the tools found something, or did not finish.
