@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from benchmarks.gpu import run
 from benchmarks.gpu.run import Job, Skip
 
 
@@ -34,6 +35,13 @@ def crash(job: Job) -> None:
     job.save()
     print("the last thing that it said", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def break_the_device(job: Job) -> None:
+    def release(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    run.release = release
 
 
 def exit_early(job: Job) -> None:

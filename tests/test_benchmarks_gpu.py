@@ -112,6 +112,17 @@ def test_stages_share_a_process_until_one_breaks_it_or_asks_for_its_own(
 
 
 @pytest.mark.slow
+def test_after_a_stage_that_broke_the_device_the_next_one_has_a_new_process(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, last = (Stage(name, stages_for_tests.finish, 120) for name in ("first", "last"))
+    complete, _ = run(first, stage("break_the_device"), last)
+    found = entries(tmp_path)
+    assert complete and found["break-the-device"].keys() == {"status", "seconds", "result", "environment"}
+    assert found["first"]["result"]["process"] != found["last"]["result"]["process"]
+
+
+@pytest.mark.slow
 def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[..., Any], tmp_path: Path) -> None:
     background = Stage("beside", stages_for_tests.finish, 120, background=True)
     timed = Stage("timed", stages_for_tests.finish, 120, timed=True)
