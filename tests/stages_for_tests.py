@@ -10,19 +10,19 @@ import time
 
 import torch
 
-from benchmarks.gpu.stage import Job, Skip
+from benchmarks.gpu import run
+from benchmarks.gpu.run import Job, Skip
 
 
 def finish(job: Job) -> None:
     job.result["earlier"] = sorted(job.earlier)
     job.result["process"] = os.getpid()
     job.result["not finite"] = [float("nan"), float("inf")]
-    job.result["variables"] = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     print("printed by a stage")
 
 
 def fail(job: Job) -> None:
-    job.result["kept"] = 1
+    job.result["saved"] = 1
     raise ValueError("this stage fails")
 
 
@@ -31,10 +31,17 @@ def run_out_of_memory(job: Job) -> None:
 
 
 def crash(job: Job) -> None:
-    job.result["kept"] = 2
+    job.result["saved"] = 2
     job.save()
     print("the last thing that it said", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def break_the_device(job: Job) -> None:
+    def release(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    run.release = release
 
 
 def exit_early(job: Job) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import stages_for_tests
 import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import steps
-from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, _Process, variables
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, Stage, _Worker
 from benchmarks.gpu.summary import CHARACTERS, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,13 +28,12 @@ CPU = torch.device("cpu")
 
 
 def stage(name: str, seconds: float = 120.0, **options: Any) -> Stage:
-    return Stage(name.replace("_", "-"), f"stages_for_tests:{name}", seconds, **options)
+    return Stage(name.replace("_", "-"), getattr(stages_for_tests, name), seconds, **options)
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[bool, list[str]]]]:
+def run(tmp_path: Path) -> Iterator[Callable[..., tuple[bool, list[str]]]]:
     """Runs stages into one folder; returns whether all finished, and what was said."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
 
     def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str]]:
         said: list[str] = []
@@ -49,18 +48,13 @@ def entries(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text(), parse_constant=pytest.fail)["stages"]
 
 
-def test_a_stage_may_begin_long_after_its_process(tmp_path: Path) -> None:
-    process = _Process.__new__(_Process)
-    first, second = stage("finish"), stage("hang", 5.0)
-    process.stages, process.out, process.patience = [first, second], tmp_path, 1.0
-    process.process = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
-    process.idle_since = time.time() - 10 * START_SECONDS
-    (tmp_path / "finish.stage.json").write_text('{"status": "ok", "seconds": 1.0, "until": 0.0, "result": {}}')
-    assert process.wait(first)
-    entry = '{"status": "ok", "seconds": 0.2, "until": 0.0, "result": {}}'
-    threading.Timer(0.3, (tmp_path / "hang.stage.json").write_text, [entry]).start()
-    found = process.wait(second)
-    assert found is not None and found["status"] == "ok"
+def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time(tmp_path: Path) -> None:
+    worker = _Worker.__new__(_Worker)
+    worker.pipe, theirs = multiprocessing.Pipe()
+    worker.begun = time.time() - 10 * START_SECONDS
+    for entry in ({"status": "running", "until": 0.0}, {"status": "ok", "seconds": 1.0, "result": {}}):
+        theirs.send(entry)
+    assert worker.wait() == {"status": "ok", "seconds": 1.0, "result": {}}
 
 
 @pytest.mark.slow
@@ -80,8 +74,8 @@ def test_however_a_stage_ends_the_next_one_runs(run: Callable[..., Any], tmp_pat
         "cannot-run-here": "skipped",
     }
     assert "this stage fails" in found["fail"]["error"]
-    assert found["fail"]["result"] == {"kept": 1}
-    assert found["crash"]["result"] == {"kept": 2}
+    assert found["fail"]["result"] == {"saved": 1}
+    assert found["crash"]["result"] == {"saved": 2}
     assert "SIGSEGV" in found["crash"]["error"] and "the last thing that it said" in found["crash"]["error"]
     assert found["hang"]["seconds"] < 30
     assert gone(found["hang"]["result"]["helper"])
@@ -106,7 +100,7 @@ def test_stages_share_a_process_until_one_breaks_it_or_asks_for_its_own(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
     def finish(name: str, **options: Any) -> Stage:
-        return Stage(name, "stages_for_tests:finish", 120, **options)
+        return Stage(name, stages_for_tests.finish, 120, **options)
 
     complete, _ = run(finish("a"), finish("b"), stage("exit_early"), finish("c"), finish("d", apart=True), finish("e"))
     assert not complete
@@ -118,22 +112,47 @@ def test_stages_share_a_process_until_one_breaks_it_or_asks_for_its_own(
 
 
 @pytest.mark.slow
+def test_after_a_stage_that_broke_the_device_the_next_one_has_a_new_process(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, last = (Stage(name, stages_for_tests.finish, 120) for name in ("first", "last"))
+    complete, _ = run(first, stage("break_the_device"), last)
+    found = entries(tmp_path)
+    assert complete and found["break-the-device"].keys() == {"status", "seconds", "result", "environment"}
+    assert found["first"]["result"]["process"] != found["last"]["result"]["process"]
+
+
+@pytest.mark.slow
 def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[..., Any], tmp_path: Path) -> None:
-    background = Stage("beside", "stages_for_tests:finish", 120, background=True)
-    timed = Stage("timed", "stages_for_tests:finish", 120, timed=True)
+    background = Stage("beside", stages_for_tests.finish, 120, background=True)
+    timed = Stage("timed", stages_for_tests.finish, 120, timed=True)
     complete, said = run(background, stage("finish"), timed)
     assert complete
     assert [line.partition(":")[0] for line in said] == ["finish", "beside", "timed"]
     found = entries(tmp_path)
     assert found["timed"]["result"]["earlier"] == ["beside", "finish"]
-    assert found["finish"]["result"]["variables"] == {"TRITON_INTERPRET": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def test_only_a_rehearsal_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given in ("0", "1"):
-        monkeypatch.setenv("TRITON_INTERPRET", given)
-        found = [variables(rehearsal).get("TRITON_INTERPRET") for rehearsal in (False, True)]
-        assert found == [None, "1"]
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize("given", ["0", "1"])
+def test_only_a_rehearsal_is_interpreted(
+    given: str, rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[str | None] = []
+
+    def run(self: Run, stages: Any) -> bool:
+        found.append(os.environ.get("TRITON_INTERPRET"))
+        return True
+
+    monkeypatch.setenv("TRITON_INTERPRET", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Run, "run", run)
+    monkeypatch.setattr(command, "summary", lambda stages: "")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path), *["--rehearse"] * rehearsal])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    assert exit_.value.code == 0 and found == ["1" if rehearsal else None]
 
 
 def test_a_stage_that_cannot_run_here_says_why_and_the_run_is_complete(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -202,13 +221,10 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     assert results["sanitizer"]["primitives"] == 13
 
 
-def test_every_stage_names_a_function_and_together_they_fit() -> None:
-    for one in command.STAGES:
-        module, _, function = one.target.partition(":")
-        assert callable(getattr(importlib.import_module(module), function))
+def test_stages_that_need_the_machine_to_themselves_come_after_those_that_do_not() -> None:
     for again in (False, True):
         kinds = [one.timed for one in command.chosen(None, again=again) if one.name not in ("check", "smoke", "tests")]
-        assert kinds == sorted(kinds), "what needs the machine to itself comes after what does not"
+        assert kinds == sorted(kinds)
     names = [one.name for one in command.STAGES]
     assert len(set(names)) == len(names) and command.chosen(["smoke"], again=True) == [command.STAGES[6]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 import types
@@ -17,9 +18,9 @@ import torch
 from torch import nn
 
 from benchmarks.compiled import traffic
-from benchmarks.gpu import candidates, primitives, right, steps, tools
+from benchmarks.gpu import checks, kernels, primitives, steps
 from benchmarks.gpu.primitives import Case
-from benchmarks.gpu.stage import Job, Skip
+from benchmarks.gpu.run import Job, Skip
 from benchmarks.gpu.summary import CHARACTERS, summary
 from benchmarks.harness import runner
 from fastdense.backends.torch_backend import TorchBackend
@@ -29,8 +30,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job("batch64", tmp_path, time.time() + 300, rehearsal=True)
+def job() -> Job:
+    return Job("batch64", time.time() + 300, rehearsal=True)
 
 
 def small(operation: str) -> Case:
@@ -46,11 +47,10 @@ def small(operation: str) -> Case:
 
 
 def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_first_and_last() -> None:
-    found: dict[Case, list[dict[str, Any]]] = {}
-    for case, change in candidates.candidates():
-        assert candidates.OPERATION[case.operation] == {**PRIMITIVE, **OF_TABLE}[case.operation]
-        found.setdefault(case, []).append(change)
-        assert dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps
+    found = kernels.tried()
+    for case, changes in found.items():
+        assert kernels.OPERATION[case.operation] == {**PRIMITIVE, **OF_TABLE}[case.operation]
+        assert all(dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps for change in changes)
     blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
     assert len(blocks) == 16 and {case.spatial[0] for case in blocks} == {56, 28, 14, 7}
     around = {traffic.MOMENTS, *traffic.MAX_POOL, *traffic.TRANSITION}
@@ -82,7 +82,7 @@ RESULTS = {
 
 
 def errors_of(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
-    primitive = primitives.bind(case, dtype, CPU, impl)
+    primitive = primitives.Primitive(case, dtype, CPU, impl)
     return primitives.errors(primitive, primitives.expected(primitive))
 
 
@@ -130,32 +130,41 @@ def test_a_maximum_is_checked_against_values_that_were_rounded_before() -> None:
     assert primitives.passes(errors, torch.bfloat16), errors
 
 
-def test_a_failed_tests_reason_is_what_pytest_marks() -> None:
-    traceback = "def test() -> None:\n>   assert x == 2\nE   assert 1 == 2\nE    +  where\n\ntest.py:3: AssertionError"
-    assert right.reason(traceback) == "assert 1 == 2\n+  where"
-    assert right.reason("worker 'gw1' crashed") == "worker 'gw1' crashed"
-    assert len(right.reason("E " + "x" * 9999)) == right.REASON_CHARACTERS
+def test_of_a_failed_test_its_reason_is_recorded(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'x' * 9999\n")
+    recorder = checks._Recorder(job)
+    assert pytest.main([str(failing), "-p", "no:cacheprovider", "-p", "no:terminal"], plugins=[recorder]) == 1
+    assert [job.result[name] for name in ("passed", "failed", "skipped", "selected")] == [1, 1, 0, 2]
+    ((name, reason),) = job.result["failures"].items()
+    assert name.endswith("test_it.py::test_b (call)") and reason.startswith("AssertionError: xxx")
+    assert len(reason) == checks.REASON_CHARACTERS
+    crashed = types.SimpleNamespace(when="???", passed=False, failed=True, outcome="failed", nodeid="a test",
+                                    longrepr="worker 'gw1' crashed", longreprtext="worker 'gw1' crashed")  # fmt: skip
+    recorder.pytest_runtest_logreport(crashed)
+    assert job.result["failures"]["a test (???)"] == "worker 'gw1' crashed"
 
 
 def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    real = candidates._row
+    real = kernels._row
 
     def row(sets: Any, truth: Any, job: Job) -> dict[str, Any]:
         if launch.configuration("bn_relu_conv", launch.Shape(64, 16, 32, 1), torch.float16, 0, 2).num_warps == 1:
             raise RuntimeError("out of resource: shared memory")
         return real(sets, truth, job)
 
-    monkeypatch.setattr(candidates, "_row", row)
-    monkeypatch.setattr(candidates, "REHEARSED", ({}, {"num_warps": 1}, {}))
+    monkeypatch.setattr(kernels, "_row", row)
+    (case,) = kernels.REHEARSED
+    monkeypatch.setattr(kernels, "REHEARSED", {case: ({}, {"num_warps": 1}, {})})
     job.earlier["rates"] = {name: {"per_second": 1e12} for name in ("copy", "bfloat16", "float16", "tf32")}
-    candidates.measure(job)
+    kernels.candidates(job)
     rows = job.result["rows"]
     assert [row["checked"] for row in rows] == [True, False, True] and all(row["floor_seconds"] > 0 for row in rows)
     assert ["timing" in row for row in rows] == [True, False, True]
     entry = {"status": "ok", "seconds": 1.0, "environment": {}}
     assert "out of resource" in summary({"candidates": entry | {"result": runner.plain(job.result)}})
-    monkeypatch.setattr(candidates, "passes", lambda errors, dtype: False)
-    candidates.measure(job)
+    monkeypatch.setattr(kernels, "passes", lambda errors, dtype: False)
+    kernels.candidates(job)
     assert not any("timing" in row for row in job.result["rows"])
 
 
@@ -163,12 +172,12 @@ def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch:
 def test_a_candidates_check_starts_from_the_same_gradients_every_time(
     operation: str, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets, truth = candidates._bound(small(operation), job)
+    sets, truth = kernels._bound(small(operation), job)
     for _ in range(2):
-        row = candidates._row(sets, truth, job)
+        row = kernels._row(sets, truth, job)
         assert row["checked"], row
     monkeypatch.setattr(sets[0], "reset", lambda: None)
-    assert candidates._row(sets, truth, job)["checked"] == (operation == traffic.BACKWARD[1])
+    assert kernels._row(sets, truth, job)["checked"] == (operation == traffic.BACKWARD[1])
 
 
 NCU = """==PROF== Connected to process 7
@@ -183,13 +192,13 @@ ran forward 1x1
 
 
 def test_what_ncu_prints_is_read() -> None:
-    first, second = tools.rows(NCU)
+    first, second = kernels.rows(NCU)
     assert first["operation"] == "forward 1x1" and first["m"] == 64 * 56**2
     assert (first["nanoseconds"], first["L2 hits %"], first["stalled: wait"]) == (12345.0, 56.5, 2.5)
     assert second["operation"] == "forward 3x3" and second["nanoseconds"] == 500.0
     text = summary({"counters": {"status": "ok", "seconds": 1, "result": {"rows": [first]}, "environment": {}}})
     assert "12.3" in text and "wait 2.5" in text
-    assert list(tools.rows("==ERROR== no permission")) == []
+    assert list(kernels.rows("==ERROR== no permission")) == []
 
 
 class Greedy(nn.Module):
@@ -228,7 +237,7 @@ def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytes
 
     monkeypatch.setattr(steps, "build", build)
     with pytest.raises(RuntimeError, match="wrong: fastdense bottlenecks"):
-        right.check(job)
+        checks.networks(job)
     job.earlier["check"] = job.result
     job.result = {}
     steps.compare(job)
@@ -243,22 +252,23 @@ def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytes
 
 
 def test_a_graph_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    class Stale(steps.GraphedStep):
+    class Stale(steps.Step):
         def launch(self) -> None:
             super().launch()
             for parameter in self.model.parameters():
-                if parameter.grad is not None:
+                if self.graphed and parameter.grad is not None:
                     parameter.grad *= 1.01
 
-    monkeypatch.setattr(steps, "GraphedStep", Stale)
-    steps.measure(job, "densenet121", 64, (), (steps.BASE, steps.OURS[0]))
+    monkeypatch.setattr(steps, "Step", Stale)
+    monkeypatch.setitem(steps.COMPARISONS, job.name, ("densenet121", 64, (), (steps.BASE, steps.OURS[0])))
+    steps.compare(job)
     rows = job.result["rows"]
     assert not rows["fastdense activations, graph"]["checked"] and "step" not in rows["fastdense activations, graph"]
     assert "step" in rows["torchvision, graph"] and rows["torchvision, graph"]["differs_by"] > 1e-3
 
 
 def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    real = right.step
+    real = checks.step
 
     def step(pair: Any, x: torch.Tensor, seed: int) -> Any:
         found = real(pair, x, seed)
@@ -267,10 +277,10 @@ def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.M
             found["output"] = found["output"] * 1.1
         return found
 
-    monkeypatch.setattr(right, "step", step)
-    monkeypatch.setattr(right, "TOLERANCE", {torch.float32: 1e-6})
+    monkeypatch.setattr(checks, "step", step)
+    monkeypatch.setattr(checks, "TOLERANCE", {torch.float32: 1e-6})
     with pytest.raises(RuntimeError, match="output is off by"):
-        right.smoke(job)
+        checks.smoke(job)
     (found,) = job.result.values()
     assert found["wrong"] == ["output"] and found["simpler"]["one stage"]["wrong"] == ["output"]
     assert found["simpler"]["taps"] == {"wrong": [], "differing_reruns": 0}
@@ -279,11 +289,11 @@ def test_where_the_kernels_are_wrong_it_says_which_part_is(monkeypatch: pytest.M
 
 
 def test_reruns_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    pair = right.pair((1, 8, 4, 4))
-    assert right._differing(pair, torch.float32, job) == 0
-    real, noise = right.step, iter(range(10**6))
-    monkeypatch.setattr(right, "step", lambda *given: {**real(*given), "output": torch.tensor(float(next(noise)))})
-    assert right._differing(pair, torch.float32, job) == 1
+    pair = checks.pair((1, 8, 4, 4))
+    assert checks._differing(pair, torch.float32, job) == 0
+    real, noise = checks.step, iter(range(10**6))
+    monkeypatch.setattr(checks, "step", lambda *given: {**real(*given), "output": torch.tensor(float(next(noise)))})
+    assert checks._differing(pair, torch.float32, job) == 1
 
 
 def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
@@ -321,7 +331,7 @@ def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
 TOOL = """#!{python}
 import os, sys, time
 name = sys.argv[sys.argv.index("--tool") + 1]
-assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and sys.argv[-2:] == ["benchmarks.gpu.tools", "sanitizer"]
+assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and sys.argv[-2:] == ["benchmarks.gpu.kernels", "sanitizer"]
 print("ran resolve in torch.float16", flush=True)
 behaviour = "{behaviour}"
 if name == "racecheck" and behaviour == "hang":
@@ -344,27 +354,28 @@ def test_what_the_sanitizer_says(
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL.format(python=sys.executable, behaviour=behaviour))
     tool.chmod(0o755)
-    monkeypatch.setattr(tools, "find_tool", lambda name: str(tool))
-    job = Job("stage", tmp_path, time.time() + (9 if behaviour == "hang" else 60), rehearsal=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    job = Job("stage", time.time() + (9 if behaviour == "hang" else 60), rehearsal=False)
     if behaviour == "right":
-        tools.sanitizer(job)
+        kernels.sanitizer(job)
     else:
         with pytest.raises(RuntimeError, match="racecheck: "):
-            tools.sanitizer(job)
-    assert tuple(job.result[name]["found"] for name in tools.SANITIZERS) == found
-    assert all(job.result[name]["ran"] == 1 for name in tools.SANITIZERS)
+            kernels.sanitizer(job)
+    assert tuple(job.result[name]["found"] for name in kernels.SANITIZERS) == found
+    assert all(job.result[name]["ran"] == 1 for name in kernels.SANITIZERS)
     text = summary({"sanitizer": {"status": "ok", "seconds": 1, "result": job.result, "environment": {}}})
     assert ("did not finish" in text) == (None in found) and ("2 found" in text) == (2 in found)
 
 
 def test_without_the_tool_the_sanitizers_stage_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tools, "find_tool", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(kernels, "PLACES", ())
     with pytest.raises(Skip, match="not installed"):
-        tools.sanitizer(Job("stage", tmp_path, time.time() + 60, rehearsal=False))
+        kernels.sanitizer(Job("stage", time.time() + 60, rehearsal=False))
 
 
 def test_every_primitive_goes_under_the_sanitizer() -> None:
-    cases = list(tools.sanitized())
+    cases = list(kernels.sanitized())
     assert {case.operation for case in cases} == set(PRIMITIVE)
     assert all(case.shape.m % 16 and case.shape.reads % 16 for case in cases)  # tiles that are not full
 
@@ -387,7 +398,7 @@ def test_depth_is_asked_for_12_gb_and_for_no_longer_than_there_is(
         return {"results": {"cifar": {"title": "deepest", "grows": "depth", "providers": {"a": row}}}}
 
     monkeypatch.setattr(steps, "depth", types.SimpleNamespace(Options=Options, run=run))
-    job = Job("stage", tmp_path, time.time() + 60, rehearsal=False)
+    job = Job("stage", time.time() + 60, rehearsal=False)
     steps.deepest(job)
     (options,) = asked
     assert (options.budget, options.device) == (12 * 10**9, "cuda") and 40 < options.seconds < 60

@@ -13,7 +13,7 @@ from interpreted import accesses_counted
 import fastdense
 from benchmarks import roofline
 from benchmarks.compiled import traffic
-from benchmarks.gpu.primitives import Case, bind
+from benchmarks.gpu.primitives import Case, Primitive
 from benchmarks.harness import runner
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ CASES += [case(o, dims=3) for o in traffic.TRANSITION]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation} {case.dims}D")
 def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -> None:
     torch.manual_seed(0)
-    primitive = bind(case, torch.float16, CPU)
+    primitive = Primitive(case, torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     floor = case.floor.bytes
@@ -68,7 +68,7 @@ def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -
 @needs_interpreter
 def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
     backward = case(traffic.MAX_POOL[1])
-    primitive = bind(backward, torch.float16, CPU)
+    primitive = Primitive(backward, torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     pixels = backward.shape.m
@@ -80,7 +80,7 @@ def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
 
 @needs_interpreter
 def test_a_load_of_what_a_launch_has_stored_is_no_traffic() -> None:
-    primitive = bind(case(traffic.FORWARD[0]), torch.float16, CPU)
+    primitive = Primitive(case(traffic.FORWARD[0]), torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     (one,) = found
@@ -91,7 +91,7 @@ def test_a_load_of_what_a_launch_has_stored_is_no_traffic() -> None:
 
 @needs_interpreter
 def test_the_gradient_that_is_added_to_is_read_and_written() -> None:
-    primitive = bind(case(traffic.BACKWARD[0]), torch.float16, CPU)
+    primitive = Primitive(case(traffic.BACKWARD[0]), torch.float16, CPU)
     with accesses_counted() as found:
         primitive()
     assert found[0].loaded["D_ptr"] == found[0].stored["D_ptr"] == 512 * 24 * 2

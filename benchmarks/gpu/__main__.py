@@ -12,6 +12,7 @@ tests, pytest and hypothesis. With ``--rehearse`` the same stages run on the CPU
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from functools import partial
@@ -20,35 +21,30 @@ from pathlib import Path
 import torch
 
 from ..roofline import bars_of_record, plot
-from . import ahead
-from .run import MINUTES, PICTURE, Run
-from .stage import Stage
+from . import ahead, checks, kernels, machine, steps
+from .run import MINUTES, PICTURE, Run, Stage
 from .summary import summary
 
-_HERE = "benchmarks.gpu"
-
 STAGES = (
-    Stage("environment", f"{_HERE}.machine:describe", 20, runs="both"),
-    Stage("compile-batch8", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
-    Stage("compile-batch64", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
-    Stage("compile-batch256", f"{_HERE}.steps:compile_ahead", 200, runs="again", background=True),
-    Stage("tests-again", f"{_HERE}.right:gpu_tests", 110, runs="again", apart=True),
-    Stage("rates", f"{_HERE}.machine:rates", 20, runs="both", timed=True),
-    Stage("smoke", f"{_HERE}.right:smoke", 45),
-    Stage("check", f"{_HERE}.right:check", 45, runs="both"),
-    Stage("batch64", f"{_HERE}.steps:compare", 40, timed=True),
-    Stage("batch256", f"{_HERE}.steps:compare", 45, timed=True),
-    Stage("layers", f"{_HERE}.layers:measure", 30, timed=True),
-    Stage("candidates", f"{_HERE}.candidates:measure", 75, timed=True),
-    Stage("counters", f"{_HERE}.tools:counters", 45, timed=True, apart=True),
-    Stage("tests", f"{_HERE}.right:gpu_tests", 150, apart=True),
-    Stage("compiled-batch64", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
-    Stage("compiled-batch256", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
-    Stage("compiled-batch8", f"{_HERE}.steps:compare", 60, runs="again", timed=True),
-    Stage("densenet201", f"{_HERE}.steps:compare", 45, runs="again", timed=True),
-    Stage("batch1", f"{_HERE}.steps:compare", 30, runs="again", timed=True),
-    Stage("depth", f"{_HERE}.steps:deepest", 60, runs="again", timed=True, apart=True),
-    Stage("sanitizer", f"{_HERE}.tools:sanitizer", 90, runs="again", timed=True, apart=True),
+    Stage("environment", machine.describe, 20, runs="both"),
+    *(Stage(name, steps.compile_ahead, 200, runs="again", background=True) for name in steps.COMPILATIONS),
+    Stage("tests-again", checks.gpu_tests, 110, runs="again", apart=True),
+    Stage("rates", machine.rates, 20, runs="both", timed=True),
+    Stage("smoke", checks.smoke, 45),
+    Stage("check", checks.networks, 45, runs="both"),
+    Stage("batch64", steps.compare, 40, timed=True),
+    Stage("batch256", steps.compare, 45, timed=True),
+    Stage("layers", steps.profile_layers, 30, timed=True),
+    Stage("candidates", kernels.candidates, 75, timed=True),
+    Stage("counters", kernels.counters, 45, timed=True, apart=True),
+    Stage("tests", checks.gpu_tests, 150, apart=True),
+    Stage("compiled-batch64", steps.compare, 60, runs="again", timed=True),
+    Stage("compiled-batch256", steps.compare, 60, runs="again", timed=True),
+    Stage("compiled-batch8", steps.compare, 60, runs="again", timed=True),
+    Stage("densenet201", steps.compare, 45, runs="again", timed=True),
+    Stage("batch1", steps.compare, 30, runs="again", timed=True),
+    Stage("depth", steps.deepest, 60, runs="again", timed=True, apart=True),
+    Stage("sanitizer", kernels.sanitizer, 90, runs="again", timed=True, apart=True),
 )
 
 
@@ -61,9 +57,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of --ahead: what was compiled there")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the longest that all stages may take together")
     parser.add_argument("--again", action="store_true", help="the second run: what takes minutes")
-    parser.add_argument(
-        "--stages", nargs="+", metavar="NAME", choices=[stage.name for stage in STAGES], help="only these, of both runs"
-    )
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", metavar="NAME", choices=names, help="only these, of both runs")
     parser.add_argument(
         "--rehearse",
         action="store_true",
@@ -76,6 +71,9 @@ def main() -> None:
         return
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU here; --rehearse runs the same stages on the CPU and measures nothing")
+    os.environ.pop("TRITON_INTERPRET", None)
+    if options.rehearse:  # in the processes that stages run in
+        os.environ["TRITON_INTERPRET"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopping the run stops its stages
     report = None if options.cache is None else ahead.take(options.cache)
     run = Run(options.out, minutes=options.minutes, rehearsal=options.rehearse, say=say)
@@ -83,7 +81,7 @@ def main() -> None:
     if groups := bars_of_record({"stages": run.stages}):
         try:
             plot(groups, run.out / PICTURE)
-        except Exception as error:  # whatever a picture needs, the results are kept
+        except Exception as error:  # whatever a picture needs, the results are there without it
             say(f"no picture: {type(error).__name__}: {error}")
     say(summary(run.stages))
     if report is not None:

@@ -9,8 +9,8 @@ Triton's JIT, cache and launcher are the real ones, above a driver library whose
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
@@ -52,22 +52,18 @@ def install() -> None:
 
 
 def _load_library() -> None:
-    """The driver library, built on first use, in the place of the real one: whatever asks for that gets this."""
-    content = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"fastdense-fake-driver-{os.getuid()}-{content}"
-    library = folder / "libcuda.so.1"
-    if not library.exists():
-        folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
-            options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", unfinished.name]
-        subprocess.run([str(COMPILER), *options, str(SOURCE)], check=True)
-        Path(unfinished.name).rename(library)  # other processes see it whole or not at all
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    """Builds the driver library and loads it in the place of the real one: whatever asks for that gets this."""
+    folder = tempfile.mkdtemp(prefix="fastdense-fake-driver-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "libcuda.so.1"
+    command = [str(COMPILER), "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE)]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _install_driver() -> None:
-    """Triton's own CUDA driver, told by us which device it is on: it would ask PyTorch."""
+    """Activates Triton's own CUDA driver, told by us which device it is on: it would ask PyTorch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
@@ -82,7 +78,7 @@ def _install_driver() -> None:
 
 
 def _tell_fastdense() -> None:
-    """Everything by which fastdense would notice that there is no GPU, or that it computes nothing."""
+    """Replaces what would tell fastdense that there is no GPU, or that it computes nothing."""
     from fastdense.backends import select, triton_launcher
 
     def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -90,9 +86,6 @@ def _tell_fastdense() -> None:
             return impl
         return "triton" if dtype is None or dtype in select.TRITON_DTYPES else "torch"
 
-    for module, name, value in (
-        (triton_launcher, "_architecture", lambda device: (ARCH, SM_COUNT)),
-        (select, "resolve", resolve),
-        (select, "self_test_failure", lambda name, device, dtype: None),
-    ):
-        setattr(module, name, value)
+    triton_launcher._architecture = lambda device: (ARCH, SM_COUNT)  # type: ignore[assignment]
+    select.resolve = resolve
+    select.self_test_failure = lambda name, device, dtype: None  # type: ignore[assignment]

@@ -1,22 +1,26 @@
-"""What machine this is, how fast it copies and multiplies (the two rates behind every floor), and how it is timed."""
+"""What machine this is, and how fast it copies and multiplies: the two rates behind every floor."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..harness.runner import Timing, query_gpu
-from .stage import Job
+from fastdense.environment import environment
 
-FIELDS = ("name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode")
-CLOCKS = ("clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory")
+from ..harness.runner import Timing, query_gpu
+from ..harness.training import arithmetic
+from .run import Job
+
+FIELDS = (
+    "name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode",
+    "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory",
+)  # fmt: skip
 STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
@@ -26,34 +30,20 @@ MATMUL_SIZE = 8192
 
 
 def describe(job: Job) -> None:
-    """The environment: device, versions, clocks."""
-    from fastdense.environment import environment
-
+    """Records the environment: device, versions, clocks, variables."""
     job.result |= {"fastdense": environment(), "variables": {name: os.environ.get(name) for name in VARIABLES}}
-    job.result["cpus"] = len(os.sched_getaffinity(0))
-    if job.rehearsal:
-        return
-    job.result["gpu"] = query_gpu(*FIELDS, *CLOCKS)
-    properties = torch.cuda.get_device_properties(job.device)
-    free, total = torch.cuda.mem_get_info(job.device)
-    job.result["properties"] = {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "cache_bytes": properties.L2_cache_size,
-        "memory_bytes": total,
-        "free_bytes": free,
-    }
-    job.result["torch"] = torch.__config__.show()
+    job.result |= {"cpus": len(os.sched_getaffinity(0)), "torch": torch.__config__.show()}
+    if not job.rehearsal:
+        job.result["gpu"] = query_gpu(*FIELDS)
 
 
 def state(device: torch.device) -> dict[str, str]:
-    """Clocks, temperature and power as they are; read, never set. A slow card shows here."""
+    """Returns clocks, temperature and power as they are; read, never set. A slow card shows here."""
     return query_gpu(*STATE) | query_gpu(SLOWED_BY) if device.type == "cuda" else {}
 
 
 def rates(job: Job) -> None:
-    """Bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
+    """Measures bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
     moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
     job.result["before"] = state(job.device)
     values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
@@ -61,7 +51,7 @@ def rates(job: Job) -> None:
     for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
         job.save()
         a, b, out = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(3))
-        with tf32(label == "tf32"):
+        with arithmetic("tf32", job.device):
             job.result[label] = _rate(partial(torch.mm, a, b, out=out), 2 * size**3, job.device, size=size)
     job.result["after"] = state(job.device)
 
@@ -72,36 +62,24 @@ def _rate(function: Callable[[], Any], amount: int, device: torch.device, **of: 
 
 
 def measured_rates(job: Job) -> tuple[float, float] | None:
-    """Copy rate and bfloat16's matrix product rate for floors, if the stage that measures them has finished."""
+    """Returns the rates of a copy and of bfloat16's matrix product, if the stage that measures them has finished."""
     found = job.earlier.get("rates")
     return None if found is None else (found["copy"]["per_second"], found["bfloat16"]["per_second"])
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` and the like."""
+    """Returns ``"bfloat16"`` and the like."""
     return str(dtype).removeprefix("torch.")
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """fp32 products in TF32, or exact."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was queued."""
+    """Waits until the device has done what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_timing(function: Callable[[], Any], device: torch.device) -> Timing:
-    """Seconds that ``function`` takes on the device, its inputs not in the cache; a rehearsal's run once on the CPU."""
+    """Measures ``function`` on the device, its inputs not in the cache; on the CPU, for a rehearsal, once."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -112,7 +90,7 @@ def device_timing(function: Callable[[], Any], device: torch.device) -> Timing:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """``||got - want|| / ||want||`` in float64; NaN anywhere is NaN, and no tolerance admits it."""
+    """Returns ``||got - want|| / ||want||`` in float64; NaN anywhere is NaN, and no tolerance admits it."""
     difference = (got.double() - want.double().view(got.shape)).norm()
     scale = want.double().norm()
     return (difference / scale if scale > 0 else difference).item()

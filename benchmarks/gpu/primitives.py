@@ -7,8 +7,8 @@ their gradients. :class:`Primitive` is all that this package knows of how a back
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from fastdense.core.features import Features, LazyGradient, as_images, as_rows, 
 from fastdense.core.primitives import Conv, Norm, Pool
 
 from ..compiled import traffic
-from .machine import relative_error, tf32
+from ..harness.training import arithmetic
+from .machine import relative_error
 
 # Relative 2-norm against the same arithmetic in fp32: a few roundings of operands and results.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -65,55 +66,13 @@ class Case:
         return traffic.primitive(self.operation, self.shape, window=2**self.dims)
 
 
-class Tensors(NamedTuple):
-    """Random values of one primitive, all as the backends get them; those of a 3x3 write into the wide buffer."""
-
-    x: Tensor  # [m_in, width or reads]: what is read, or the buffer that it is a slice of
-    y: Tensor  # [m_out, width or writes]: what is written, or was
-    grad_x: Tensor  # like x
-    grad_y: Tensor  # like y
-    gamma: Tensor  # [reads], fp32
-    beta: Tensor  # [reads], fp32
-    a: Tensor  # [writes], fp32: the lazy coefficients that arrive
-    b: Tensor  # [writes], fp32
-    weight: Tensor  # [writes, reads, *kernel]
-
-    @classmethod
-    def random(cls, case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Values of ordinary size; moderate gradients, to which a timed run can add many times."""
-        _, reads, writes, taps, _ = case.shape
-        m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
-        spatial, wide_y = case.operation in CONV_3X3, case.operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
-        x = m_in, reads if spatial else case.width
-        y = m_out, case.width if wide_y else writes
-
-        def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            return torch.randn(size, device=device).mul_(scale).add_(shift)
-
-        grad_y = normal(*y, scale=1e-2).to(dtype)
-        kernel = (math.isqrt(taps),) * case.dims
-        values = _apart(case, device) if case.operation in traffic.MAX_POOL else normal(*x, shift=0.5)
-        return cls(
-            x=values.to(dtype),
-            y=normal(*y, shift=-0.5).to(dtype),
-            grad_x=normal(*x, scale=1e-2).to(dtype),
-            grad_y=grad_y,
-            gamma=torch.rand(reads, device=device) + 0.5,
-            beta=torch.rand(reads, device=device) - 0.5,
-            # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
-            a=-grad_y.float().mean(0) if case.operation == ACCUMULATING else normal(writes, scale=1e-3),
-            b=normal(writes, scale=1e-3),
-            weight=normal(writes, *kernel, reads, scale=math.sqrt(2 / (reads * taps))).to(dtype).movedim(-1, 1),
-        )
-
-
-def _apart(case: Case, device: torch.device) -> Tensor:
+def _apart(case: Case, uniform: Callable[..., Tensor]) -> Tensor:
     """Rows whose 3 x 3 neighbours differ by 0.2 at least: rounding to 16 bit moves no maximum to another pixel."""
     height, width = case.spatial
-    levels = torch.rand(case.width, 9, device=device).argsort(1).float().t() * 0.5 - 1.5  # [9, channels]
-    rows = torch.arange(height, device=device) % 3 * 3
-    place = (rows[:, None] + torch.arange(width, device=device) % 3).flatten().repeat(case.batch)
-    return levels[place] + (torch.rand(len(place), case.width, device=device) - 0.5) * 0.3
+    levels = uniform(case.width, 9).argsort(1).float().t() * 0.5 - 1.5  # [9, channels]
+    rows = torch.arange(height, device=levels.device) % 3 * 3
+    place = (rows[:, None] + torch.arange(width, device=levels.device) % 3).flatten().repeat(case.batch)
+    return levels[place] + uniform(len(place), case.width, shift=-0.5) * 0.3
 
 
 def _with_moments(rows: Tensor) -> Features:
@@ -122,50 +81,74 @@ def _with_moments(rows: Tensor) -> Features:
 
 
 class Primitive:
-    """A primitive bound to its tensors; calling it runs it, ``results()`` is what it left behind.
+    """A primitive bound to random values of ordinary size, the same ones each time; calling it runs it.
 
     Args:
         case: which primitive.
-        tensors: what it reads and writes: a call changes them.
+        dtype: that its values are rounded to.
+        device: where they lie.
         impl: the backend's name.
+        exact: whether the rounded values are held, and computed with, in float32.
     """
 
-    def __init__(self, case: Case, tensors: Tensors, impl: str) -> None:
-        self.case, self.tensors, self.dtype, device = case, tensors, tensors.x.dtype, tensors.x.device
-        _, reads, writes, _, _ = case.shape
-        inside, outside = case.sizes
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: torch.device, impl: str = "triton", *, exact: bool = False
+    ) -> None:
+        self.case, self.dtype = case, dtype
+        operation, (_, reads, writes, taps, _) = case.operation, case.shape
+        m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
+        in_3x3, wide_y = operation in CONV_3X3, operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def uniform(*size: int, shift: float = 0.0) -> Tensor:
+            return torch.rand(size, generator=generator, device=device).add_(shift)
+
+        def normal(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).mul_(scale).add_(shift)
+
+        def rounded(values: Tensor) -> Tensor:
+            return values.to(dtype).to(torch.float32 if exact else dtype)
+
+        # What is read and written, or the buffers that it is a slice of; gradients so small that many can be added up.
+        pooled = operation in traffic.MAX_POOL
+        x = rounded(_apart(case, uniform) if pooled else normal(m_in, reads if in_3x3 else case.width, shift=0.5))
+        y = rounded(normal(m_out, case.width if wide_y else writes, shift=-0.5))
+        grad_x, grad_y = rounded(normal(*x.shape, scale=1e-2)), rounded(normal(*y.shape, scale=1e-2))
+        scale = math.sqrt(2 / (reads * taps))
+        weight = rounded(normal(writes, *(math.isqrt(taps),) * case.dims, reads, scale=scale)).movedim(-1, 1)
+        norm = Norm(uniform(reads, shift=0.5), uniform(reads, shift=-0.5), 1e-5)
+        a, b = normal(2, writes, scale=1e-3)
         of_x = slice(0, reads)
-        of_y = slice(case.width - writes, case.width) if case.operation in CONV_3X3 else slice(0, writes)
-        self.images = as_images(tensors.x, inside)[:, of_x]
+        of_y = slice(case.width - writes, case.width) if in_3x3 else slice(0, writes)
+
+        self.images = as_images(x, case.sizes[0])[:, of_x]
         self.be = select.create(impl, self.images)
-        norm = Norm(tensors.gamma, tensors.beta, 1e-5)
-        (self.conv,) = self.be.prepare([Conv(norm, tensors.weight, pool=case.pool)])
-        self.source, self.output = _with_moments(tensors.x)[of_x], _with_moments(tensors.y)[of_y]
-        self.grad = LazyGradient(tensors.grad_y[:, of_y], tensors.a, tensors.b)
-        if case.operation == ACCUMULATING:
+        (self.conv,) = self.be.prepare([Conv(norm, weight, pool=case.pool)])
+        self.source, self.output = _with_moments(x)[of_x], _with_moments(y)[of_y]
+        self.grad = LazyGradient(grad_y[:, of_y], a, b)
+        if operation == ACCUMULATING:
             D = self.be.gradient_buffer(self.output).D.copy_(self.grad.D)
-            self.grad = LazyGradient(D, tensors.a, tensors.b, balanced=True)
-            self.into = LazyGradient(tensors.grad_x[:, of_x], *torch.zeros(2, reads, device=device))
+            # A bottleneck's gradient sums to 0: that is what comes through a BatchNorm alone.
+            self.grad = LazyGradient(D, -D.float().mean(0), b, balanced=True)
+            self.into = LazyGradient(grad_x[:, of_x], *torch.zeros(2, reads, device=device))
         else:
             self.into = self.be.gradient_buffer(self.source)
-        if case.operation == traffic.TRANSITION[1]:  # what a transition writes is not lazy
+        if operation == traffic.TRANSITION[1]:  # what a transition writes is not lazy
             self.grad = LazyGradient(self.grad.D, None, None)
             self.output = Features(self.grad.D, None, None)
-        elif case.operation in traffic.AROUND:  # written into memory of its own
-            self.written = empty_features((case.batch, writes, *outside), dtype=self.dtype, device=device)
-            moments = (None, None) if case.operation in traffic.MEAN else torch.empty(2, writes, device=device)
+        elif operation in traffic.AROUND:  # written into memory of its own
+            outside = case.sizes[1]
+            self.written = empty_features((case.batch, writes, *outside), dtype=x.dtype, device=device)
+            moments = (None, None) if operation in traffic.MEAN else torch.empty(2, writes, device=device)
             self.output = Features(as_rows(self.written) if outside else self.written, *moments)
         self.gradients: list[Tensor | None] = []
-        self._start: Tensor | None = None
+        self._start = self.into.D.clone() if operation == ACCUMULATING else None
 
     def reset(self) -> None:
-        """NaN wherever a call must write, so that what it leaves out is seen; what it adds to, as it was at first."""
+        """Writes NaN wherever a call must write, and what it adds to as it was at first."""
         self.gradients = []
-        accumulating = self.case.operation == ACCUMULATING
-        if accumulating and self._start is None:
-            self._start = self.into.D.clone()
         for tensor in self.results().values():
-            tensor.fill_(0.0 if accumulating else math.nan)
+            tensor.fill_(math.nan if self._start is None else 0.0)
         if self._start is not None:
             self.into.D.copy_(self._start)
 
@@ -190,7 +173,7 @@ class Primitive:
             be.bn_relu_pool(source, conv.norm, pool, self.output)
 
     def results(self) -> dict[str, Tensor]:
-        """Everything that the primitive writes, by name."""
+        """Returns everything that the primitive writes, by name."""
         found: dict[str, Tensor | None] = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=False))
         if self.case.operation in (*traffic.BACKWARD, traffic.TRANSITION[1], *POOLED_BACKWARD):
             found |= {"D": self.into.D, "a": self.into.a, "b": self.into.b}
@@ -203,31 +186,25 @@ class Primitive:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def bind(case: Case, dtype: torch.dtype, device: torch.device, impl: str = "triton") -> Primitive:
-    """The primitive on fresh random values."""
-    return Primitive(case, Tensors.random(case, dtype, device), impl)
-
-
 def expected(primitive: Primitive) -> dict[str, Tensor]:
-    """What the torch backend finds in fp32 on the values of a primitive that has not run yet."""
-    case, tensors = primitive.case, primitive.tensors
-    if case.operation != traffic.MAX_POOL[0]:  # a maximum is taken of rounded values
-        tensors = Tensors(*(tensor.float().clone() for tensor in tensors))
-    truth = Primitive(case, tensors, "torch")
-    truth.reset()
-    with tf32(False):
-        truth()
-    return truth.results()
+    """Computes a primitive's results by the torch backend in float32."""
+    case = primitive.case
+    exact = case.operation != traffic.MAX_POOL[0]  # a maximum is taken of rounded values
+    return _run(Primitive(case, primitive.dtype, primitive.images.device, "torch", exact=exact))
 
 
 def errors(primitive: Primitive, want: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors of one run, by name."""
+    """Computes the relative errors of one run, by name."""
+    return {name: relative_error(got, want[name]) for name, got in _run(primitive).items()}
+
+
+def _run(primitive: Primitive) -> dict[str, Tensor]:
     primitive.reset()
-    with tf32(False):
+    with arithmetic("fp32", primitive.images.device):
         primitive()
-    return {name: relative_error(got, want[name]) for name, got in primitive.results().items()}
+    return primitive.results()
 
 
 def passes(errors: dict[str, float], dtype: torch.dtype) -> bool:
-    """Whether every error is within a few roundings; NaN is not."""
+    """Returns whether every error is within a few roundings; NaN is not."""
     return bool(errors) and all(error <= TOLERANCE[dtype] for error in errors.values())

@@ -1,4 +1,4 @@
-"""Training steps of whole networks, all with the same weights: time, the host's time, peak memory, greatest depth.
+"""Training steps of whole networks, all with the same weights: time, the host's time, peak memory, time by kernel.
 
 A step is forward, cross-entropy and backward under autocast to bfloat16, channels last, without an optimizer; eager, or
 captured as a CUDA graph.
@@ -6,24 +6,34 @@ captured as a CUDA graph.
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastdense
+from fastdense.backends.triton_backend import TritonBackend
 from fastdense.memory import peak_bytes
 
 from .. import depth
-from ..compiled.traffic import NETWORKS, Network, network_floor_seconds, network_traffic
+from ..compiled import launches
+from ..compiled.report import traffic_of
+from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds, network_traffic
 from ..harness.peers import torchvision_densenet
 from ..harness.runner import Timing, interleave
 from .machine import measured_rates, name_of, relative_error, state, synchronize
-from .stage import Job, describe, release
+from .run import Job, describe, release
 
 DTYPE = torch.bfloat16
 REHEARSED, REHEARSED_SIZE = Network(8, (1, 1), 16), 16
@@ -36,8 +46,11 @@ CONVERTED = "fastdense converted"
 PLAIN = (BASE, EFFICIENT, *OURS)
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 SAME = 1e-3  # relative 2-norm of a graph's gradients against the eager step's
+PROFILED_BATCHES = (64, 256)
+OTHERS = 12  # kernels that are not ours, listed by name
+NAME_CHARACTERS = 80
 DEPTH_BYTES = 12 * 10**9
-SPARE_SECONDS = 8.0  # for the trial of a depth that runs when time is up
+SPARE_SECONDS = 8.0  # for the depth that is being tried when time is up
 
 
 # By the stage's name: who is timed on which network and how many images, eager, and as a CUDA graph.
@@ -55,12 +68,12 @@ COMPILATIONS = {"compile-batch8": (8, REDUCED), "compile-batch64": (64, COMPILED
 
 
 def rehearsed(job: Job, name: str, batch: int, size: int = SIZE) -> tuple[Network, int, int]:
-    """Network, images and their size; in a rehearsal, whose steps are interpreted, two small layers and images."""
+    """Returns network, images and their size; for a rehearsal, whose steps are interpreted, small ones."""
     return (REHEARSED, 2, REHEARSED_SIZE) if job.rehearsal else (NETWORKS[name], batch, size)
 
 
 def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
-    """A provider's network; ``Any``, because ``Module.to(memory_format=...)`` has no type."""
+    """Returns a provider's network; ``Any``, because ``Module.to(memory_format=...)`` has no type."""
     arguments = of.growth_rate, of.layers, of.init_features
     if label in OURS:
         # The interpreter takes seconds for a step: in a rehearsal one mode runs the kernels, the other PyTorch's.
@@ -78,7 +91,7 @@ def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
 
 
 def models(of: Network, labels: Iterable[str], device: torch.device, *, rehearsal: bool = False) -> dict[str, Any]:
-    """The providers' networks, all with the same weights."""
+    """Returns the providers' networks, all with the same weights."""
     torch.manual_seed(0)
     weights = build(of, BASE).state_dict()
     found = {label: build(of, label, rehearsal=rehearsal) for label in labels}
@@ -89,7 +102,7 @@ def models(of: Network, labels: Iterable[str], device: torch.device, *, rehearsa
 
 
 def images(batch: int, size: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random images, channels last, and random classes."""
+    """Returns random images, channels last, and random classes."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(batch, 3, size, size, generator=generator, device=device)
     classes = torch.randint(CLASSES, (batch,), generator=generator, device=device)
@@ -103,25 +116,43 @@ class Step:
         model: one provider's network.
         x, classes: fixed images and their classes.
         dtype: of 16 bit for autocast.
+        graphed: captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
     """
 
-    way = "eager"
-    keeps_casts = True  # of the weights, from their first use in the step on
-
-    def __init__(self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE) -> None:
-        self.model, self.x, self.classes, self.dtype = model, x, classes, dtype
+    def __init__(
+        self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE, *, graphed: bool = False
+    ) -> None:
+        self.model, self.x, self.classes, self.dtype, self.graphed = model, x, classes, dtype, graphed
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.loss: Tensor | None = None
+        if not graphed or x.device.type != "cuda":
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # as PyTorch's documentation asks for before a capture
+                self.launch()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        model.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            self.launch()
+        self.graph = graph
 
     def launch(self) -> None:
-        """Queue the step."""
+        """Queues the step."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
         self.model.zero_grad(set_to_none=True)
         low = self.dtype.itemsize == 2
-        with torch.autocast(self.x.device.type, self.dtype, enabled=low, cache_enabled=self.keeps_casts):
+        # Casts of the weights that autocast remembers would outlive a capture.
+        with torch.autocast(self.x.device.type, self.dtype, enabled=low, cache_enabled=not self.graphed):
             self.loss = F.cross_entropy(self.model(self.x), self.classes)
         self.loss.backward()
 
     def __call__(self) -> Mapping[str, float]:
-        """Seconds until the device has finished, and until the host has queued everything."""
+        """Returns the seconds until the device has finished, and until the host has queued everything."""
         synchronize(self.x.device)
         start = time.perf_counter()
         self.launch()
@@ -130,57 +161,20 @@ class Step:
         return {"step": time.perf_counter() - start, "host": queued - start}
 
     def gradients(self) -> Tensor:
-        """Loss and all gradients of a step, as one vector."""
+        """Returns the loss and all gradients of a step, as one vector."""
         self()
         assert self.loss is not None
         return with_gradients(self.loss, self.model).float()
 
 
-class GraphedStep(Step):
-    """The same, captured once as a CUDA graph and replayed; gradients lie where the capture put them."""
-
-    way = "graph"
-    keeps_casts = False  # they would outlive the capture
-    warmups = 3  # before a capture, as PyTorch's documentation asks for
-
-    def __init__(self, model: nn.Module, x: Tensor, classes: Tensor) -> None:
-        super().__init__(model, x, classes)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if x.device.type != "cuda":
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warmups):
-                super().launch()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        model.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph):
-            super().launch()
-        self.graph = graph
-
-    def launch(self) -> None:
-        """Queue the step."""
-        if self.graph is None:
-            super().launch()
-        else:
-            self.graph.replay()
-
-
 def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
-    """``output`` and all gradients of ``model`` as one vector, in float64."""
+    """Returns ``output`` and all gradients of ``model`` as one vector, in float64."""
     found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     return torch.cat([tensor.double().flatten() for tensor in found])
 
 
-def compare(job: Job) -> None:
-    """Check and time the steps of the comparison that is called as the stage."""
-    measure(job, *COMPARISONS[job.name])
-
-
 def compile_ahead(job: Job) -> None:
-    """Fill Inductor's cache on disk while the tests run: what the timed stages compile then takes seconds."""
+    """Fills Inductor's cache on disk while the tests run: what the timed stages compile then takes seconds."""
     batch, label = COMPILATIONS[job.name]
     of, batch, size = rehearsed(job, "densenet121", batch)
     (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
@@ -189,8 +183,9 @@ def compile_ahead(job: Job) -> None:
     job.result["first_seconds"] = time.perf_counter() - start
 
 
-def measure(job: Job, network: str, count: int, eager: tuple[str, ...], graphed: tuple[str, ...]) -> None:
-    """Interleaved steps of all providers that are right and fit into memory."""
+def compare(job: Job) -> None:
+    """Times interleaved steps of the stage's providers, those that are right and fit into memory."""
+    network, count, eager, graphed = COMPARISONS[job.name]
     of, batch, size = rehearsed(job, network, count)
     job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
     job.result |= {"layout": "channels_last", "before": state(job.device), "rows": {}}
@@ -199,37 +194,34 @@ def measure(job: Job, network: str, count: int, eager: tuple[str, ...], graphed:
     if (rates := measured_rates(job)) is not None:
         job.result["modelled"]["floor_seconds"] = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
     x, classes = images(batch, size, job.device)
-    ways: dict[type[Step], tuple[str, ...]] = {Step: eager, GraphedStep: graphed}
-    for way, labels in ways.items():  # one after another: a graph holds its memory
+    for way, labels in (("eager", eager), ("graph", graphed)):  # one after another: a graph holds its memory
         if job.rehearsal and (network, count) != ("densenet121", 64):
             # The interpreter takes seconds for a step: the kernels run in one of the stages.
             labels = tuple(label for label in labels if label != OURS[1])
         steps = {}
         for label, model in models(of, labels, job.device, rehearsal=job.rehearsal).items():
             if (step := _prepared(job, label, way, model, x, classes)) is not None:
-                steps[f"{label}, {way.way}"] = step
+                steps[f"{label}, {way}"] = step
         _interleave(job, steps)
         steps.clear()
         release(job.device)  # a capture cannot ask for what is cached
     job.result["after"] = state(job.device)
 
 
-def _prepared(job: Job, label: str, way: type[Step], model: nn.Module, x: Tensor, classes: Tensor) -> Step | None:
+def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, classes: Tensor) -> Step | None:
     """The step, warmed up, if it is right and fits into memory; what is known of it is in ``job.result``."""
     row: dict[str, Any] = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
-    job.result["rows"][f"{label}, {way.way}"] = row
-    if row["checked"] is False:
-        return None
-    if way is GraphedStep and label == EFFICIENT:  # and what has failed under capture may take later captures along
+    job.result["rows"][f"{label}, {way}"] = row
+    if way == "graph" and label == EFFICIENT:  # and what has failed under capture may take later captures along
         row["status"] = "cannot be captured: checkpointing asks for the random generator's state"
+    if row["checked"] is False or "status" in row:
         return None
     try:
         start = time.perf_counter()
-        step = way(model, x, classes)
+        step = Step(model, x, classes, graphed=way == "graph")
         step()
-        synchronize(job.device)
         row["first_seconds"] = time.perf_counter() - start  # with compiling whatever was not compiled yet
-        if isinstance(step, GraphedStep):
+        if step.graphed:
             replayed = step.gradients()
             eager = Step(model, x, classes).gradients()
             # The stem's own convolution is cuDNN's, which may add up its weight's gradient in any order.
@@ -269,17 +261,99 @@ def _interleave(job: Job, steps: Mapping[str, Step]) -> None:
 
 
 def deepest(job: Job) -> None:
-    """The deepest network and the largest batch that train within 12 GB, or bounds where time was up before."""
+    """Finds the deepest network and the largest batch that train within 12 GB, or bounds where time was up before."""
     seconds = max(1.0, job.seconds_left() - SPARE_SECONDS)
     if job.rehearsal:
         quick = depth.Options.quick("cpu")
         options = replace(quick, budget=10**8, seconds=min(seconds, 5.0), providers=("fastdense-activations",))
     else:
         options = depth.Options(budget=DEPTH_BYTES, device="cuda", seconds=seconds)
-    said = job.result["said"] = []
+    job.result |= depth.run(options, print)
 
-    def say(line: str) -> None:
-        said.append(line)
-        job.save()
 
-    job.result |= depth.run(options, say)
+def profile_layers(job: Job) -> None:
+    """Traces a step of torchvision's network and of ours, at each batch size: time on the device by kernel."""
+    for batch in PROFILED_BATCHES[: 1 if job.rehearsal else None]:
+        for label in OURS[1:] if job.rehearsal else (BASE, *OURS):
+            of, count, size = rehearsed(job, "densenet121", batch)
+            (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
+            found = _profile(Step(model, *images(count, size, job.device)), job)
+            job.result[f"{label}, batch {batch}"] = found | {"network": "densenet121", "batch": batch}
+            timed = job.earlier.get(f"batch{batch}", {"rows": {}})["rows"].get(f"{label}, eager", {})
+            if "step" in timed:
+                job.result[f"{label}, batch {batch}"]["busy"] = found["device_seconds"] / timed["step"]["median"]
+            job.save()
+
+
+def _profile(step: Step, job: Job) -> dict[str, Any]:
+    for _ in range(1 if job.rehearsal else 3):
+        step()
+    with launches_noted() as noted:
+        if job.rehearsal:  # the launches stand for what would have been traced
+            step()
+            kernels = [(launch.kernel.__name__, 1e-6) for launch in noted]
+        else:
+            kernels = traced(step)
+    names = {launch.kernel.__name__ for launch in noted}
+    ours = [seconds for name, seconds in kernels if name in names]
+    others: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in kernels:
+        if name not in names:
+            others[name[:NAME_CHARACTERS]] += seconds
+    matched = len(ours) == len(noted)
+    return {
+        "kernels": len(kernels),
+        "device_seconds": sum(seconds for _, seconds in kernels),
+        "ours_seconds": sum(ours),
+        "matched": matched,
+        "rows": _rows(noted, ours, job) if matched else [],
+        "others": dict(sorted(others.items(), key=lambda pair: -pair[1])[:OTHERS]),
+    }
+
+
+@contextmanager
+def launches_noted() -> Iterator[list[launches.Launch]]:
+    """Notes the launches that are made within the ``with``, in order, without their tensors."""
+    found: list[launches.Launch] = []
+    make = TritonBackend.launch
+
+    def launch(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, config: Any, **constants: Any) -> None:
+        make(self, kernel, programs, *arguments, config=config, **constants)
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        plain = {name: "tensor" if isinstance(value, Tensor) else value for name, value in named.items()}
+        found.append(launches.Launch(kernel, programs, plain, config))
+
+    with patch.object(TritonBackend, "launch", launch):
+        yield found
+
+
+def traced(step: Step) -> list[tuple[str, float]]:
+    """Returns the kernels of one step in the order in which the device ran them, with their seconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kernels = sorted((event for event in events if event.get("cat") == "kernel"), key=lambda event: event["ts"])
+    return [(event["name"], event["dur"] / 1e6) for event in kernels]
+
+
+def _rows(noted: list[launches.Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
+    """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
+    rates = measured_rates(job)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for launch, seconds in zip(noted, kernels, strict=True):
+        operation, tile = launches.name_of(launch), launch.config
+        moved, shape = traffic_of(launch, DTYPE.itemsize)
+        config = f"{tile.block_m}x{tile.block_c}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
+        row = rows.setdefault(
+            (operation, *shape.items(), launch.programs),
+            {"operation": operation, **shape, "programs": launch.programs, "times": 0, "seconds": 0.0,
+             "config": config, "bytes": moved.bytes, "flops": moved.flops},
+        )  # fmt: skip
+        row["times"] += 1
+        row["seconds"] += seconds
+        if rates is not None:
+            row["floor_seconds"] = floor_seconds(*moved, *rates)
+    return [row | {"seconds": row["seconds"] / row["times"]} for row in rows.values()]

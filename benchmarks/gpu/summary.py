@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..roofline import bars, of_profile
-from .stage import last_line
+from .run import last_line
 from .steps import COMPARISONS
 
 CHARACTERS = 10_000
 WIDTH = 118
 ROWS = 12  # of a table of kernels
 LISTED = 5  # of what went wrong in one stage
-REHEARSAL = "REHEARSAL on the CPU, in Triton's interpreter: it ran, and no figure below says anything about a GPU."
+REHEARSAL = "REHEARSAL on the CPU, in Triton's interpreter: it ran, and no number below says anything about a GPU."
 MADE = ("device", "driver", "torch", "triton", "python", "commit", "sources", "date")
 
 Result = Mapping[str, Any]
@@ -27,10 +27,10 @@ Blocks = Iterator[str | Table]
 
 
 def summary(stages: Mapping[str, Result]) -> str:
-    """All stages of a record (``gpu.json``'s ``"stages"``) in at most ``CHARACTERS`` characters."""
+    """Renders the stages of a record (``gpu.json``'s ``"stages"``) in at most ``CHARACTERS`` characters."""
     text = StringIO()
     console = Console(file=text, width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False)
-    for block in _blocks(stages) if stages else ():
+    for block in _blocks(stages):
         console.print(block)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     found = "\n".join(line for line in lines if line)
@@ -46,22 +46,10 @@ def _blocks(stages: Mapping[str, Result]) -> Blocks:
     yield ", ".join(f"{name} {made.get(name)}" for name in MADE)
     rows = ((name, one["status"], f"{one['seconds']:.0f}", last_line(one)[:70]) for name, one in stages.items())
     yield _table("stages", ("stage", "status", "s", ""), rows)
-    show: dict[str, Callable[[Result], Blocks]] = {  # where it is too much, the end is cut off
-        "rates": _rates,
-        "smoke": _smoke,
-        "check": _check,
-        **dict.fromkeys(("tests", "tests-again"), _tests),
-        **dict.fromkeys(COMPARISONS, _steps),
-        "depth": _depth,
-        "sanitizer": _sanitizer,
-        "layers": _layers,
-        "candidates": _candidates,
-        "counters": _counters,
-    }
-    for name, blocks in show.items():
+    for name, show in SHOWN.items():
         result = stages.get(name, {}).get("result")
         if result and not (rehearsal and name == "rates"):
-            yield from blocks(result)
+            yield from show(result)
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
@@ -73,8 +61,8 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
     return table
 
 
-def _ms(seconds: float | None, digits: int = 2) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.{digits}f}"
+def _ms(seconds: float, digits: int = 2) -> str:
+    return f"{seconds * 1e3:.{digits}f}"
 
 
 def _rates(result: Result) -> Blocks:
@@ -90,8 +78,7 @@ def _smoke(result: Result) -> Blocks:
         verdict = f"WRONG: {', '.join(found['wrong'][:LISTED])}" if found["wrong"] else "right"
         again = f"; {found['differing_reruns']} RERUNS DIFFER" if found["differing_reruns"] else ""
         yield f"smoke, {label}: {verdict}{again}; {worst} uses {used[worst]:.2f} of its error budget"
-        for name, simpler in found.get("simpler", {}).items():
-            yield f"  with {name}: {simpler}"[:WIDTH]
+        yield from (f"  with {name}: {simpler}"[:WIDTH] for name, simpler in found.get("simpler", {}).items())
 
 
 def _check(result: Result) -> Blocks:
@@ -115,13 +102,13 @@ def _steps(result: Result) -> Blocks:
     rows, missing = [], []
     base = result["rows"].get("torchvision, eager", {}).get("step", {}).get("median")
     for label, row in result["rows"].items():
-        if (step := row.get("step")) is None:
+        if "step" not in row:
             status = row.get("status", "not timed" if row["checked"] is not False else "not timed: wrong")
             missing.append(": ".join(filter(None, (label, status, last_line(row))))[:WIDTH])
             continue
-        median, p20, p80 = (_ms(step[key], 1) for key in ("median", "p20", "p80"))
-        peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}"
-        times = f"{base / step['median']:.2f}" if base else ""
+        median, p20, p80 = (_ms(row["step"][key], 1) for key in ("median", "p20", "p80"))
+        peak = f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") else ""
+        times = f"{base / row['step']['median']:.2f}" if base else ""
         speed, host = f"{row['images_per_second']:.0f}", _ms(row["host"]["median"], 1)
         rows.append((label, median, f"{p20} - {p80}", times, speed, host, peak, f"{row['first_seconds']:.1f}"))
     yield _table(title, ("", "ms", "p20 - p80", "x torchvision", "img/s", "host ms", "peak MB", "first s"), rows)
@@ -132,7 +119,7 @@ def _depth(result: Result) -> Blocks:
     for question in result.get("results", {}).values():
         rows = question["providers"].values()
         answers = (f"{row['label']} {row[question['grows']]}{'' if row['complete'] else ' or more'}" for row in rows)
-        yield f"{question['title']}: {'; '.join(answers) or 'nobody took part'}"
+        yield f"{question['title']}: {'; '.join(answers) or 'no provider took part'}"
 
 
 def _sanitizer(result: Result) -> Blocks:
@@ -163,7 +150,7 @@ def _layers(result: Result) -> Blocks:
 
 
 def _candidates(result: Result) -> Blocks:
-    """Of each kernel and map the table's own choice and the best of the others."""
+    """For each kernel and map the table's own choice and the best of the others."""
     cases: dict[tuple[str, int], list[Result]] = {}
     for row in result["rows"]:
         cases.setdefault((row["operation"], row["m"]), []).append(row)
@@ -200,3 +187,18 @@ def _counters(result: Result) -> Blocks:
         rows.append((row["operation"], str(row["m"]), f"{row['nanoseconds'] / 1e3:.1f}", *shares, waves, stalled))
     columns = ("kernel", "m", "us", "L2 hit %", "issue %", "warps %", "waves", "most stalled")
     yield _table("hardware counters", columns, rows)
+
+
+# In this order: where it is too much, the end is cut off.
+SHOWN: dict[str, Callable[[Result], Blocks]] = {
+    "rates": _rates,
+    "smoke": _smoke,
+    "check": _check,
+    **dict.fromkeys(("tests", "tests-again"), _tests),
+    **dict.fromkeys(COMPARISONS, _steps),
+    "depth": _depth,
+    "sanitizer": _sanitizer,
+    "layers": _layers,
+    "candidates": _candidates,
+    "counters": _counters,
+}

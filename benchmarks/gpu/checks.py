@@ -20,8 +20,9 @@ from fastdense.kernels import launch
 from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
 from ..harness.runner import ROOT
-from .machine import name_of, relative_error, tf32
-from .stage import Job
+from ..harness.training import arithmetic
+from .machine import name_of, relative_error
+from .run import Job, brief
 from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
@@ -30,8 +31,10 @@ BLOCK, SHAPE = (3, 64, 4, 32), (8, 64, 28, 27)  # layers, channels, bn_size, gro
 LARGER = (8, 64, 56, 56)  # on which every multiprocessor has work
 REHEARSED_BLOCK, REHEARSED_SHAPE = (1, 8, 4, 4), (2, 8, 5, 4)
 RERUNS = 20
-KEPT_FAILURES = 100
-REASON_CHARACTERS = 400
+CHECKED = (16, 64)  # images of a whole network, and their size
+MOST_FAILURES, REASON_CHARACTERS = 100, 400
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak"))
+PROCESSES = 12
 # What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
 Changes = Mapping[str, Mapping[str, Any]]  # of the launch table, by operation
 _ONE_STAGE: Changes = {op: {"num_stages": 1} for op in ("bn_relu_conv", "bn_relu_conv_backward")}
@@ -52,7 +55,7 @@ def changed(changes: Changes) -> Iterator[None]:
 
 
 def smoke(job: Job) -> None:
-    """A block and a transition in every dtype and mode against the reference ones in float64; reruns bit for bit.
+    """Checks a block and a transition in every dtype and mode against float64, and reruns bit for bit.
 
     Where something is wrong, the same at once in forms with fewer parts, to say which part is at fault.
 
@@ -65,9 +68,11 @@ def smoke(job: Job) -> None:
         for mode in MODES[dtype == torch.float16 :][:1] if job.rehearsal else MODES:
             label = f"{name_of(dtype)} {mode}"
             found = job.result[label] = _look(dtype, mode, job)
-            if found["wrong"] or found["differing_reruns"]:
-                wrong += [f"{label}: {name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
-                wrong += [f"{label}: {found['differing_reruns']} reruns differ"] * bool(found["differing_reruns"])
+            problems = [f"{name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
+            if found["differing_reruns"]:
+                problems.append(f"{found['differing_reruns']} reruns differ")
+            if problems:
+                wrong += [f"{label}: {problem}" for problem in problems]
                 found["simpler"] = {name: _look_again(changes, dtype, mode, job) for name, changes in SIMPLER.items()}
             job.save()
     if wrong:
@@ -79,14 +84,14 @@ def _look_again(changes: Changes, dtype: torch.dtype, mode: str, job: Job) -> di
         with changed(changes):
             looked = _look(dtype, mode, job)
     except Exception as error:  # what does not even run says something, too
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": brief(error)}
     return {"wrong": looked["wrong"], "differing_reruns": looked["differing_reruns"]}
 
 
 def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     """Root mean square errors over a few inputs, what twice PyTorch's own allows, and how many reruns differ.
 
-    A value within a rounding of 0 switches a ReLU, whoever computes: hence several inputs, and for PyTorch's error the
+    A value within a rounding of 0 switches a ReLU, on any backend: hence several inputs, and for PyTorch's error the
     larger one of the reference's and the torch backend's.
     """
     found: dict[str, list[tuple[float, float]]] = {}
@@ -104,7 +109,7 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
         for one in (*peers, fast):
             one.to(job.device, dtype).load_state_dict(weights)
         x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
-        with tf32(False):
+        with arithmetic("fp32", job.device):
             want = step(truth.double(), x.double(), seed)
             theirs = [step(peer, x, seed) for peer in peers]
             with _unwritten_memory_is_nan():
@@ -130,7 +135,7 @@ def _differing(fast: nn.Module, dtype: torch.dtype, job: Job) -> int:
 
 
 def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recompute: str = MODES[0]) -> nn.Module:
-    """A block and a transition behind it: the reference ones, or with ``impl`` fastdense's."""
+    """Returns a block and the transition behind it: the reference ones, or with ``impl`` fastdense's."""
     layers, entering, _, growth_rate = arguments
     leaving = entering + layers * growth_rate
     if impl is None:
@@ -140,7 +145,7 @@ def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recomput
 
 
 def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """Output, gradients for a random cotangent, and running statistics."""
+    """Computes the output, gradients for a random cotangent, and running statistics."""
     x = x.detach().requires_grad_()
     block.zero_grad(set_to_none=True)
     output = block(x)
@@ -157,15 +162,14 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that cuBLAS is not repeatable: the memory is what this is about
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
 
 
-def check(job: Job) -> None:
-    """Whether DenseNet-121 is right in both modes and converted: one that is wrong is not timed.
+def networks(job: Job) -> None:
+    """Checks DenseNet-121 in both modes and converted: one that is wrong is not timed.
 
     A value within a rounding of 0 switches a ReLU, and a network this deep everything after it: two right ones differ
     by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
@@ -175,14 +179,14 @@ def check(job: Job) -> None:
     Raises:
         RuntimeError: if one is not.
     """
-    of, batch, size = rehearsed(job, "densenet121", 16, 64)
+    of, batch, size = rehearsed(job, "densenet121", *CHECKED)
     found = models(of, [BASE, *OURS, CONVERTED], job.device, rehearsal=job.rehearsal)
     x, _ = images(batch, size, job.device, seed=1)
     base = found.pop(BASE)
     truth = _outcome(base, x, torch.float64)
     job.result |= {label: {"checked": True} for label in found}
     for dtype in (torch.float32, DTYPE):
-        with tf32(False):
+        with arithmetic("fp32", job.device):
             theirs = relative_error(_outcome(base, x, dtype), truth)
             allowed = 4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs
             for label, model in found.items():
@@ -197,17 +201,17 @@ def check(job: Job) -> None:
 
 def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Class scores and all gradients of one step of a copy, as one vector; a ``dtype`` of 16 bit means autocast."""
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    model = copy.deepcopy(model).to(arithmetic)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    model = copy.deepcopy(model).to(exact)
     with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
-        scores = model(x.to(arithmetic))
+        scores = model(x.to(exact))
     generator = torch.Generator().manual_seed(1)
     scores.backward(torch.randn(scores.shape, generator=generator).to(scores))
     return with_gradients(scores, model)
 
 
 def gpu_tests(job: Job) -> None:
-    """The tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
+    """Runs the tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
 
     Compiling for every shape is most of the work, and each process does its own.
 
@@ -219,10 +223,9 @@ def gpu_tests(job: Job) -> None:
     if job.rehearsal:
         options += ["tests/test_traffic.py", "-k", "hand"]
     else:
-        options += [f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak")]
-        processes = min(12, len(os.sched_getaffinity(0)))
-        if processes > 1 and importlib.util.find_spec("xdist") is not None:
-            options += ["--numprocesses", str(processes)]
+        options += TESTS
+        if importlib.util.find_spec("xdist") is not None:
+            options += ["--numprocesses", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
     code = pytest.main(options, plugins=[_Recorder(job)])
     if code != pytest.ExitCode.OK:
         first = next(iter(job.result["failures"]), "none failed")
@@ -230,32 +233,23 @@ def gpu_tests(job: Job) -> None:
 
 
 class _Recorder:
-    """Keeps each test's outcome as it comes, so that a run which is stopped has told what it knew."""
+    """Records each test's outcome as it comes, so that a run which is stopped has told what it knew."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         job.result |= {"passed": 0, "failed": 0, "skipped": 0, "selected": 0, "failures": {}}
 
-    def pytest_collection_finish(self, session: Any) -> None:
-        self.pytest_xdist_node_collection_finished(session.items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[Any]) -> None:
-        # With several processes, this one collects nothing itself.
-        self.job.result["selected"] = max(len(ids), self.job.result["selected"])
-        self.job.save()
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or not report.passed:
             self.job.result[report.outcome] += 1
+        self.job.result["selected"] = self.session.testscollected
         failures = self.job.result["failures"]
-        if report.failed and len(failures) < KEPT_FAILURES:
-            failures[f"{report.nodeid} ({report.when})"] = reason(report.longreprtext)
+        if report.failed and len(failures) < MOST_FAILURES:
+            crash = getattr(report.longrepr, "reprcrash", None)  # none where a worker crashed
+            reason = crash.message if crash else report.longreprtext
+            failures[f"{report.nodeid} ({report.when})"] = reason[:REASON_CHARACTERS]
         if report.when == "teardown":
             self.job.save()
-
-
-def reason(traceback: str) -> str:
-    """What a failed test's traceback comes to: the lines that pytest marks, or its last one."""
-    marked = [line[1:].strip() for line in traceback.splitlines() if line.startswith("E ")]
-    return "\n".join(marked or traceback.strip().splitlines()[-1:])[:REASON_CHARACTERS]

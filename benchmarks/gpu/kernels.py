@@ -1,0 +1,296 @@
+"""Single kernels of DenseNet-121: other launch configurations, hardware counters, and memory errors.
+
+    ncu ... python -m benchmarks.gpu.kernels counters
+    compute-sanitizer ... python -m benchmarks.gpu.kernels sanitizer
+
+are what the stages ``counters`` and ``sanitizer`` run: each kernel once, on fresh random values.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from glob import glob
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdense.kernels import launch
+
+from ..compiled import traffic
+from ..harness.runner import ROOT, Timing
+from .machine import device_timing, measured_rates, state, synchronize
+from .primitives import Case, Primitive, errors, expected, passes
+from .run import ERROR_CHARACTERS, Job, Skip, brief
+
+BATCH = 64
+DTYPE = torch.bfloat16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SECONDS_A_ROW = 3.0  # the most that one row takes: its kernel may have to be compiled
+CACHE_BYTES = 60 << 20  # more than the largest cache: what a replay reads has left it
+GRAPH_MS = 5  # that the launches of one graph take together
+
+Change = dict[str, Any]
+REHEARSED: dict[Case, tuple[Change, ...]] = {
+    Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32): ({}, {"num_warps": 8}, {})
+}
+
+
+def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: int, **more: Any) -> Change:
+    tile = {"block_m": block_m, "block_c": block_c, "block_k": block_k}
+    return {**tile, "num_warps": num_warps, "num_stages": num_stages, **more}
+
+
+_OUT: Change = {"resolved": True}  # the lazy gradient written out first
+# Of each operation: what is tried beside the table's own choice.
+CHANGES: dict[str, tuple[Change, ...]] = {
+    "forward 1x1": (
+        _tile(64, 64, 64, 4, 3), _tile(64, 64, 64, 4, 4), _tile(64, 32, 64, 4, 3), _tile(64, 64, 128, 4, 4),
+        _tile(32, 64, 128, 4, 3), _tile(64, 32, 128, 4, 4), _tile(64, 128, 64, 4, 3), _tile(128, 64, 64, 8, 3),
+    ),
+    "forward 3x3": (
+        _tile(64, 128, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(128, 64, 32, 4, 3), _tile(32, 64, 32, 4, 3),
+        _tile(64, 64, 32, 4, 4), _tile(32, 128, 32, 4, 3), _tile(64, 64, 16, 4, 3), {"form": "scratch"},
+    ),
+    "backward 1x1": (
+        _OUT, _tile(64, 64, 128, 8, 3, **_OUT), _tile(64, 64, 128, 4, 3, **_OUT), _tile(64, 64, 128, 4, 2, **_OUT),
+        _tile(128, 64, 128, 8, 2, **_OUT), _tile(64, 32, 128, 4, 3, **_OUT), _tile(32, 64, 128, 4, 3, **_OUT),
+        _tile(64, 64, 128, 8, 4),
+    ),
+    "backward 3x3": (
+        _OUT, _tile(64, 64, 32, 4, 3, **_OUT), _tile(32, 64, 32, 4, 3, **_OUT), _tile(128, 64, 32, 8, 3, **_OUT),
+        _tile(64, 128, 32, 8, 3, **_OUT), {"weight_block_c": 64, **_OUT}, {"weight_block_m": 32, **_OUT},
+        {"weight_block_m": 128, **_OUT},
+    ),
+    traffic.MOMENTS: (
+        *({"programs_per_sm": n, "block_m": m} for n in (2, 8) for m in (32, 64)),
+        *({"programs_per_sm": n, "block_m": 128, "num_warps": 8} for n in (2, 4)),
+    ),
+    traffic.MAX_POOL[0]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (16, 32)),
+    traffic.MAX_POOL[1]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4) for m in (16, 32)),
+    traffic.TRANSITION[0]: (
+        _tile(64, 32, 128, 8, 2), _tile(64, 64, 128, 8, 2), _tile(32, 64, 128, 4, 2), _tile(32, 64, 64, 4, 2),
+        _tile(32, 32, 64, 4, 2), _tile(16, 64, 128, 4, 1),
+    ),
+    traffic.TRANSITION[1]: (
+        _tile(32, 32, 64, 4, 2, group=4), _tile(64, 32, 64, 8, 1, group=4), _tile(32, 64, 64, 8, 1, group=2),
+        _tile(32, 32, 64, 8, 1, group=4),
+    ),
+}  # fmt: skip
+OPERATION = {  # of the launch table
+    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
+    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
+    **dict(zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)),
+}
+
+
+def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
+    """Yields each main kernel in the middle layer of each block of DenseNet-121, then those round the blocks."""
+    network = traffic.NETWORKS["densenet121"]
+    k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 1)
+    for layers, block in zip(network.layers, traffic.blocks(network, batch, size), strict=True):
+        reads = block.entering + layers // 2 * k
+        for name in (*traffic.FORWARD, *traffic.BACKWARD):
+            shape = (reads, wide, 1) if name.endswith("1x1") else (wide, k, 9)
+            yield Case(name, traffic.Shape(block.m, *shape, DTYPE.itemsize), batch, block.leaving)
+    for name, _, around, _ in traffic.around(network, batch, size, DTYPE.itemsize):
+        if name in CHANGES:
+            yield Case(name, around, batch, around.reads)
+
+
+def tried() -> dict[Case, tuple[Change, ...]]:
+    """Returns the changes that are tried in each case.
+
+    The table's own choice comes first and last: a difference smaller than between those two is noise.
+    """
+    return {case: ({}, *CHANGES[case.operation], {}) for case in cases()}
+
+
+def candidates(job: Job) -> None:
+    """Checks, then times everything; ``rows`` is complete up to where the time ran out."""
+    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    rates = measured_rates(job)
+    for case, changes in (REHEARSED if job.rehearsal else tried()).items():
+        bound = None
+        for change in changes:
+            if job.seconds_left() < SECONDS_A_ROW:
+                job.result["not_reached"] += 1
+                continue
+            bound = bound or _bound(case, job)
+            row = {"operation": case.operation, **case.shape._asdict(), "change": change}
+            try:
+                with launch.override(OPERATION[case.operation], **change):
+                    row |= _row(*bound, job)
+            except Exception as error:  # one kernel that does not compile must not take the others' times with it
+                synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured
+                row |= {"checked": False, "error": brief(error)}
+            if rates is not None:
+                row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
+            job.result["rows"].append(row)
+            job.save()
+    job.result["after"] = state(job.device)
+
+
+def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:
+    """Binds the primitive to as many sets of tensors as no cache can hold; returns them and the first one's results."""
+    dtype = torch.float16 if job.rehearsal else DTYPE  # which the interpreter has no arithmetic for
+    count = 1 if job.rehearsal else max(2, math.ceil(CACHE_BYTES / case.floor.bytes) + 1)
+    sets = [Primitive(case, dtype, job.device) for _ in range(count)]
+    return sets, expected(sets[0])
+
+
+def _row(sets: list[Primitive], want: dict[str, Tensor], job: Job) -> dict[str, Any]:
+    """Errors of a run on the first set; if they are small enough, the time of a launch."""
+    found = errors(sets[0], want)
+    checked = passes(found, sets[0].dtype)
+    row: dict[str, Any] = {"checked": checked, "worst": max(found.items(), key=lambda pair: pair[1])}
+    if checked:
+        row["timing"] = _graph_timing(sets, job.device)
+    return row
+
+
+def _graph_timing(sets: list[Primitive], device: torch.device) -> Timing:
+    """Seconds of one call, from replays of a graph of many: the host takes no part."""
+    if device.type != "cuda":
+        return device_timing(sets[0], device)
+    from triton.testing import do_bench_cudagraph  # needs a GPU's driver
+
+    def all_in_turn() -> None:
+        for primitive in sets:
+            primitive()
+
+    times = do_bench_cudagraph(all_in_turn, rep=GRAPH_MS, return_mode="all")
+    return Timing.of([ms / 1e3 / len(sets) for ms in times])
+
+
+_STALLS = ("barrier", "long_scoreboard", "short_scoreboard", "math_pipe_throttle", "mio_throttle", "lg_throttle",
+           "wait", "not_selected", "no_instruction", "gmma", "sleeping", "membar")  # fmt: skip
+METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__bytes_read.sum": "memory read", "dram__bytes_write.sum": "memory written",
+    "lts__t_bytes.sum": "L2", "lts__t_sector_hit_rate.pct": "L2 hits %",
+    "sm__inst_executed_pipe_tensor.sum": "tensor instructions", "smsp__inst_executed.sum": "instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue slots %",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps active %",
+    "sm__cycles_active.avg": "cycles active", "sm__cycles_elapsed.avg": "cycles",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
+    "launch__registers_per_thread": "registers", "launch__occupancy_limit_registers": "programs by registers",
+    "launch__occupancy_limit_shared_mem": "programs by shared memory", "launch__waves_per_multiprocessor": "waves",
+    **{f"smsp__average_warps_issue_stalled_{stall}_per_issue_active.ratio": f"stalled: {stall}" for stall in _STALLS},
+}  # fmt: skip
+PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/opt/cuda/bin")  # of NVIDIA's tools, beside the path
+SANITIZERS = ("memcheck", "racecheck")
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+
+
+def counted() -> list[Case]:
+    """Returns the cases whose kernels are counted: the middle layers of the first block and of the third."""
+    listed = list(cases())
+    return [*listed[:4], *listed[8:12]]
+
+
+def sanitized() -> Iterator[Case]:
+    """Yields every primitive at 2 images of 7 x 7 (a transition's of 14 x 14), with channels that fill no tile."""
+    m, k, bottleneck, entering = 2 * 7 * 7, 12, 40, 20
+    widths = {"1x1": (entering, bottleneck, 1), "3x3": (bottleneck, k, 9)}
+    for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND):
+        reads, writes, taps = widths.get(operation[-3:], (entering, entering, 1))
+        if operation in traffic.TRANSITION:
+            writes = k
+        yield Case(operation, traffic.Shape(m, reads, writes, taps, 2), 2, entering + 2 * k)
+
+
+def counters(job: Job) -> None:
+    """Records a row for each launch of the four main kernels: what each one waits for."""
+    if job.rehearsal:
+        raise Skip("nothing is counted in a rehearsal")
+    options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:bn_relu_conv", "--print-units", "base"]
+    options += ["--metrics", ",".join(METRICS)]
+    status, said = _under("ncu", options, "counters", job.seconds_left() - 2)
+    job.result["rows"] = list(rows(said))
+    if not job.result["rows"]:
+        raise RuntimeError(f"ncu counted nothing, exit status {status}: {said[-ERROR_CHARACTERS:]}")
+
+
+def rows(printed: str) -> Iterator[dict[str, Any]]:
+    """Yields the launches of what ncu printed as CSV, beside the cases that they belong to."""
+    start = printed.find('"ID"')
+    found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for line in csv.DictReader(io.StringIO(printed[start:] if start >= 0 else "")):
+        if line.get("Metric Name") in METRICS:
+            found[line["ID"]]["kernel"] = line["Kernel Name"]
+            value = (line["Metric Value"] or "nan").replace(",", "")
+            found[line["ID"]][METRICS[line["Metric Name"]]] = float(value)
+    for case, row in zip(counted(), found.values(), strict=False):
+        yield {"operation": case.operation, **case.shape._asdict(), **row}
+
+
+def sanitizer(job: Job) -> None:
+    """Looks for accesses out of bounds, and for races in shared memory: each with half of the time.
+
+    Raises:
+        RuntimeError: if one of the tools found something, or did not finish.
+    """
+    if job.rehearsal:
+        run_once(sanitized(), [torch.float16], job.device)
+        job.result["primitives"] = len(list(sanitized()))
+        return
+    wrong = []
+    for number, name in enumerate(SANITIZERS):
+        seconds = (job.seconds_left() - 3) / (len(SANITIZERS) - number)
+        status, said = _under("compute-sanitizer", ["--tool", name], "sanitizer", seconds)
+        summaries = [] if status is None else SUMMARY.findall(said)
+        found = int("".join(summaries[-1])) if summaries else None
+        job.result[name] = {"exit": status, "found": found, "ran": said.count("ran "), "said": said[-ERROR_CHARACTERS:]}
+        job.save()
+        if found != 0:
+            wrong.append(f"{name}: {found} found, exit status {status}")
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def run_once(cases: Iterable[Case], dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+    """Runs every primitive once in each dtype."""
+    for dtype, case in product(dtypes, cases):
+        primitive = Primitive(case, dtype, device)
+        primitive.reset()
+        primitive()
+        synchronize(device)
+        print(f"ran {case.operation} in {dtype}", flush=True)
+
+
+def _under(tool: str, options: list[str], what: str, seconds: float) -> tuple[int | None, str]:
+    """Runs ``what`` of this module under a tool; returns its exit status (``None`` if its time was up) and its output.
+
+    Raises:
+        Skip: the tool is not installed.
+    """
+    places = [os.environ["PATH"], *(place for pattern in PLACES for place in sorted(glob(pattern)))]
+    if (found := shutil.which(tool, path=os.pathsep.join(places))) is None:
+        raise Skip(f"{tool} is not installed here")
+    command = [found, *options, sys.executable, "-m", "benchmarks.gpu.kernels", what]
+    # Under the sanitizer every tensor has bounds of its own.
+    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if what == "sanitizer" else {})
+    to: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": max(seconds, 1.0)}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, **to)
+    except subprocess.TimeoutExpired as late:
+        return None, (late.stdout or b"").decode(errors="replace")
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["sanitizer"]:
+        run_once(sanitized(), DTYPES, torch.device("cuda"))
+    else:
+        run_once(counted(), [DTYPE], torch.device("cuda"))
