@@ -14,8 +14,10 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,14 +34,13 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Fit:
-    """How one kernel's launches in one block fill a device; of several layers the worst, and the fewest programs."""
+    """How one launch fills a device."""
 
     arch: int
     network: str
     batch: int
     side: int
     kernel: str
-    layers: int
     programs: int
     places: int
     waves: float
@@ -82,40 +83,28 @@ def fits(arch: int, name: str, batch: int) -> list[Fit]:
                 if not launch.kernel.__name__.startswith("bn_relu_conv"):
                     continue
                 places = SM_COUNT[arch] * launch.config.resident
-                found.append(
-                    Fit(
-                        arch, name, batch, side, name_of(launch).removesuffix(" lazy"), 1, launch.programs, places,
-                        round(waves_of(launch, SM_COUNT[arch]), 2), round(filled(launch, SM_COUNT[arch]), 2),
-                    )
-                )  # fmt: skip
+                waves, share = (round(measure(launch, SM_COUNT[arch]), 2) for measure in (waves_of, filled))
+                kernel = name_of(launch).removesuffix(" lazy")
+                found.append(Fit(arch, name, batch, side, kernel, launch.programs, places, waves, share))
     return found
 
 
-def together(found: list[Fit]) -> list[Fit]:
-    """Layers whose launches are alike as one row."""
-    return [replace(fit, layers=layers) for fit, layers in Counter(found).items()]
-
-
-def worst(found: list[Fit]) -> list[Fit]:
-    """One row for each kernel and block: that of the layer that fills the device least."""
-    rows: dict[tuple[int, str, int, int, str], list[Fit]] = {}
-    for fit in found:
-        rows.setdefault((fit.arch, fit.network, fit.batch, fit.side, fit.kernel), []).append(fit)
-    return [
-        Fit(**asdict(min(same, key=lambda fit: fit.filled)) | {"layers": len(same)})
-        for _, same in sorted(rows.items(), key=lambda item: (*item[0][:3], item[0][4], -item[0][3]))
-    ]
-
-
-def show(rows: list[Fit]) -> Table:
-    """The rows as a table."""
+def show(found: list[Fit]) -> Table:
+    """A row for each kernel and block: that of the layer that fills the device least."""
     headings = ("network", "kernel", "sm", "batch", "map", "layers", "programs", "places", "waves", "filled")
-    cells = (
-        (row.network, row.kernel, row.arch, row.batch, f"{row.side} x {row.side}", row.layers, row.programs, row.places,
-         f"{row.waves:.2f}", f"{row.filled:.0%}")
-        for row in rows
-    )  # fmt: skip
-    return console_table("each block's worst layer; counted and modelled, not measured", headings, cells, words=2)
+
+    def key(fit: Fit) -> tuple[Any, ...]:
+        return fit.arch, fit.network, fit.batch, fit.kernel, -fit.side
+
+    rows = []
+    for _, layers in groupby(sorted(found, key=key), key):
+        same = list(layers)
+        row = min(same, key=lambda fit: fit.filled)
+        rows.append(
+            (row.network, row.kernel, row.arch, row.batch, f"{row.side} x {row.side}", len(same), row.programs,
+             row.places, f"{row.waves:.2f}", f"{row.filled:.0%}")
+        )  # fmt: skip
+    return console_table("each block's worst layer; counted and modelled, not measured", headings, rows, words=2)
 
 
 def main() -> None:
@@ -125,9 +114,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write every layer, like ones together (default: nowhere)")
     options = parser.parse_args()
     found = [fit for arch in options.arch for name in NETWORKS for batch in BATCHES for fit in fits(arch, name, batch)]
-    Console(width=140).print(show(worst(found)))
+    Console(width=140).print(show(found))
     if options.json is not None:
-        write_lines(options.json, {"rows": [asdict(fit) for fit in together(found)]})
+        rows = [asdict(fit) | {"layers": layers} for fit, layers in Counter(found).items()]
+        write_lines(options.json, {"rows": rows})
 
 
 if __name__ == "__main__":

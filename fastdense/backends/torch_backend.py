@@ -1,7 +1,7 @@
 """The primitives in plain PyTorch: any device, any floating dtype, one, two or three spatial dimensions.
 
 Everything works on rows ``[m, C]`` in pieces of at most ``CHUNK_BYTES`` of scratch, allocated once for a whole block
-and reused by all its layers: rows, images, or lines of an image that is larger than that (``pieces.py``). What grows
+and reused by all its layers: rows, images, or lines of an image that is larger than that (``tiling.py``). What grows
 with the depth or with ``m`` is only what the schedule asks for. Vectors are in the accumulation dtype; a matrix product
 takes operands in the feature dtype.
 """
