@@ -140,8 +140,8 @@ class Transition(ConcatTransition):
     Shape:
         ``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``.
 
-    Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work. For backward
-    the input alone is saved for backward. Equivalent to ``pool(conv(relu(norm(x))))``.
+    Pooling and a 1x1 convolution commute: the result is the same for a quarter of the convolution's work. The input
+    alone is saved for backward. Equivalent to ``pool(conv(relu(norm(x))))``.
 
     Source: arXiv 1608.06993, section 3.
     """
@@ -171,7 +171,7 @@ class DenseNet(nn.Module):
         num_classes: width of the classifier.
         memory_efficient: torchvision's flag; the same as ``recompute="bottlenecks"``.
         in_channels: channels of the input.
-        small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and functional.
+        small_inputs: CIFAR's stem, one 3x3 convolution, instead of ImageNet's 7x7 convolution and pooling.
         recompute, impl: see :class:`DenseBlock`. ``recompute="auto"`` plans each training step for the whole network:
             ``recompute.plan_recompute`` with nine tenths of the free memory.
         spatial_dims: 1, 2 or 3.
