@@ -259,7 +259,7 @@ def _attempt(
         spec, shape = question.network(size), question.shape(size)
         if memory is None:
             return counted_trial(lambda: provider.network(spec), shape, spec.num_classes, options.budget)
-        return real_trial(lambda: provider.wrap(provider.build(spec)), shape, spec.num_classes, memory)
+        return real_trial(lambda: provider.build(spec), shape, spec.num_classes, memory)
 
     return attempt
 

@@ -3,7 +3,7 @@
 torch.manual_seed(0)
 provider = PROVIDERS["fastdense-activations"]
 provider.require(device)                               # raises Unavailable, with the reason
-model = provider.wrap(provider.build(spec).to(device))
+model = provider.build(spec).to(device)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdense
 from fastdense.backends import select
-from fastdense.reference import ConcatDenseBlock, ConcatDenseLayer
+from fastdense.reference import ConcatDenseLayer
 
 from .peers import torchvision_densenet
 
@@ -45,10 +45,7 @@ class NetworkSpec:
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of torchvision's ``DenseNet``."""
-        return {
-            "growth_rate": self.growth_rate, "block_config": self.block_config, "bn_size": self.bn_size,
-            "num_init_features": self.num_init_features, "num_classes": self.num_classes,
-        }  # fmt: skip
+        return {name: value for name, value in asdict(self).items() if name != "small_inputs"}
 
     @property
     def depth(self) -> int:
@@ -111,30 +108,18 @@ class Provider:
         Raises:
             Unavailable: a package that it is made from is not installed.
         """
-        seed = int(torch.randint(2**31, (1,), device="cpu"))
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         model = self.network(spec)
-        _initialise(model, seed)
-        return model
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """``model``, which compiles at its first call where that is what the provider is about; in place."""
-        if self.compile_mode is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                weight = torch.empty(module.weight.shape)  # in one layout: a layout changes what is drawn first
+                nn.init.kaiming_normal_(weight, generator=generator)
+                module.weight.data.copy_(weight)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        if self.compile_mode is not None:  # at the first call
             model.compile(dynamic=False, mode=self.compile_mode)
         return model
-
-
-@torch.no_grad()
-def _initialise(model: nn.Module, seed: int) -> None:
-    """He et al.'s normal for convolutions, PyTorch's uniform for the classifier; what comes first is drawn first."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            weight = torch.empty(module.weight.shape, device="cpu")
-            module.weight.copy_(nn.init.kaiming_normal_(weight, generator=generator))
-        elif isinstance(module, nn.Linear):
-            weight = torch.empty(module.weight.shape, device="cpu")
-            module.weight.copy_(nn.init.uniform_(weight, -1, 1, generator=generator) / module.in_features**0.5)
-            module.bias.zero_()
 
 
 def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:
@@ -143,12 +128,12 @@ def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:
     model: Any = torchvision_densenet().DenseNet(**spec.arguments(), **options)
     if spec.small_inputs:  # torchvision knows ImageNet's stem alone
         stem = nn.Conv2d(3, spec.num_init_features, kernel_size=3, padding=1, bias=False)
-        rest = [(name, child) for name, child in model.features.named_children() if name not in _STEM]
-        model.features = nn.Sequential(OrderedDict([("conv0", stem), *rest]))
+        layers = OrderedDict(model.features.named_children(), conv0=stem)
+        model.features = nn.Sequential(OrderedDict((n, m) for n, m in layers.items() if n not in _IMAGENET_STEM))
     return model
 
 
-_STEM = ("conv0", "norm0", "relu0", "pool0")
+_IMAGENET_STEM = ("norm0", "relu0", "pool0")
 
 
 def _no_torchvision(device: torch.device | None = None) -> str | None:
@@ -156,7 +141,7 @@ def _no_torchvision(device: torch.device | None = None) -> str | None:
 
 
 def _fastdense(spec: NetworkSpec, **options: Any) -> nn.Module:
-    return fastdense.DenseNet(**spec.arguments(), small_inputs=spec.small_inputs, **options)
+    return fastdense.DenseNet(**asdict(spec), **options)
 
 
 def _converted(spec: NetworkSpec) -> nn.Module:
@@ -164,10 +149,10 @@ def _converted(spec: NetworkSpec) -> nn.Module:
 
 
 class _EfficientLayer(ConcatDenseLayer):
-    """What Pleiss et al. do: concatenation, BatchNorm and ReLU are computed again in backward, not kept.
+    """Computes concatenation, BatchNorm and ReLU again in backward, and saves the output of the 1x1 convolution.
 
-    Kept is the output of the 1x1 convolution. Running statistics are updated in backward a second time, as in their
-    code. Their shared storage is PyTorch's caching allocator here: what is computed again is freed after each layer.
+    Running statistics are updated in backward a second time, as in the authors' code. Their shared storage is PyTorch's
+    caching allocator here: what is computed again is freed after each layer.
 
     Source: arXiv 1707.06990, section 3.
     """
@@ -181,32 +166,21 @@ class _EfficientLayer(ConcatDenseLayer):
         return self.conv1(self.relu1(self.norm1(torch.cat(earlier, dim=1))))
 
 
-class _EfficientBlock(ConcatDenseBlock):
-    layer_type = _EfficientLayer
-
-
 def _efficient(spec: NetworkSpec) -> nn.Module:
-    model: Any = _fastdense(spec, impl="reference")
-    channels = spec.num_init_features
-    for name, child in model.features.named_children():
-        if isinstance(child, ConcatDenseBlock):
-            block = _EfficientBlock(len(child), channels, spec.bn_size, spec.growth_rate)
-            setattr(model.features, name, block)
-            channels += len(child) * spec.growth_rate
-        elif name.startswith("transition"):
-            channels //= 2
+    model = _fastdense(spec, impl="reference")
+    for module in model.modules():
+        if isinstance(module, ConcatDenseLayer):
+            module.__class__ = _EfficientLayer
     return model
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    if (reason := _no_torchvision()) is not None:
-        return reason
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
-    return _no_cxx_compiler()
+        without_triton = None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
+        return _no_torchvision() or without_triton
+    return _no_torchvision() or _no_cxx_compiler()
 
 
-@lru_cache(maxsize=1)
 def _no_cxx_compiler() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, and most runs do not need it
     from torch._inductor.exc import InvalidCxxCompiler
@@ -218,38 +192,26 @@ def _no_cxx_compiler() -> str | None:
     return None
 
 
-def _all() -> list[Provider]:
-    compiled: dict[str, Any] = {"obstacle": _no_compiler, "exact": False}
-    return [
-        Provider(BASE, "torchvision", _torchvision, _no_torchvision),
-        Provider(
-            "memory-efficient",
-            "torchvision memory_efficient",
-            partial(_torchvision, memory_efficient=True),
-            _no_torchvision,
-        ),
-        Provider("efficient-densenet", "efficient_densenet_pytorch's scheme", _efficient),
-        Provider("compile", "torch.compile", _torchvision, compile_mode="default", **compiled),
-        Provider(
-            "compile-max-autotune",
-            "torch.compile max-autotune",
-            _torchvision,
-            compile_mode="max-autotune",
-            **compiled,
-        ),
-        *(
-            Provider(
-                f"fastdense-{recompute}" + ("-triton" if impl == "triton" else ""),
-                f"fastdense {recompute} {impl}",
-                partial(_fastdense, recompute=recompute, impl=impl),
-                select.triton_unsupported_reason if impl == "triton" else lambda device: None,
-                exact=impl == "torch",
-            )
-            for impl in ("torch", "triton")
-            for recompute in ("activations", "bottlenecks")
-        ),
-        Provider("convert", "fastdense.convert of torchvision", _converted, _no_torchvision, exact=False),
-    ]
+def _ours(recompute: str, impl: str) -> Provider:
+    label, network = f"fastdense {recompute} {impl}", partial(_fastdense, recompute=recompute, impl=impl)
+    if impl == "torch":
+        return Provider(f"fastdense-{recompute}", label, network)
+    return Provider(f"fastdense-{recompute}-triton", label, network, select.triton_unsupported_reason, exact=False)
 
 
-PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _all()}
+_MEMORY_EFFICIENT = partial(_torchvision, memory_efficient=True)
+_COMPILED: dict[str, Any] = {"network": _torchvision, "obstacle": _no_compiler, "exact": False}
+_LISTED = (
+    Provider(BASE, "torchvision", _torchvision, _no_torchvision),
+    Provider("memory-efficient", "torchvision memory_efficient", _MEMORY_EFFICIENT, _no_torchvision),
+    Provider("efficient-densenet", "efficient_densenet_pytorch's scheme", _efficient),
+    Provider("compile", "torch.compile", compile_mode="default", **_COMPILED),
+    Provider("compile-max-autotune", "torch.compile max-autotune", compile_mode="max-autotune", **_COMPILED),
+    _ours("activations", "torch"),
+    _ours("bottlenecks", "torch"),
+    _ours("activations", "triton"),
+    _ours("bottlenecks", "triton"),
+    Provider("convert", "fastdense.convert of torchvision", _converted, _no_torchvision, exact=False),
+)
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _LISTED}
+REFERENCE = Provider("reference", "reference", partial(_fastdense, impl="reference"))
