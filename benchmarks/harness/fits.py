@@ -1,7 +1,7 @@
-"""Does a training step fit into a budget, and how large may it grow: trials, counted or real, and the search over them.
+"""Does a training step fit into a budget, counted or trained, and how large may it grow.
 
 Counted, the network runs forward and backward on PyTorch's ``meta`` device, where tensors have shapes and no data:
-autograd and checkpoints make, keep and free the tensors that they would elsewhere, and a network that needs a terabyte
+autograd and checkpoints make, save and free the tensors that they would elsewhere, and a network that needs a terabyte
 takes seconds. What an operator uses inside is not seen; of fastdense's block operators it is added, from
 docs/memory.md.
 """
@@ -9,16 +9,16 @@ docs/memory.md.
 from __future__ import annotations
 
 import gc
+import math
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdense.recompute import WORKSPACE_BYTES
@@ -26,7 +26,6 @@ from fastdense.recompute import WORKSPACE_BYTES
 Build = Callable[[], Any]  # a network; Any, because Module.to(memory_format=...) has no type
 Shape = tuple[int, ...]
 STEPS = 2  # from the second on there is momentum
-GUESSES = 6  # probes that may follow the curve; then they halve what is left
 
 
 class Counted(NamedTuple):
@@ -45,7 +44,7 @@ class Counted(NamedTuple):
     peak: int
 
 
-def counted_bytes(network: Callable[[], nn.Module], shape: Shape, classes: int) -> Counted:
+def counted_bytes(network: Build, shape: Shape, classes: int) -> Counted:
     """Counts one training step of ``network()`` on a batch of ``shape``.
 
     Parameters, buffers, momentum, the batch, and each tensor that forward and backward make, for as long as it lives;
@@ -124,7 +123,7 @@ def _inside(operator: str, args: Any) -> int:
     """Bytes that fastdense's operator uses while it runs, beside its inputs and outputs.
 
     In the letters of docs/memory.md: backward makes ``D`` of the block and of a bottleneck, and a bottleneck that is
-    computed again; forward, a bottleneck that nobody keeps. Of ``recompute="activations"`` that is ``m*B`` too much.
+    computed again; forward, a bottleneck that is not saved. Of ``recompute="activations"`` that is ``m*B`` too much.
     """
     bytes_ = WORKSPACE_BYTES
     if operator.startswith("fastdense.dense_block"):
@@ -137,12 +136,11 @@ def _inside(operator: str, args: Any) -> int:
     return int(bytes_)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One size, tried.
+class Fit(NamedTuple):
+    """Whether a step of one size stays within the budget.
 
     Attributes:
-        fits: whether it stays within the budget.
+        fits: whether it does.
         bytes: the peak, where it is known: a step that ran out of memory has none.
         details: more, for the record.
     """
@@ -150,6 +148,13 @@ class Trial:
     fits: bool
     bytes: int | None
     details: dict[str, Any]
+
+
+def counted_fit(network: Build, shape: Shape, classes: int, budget: int) -> Fit:
+    """Whether the counted bytes of a step fit."""
+    details = counted_bytes(network, shape, classes)._asdict()
+    peak = details.pop("peak")
+    return Fit(peak <= budget, peak, details)
 
 
 class CudaMemory:
@@ -182,17 +187,21 @@ class CudaMemory:
         torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
-def real_trial(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> Trial:
-    """Trains for some steps; running out of memory is an answer, and leaves nothing behind for the next trial."""
+def trained_fit(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> Fit:
+    """Trains for some steps; running out of memory is an answer, and leaves nothing behind for the next size."""
+    details: dict[str, Any] = {}
     try:
         peak = _train(build, shape, classes, memory)
-        fits, found, details = peak <= memory.budget, peak, {}
+        fits = peak <= memory.budget
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
-        fits, found, details = False, None, {"error": str(error).split(". ")[0]}
-        _forget(error)
-    return Trial(fits, found, {**details, "bytes_left": memory.release()})
+        fits, peak, details = False, None, {"error": str(error).split(". ")[0]}
+        cause: BaseException | None = error
+        while cause is not None:  # its frames hold network, gradients and graph
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+    return Fit(fits, peak, {**details, "bytes_left": memory.release()})
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -202,7 +211,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
-    """The peak of some steps. Whatever it makes is its own, and goes when it returns."""
+    """Returns the peak of some steps; what they made is freed by then."""
     memory.start()
     torch.manual_seed(0)
     model = build().to(memory.device, memory_format=torch.channels_last).train()
@@ -216,69 +225,48 @@ def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
     return memory.peak()
 
 
-def _forget(error: BaseException | None) -> None:
-    """Drop what the frames of a failed step hold: network, gradients, graph."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def counted_trial(network: Callable[[], nn.Module], shape: Shape, classes: int, budget: int) -> Trial:
-    """The same without a device."""
-    counted = counted_bytes(network, shape, classes)
-    details = {name: value for name, value in counted._asdict().items() if name != "peak"}
-    return Trial(counted.peak <= budget, counted.peak, details)
-
-
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """What a search found.
 
     Attributes:
-        largest: the largest size that fits; 0 if the first one does not.
+        largest: the largest size that fits; 0 if 1 does not.
         complete: whether the next size was tried, and does not fit.
-        trials: all of them, by size.
+        tried: all sizes that were, in order.
     """
 
     largest: int
     complete: bool
-    trials: dict[int, Trial]
+    tried: dict[int, Fit]
 
 
-def largest(attempt: Callable[[int], Trial], budget: int, *, first: int = 1, until: float | None = None) -> Search:
-    """The largest size that fits: doubled until one does not, then by bisection.
+def largest(attempt: Callable[[int], Fit], budget: int, *, until: float = math.inf) -> Search:
+    """Searches the largest size that fits: doubled until one does not, then by bisection.
 
-    Bytes grow smoothly with the size, so a probe goes where the curve through the last two crosses the budget; after
-    ``GUESSES`` of those between the bounds, every other probe is their middle.
+    Bytes grow smoothly with the size: two of three tries are where the line through earlier ones meets the budget.
 
     Args:
-        attempt: a trial of one size. If a size does not fit, no larger one does.
+        attempt: tries one size. If a size does not fit, no larger one does.
         budget: bytes.
-        first: the smallest size, tried first.
-        until: ``time.monotonic()`` after which no further trial begins.
+        until: ``time.monotonic()`` after which no further size is tried.
     """
-    trials: dict[int, Trial] = {}
-    low, high, size, between = first - 1, None, first, 0
-    while high is None or high - low > 1:
-        if until is not None and time.monotonic() > until:
-            break
-        trials[size] = trial = attempt(size)
-        low, high = (size, high) if trial.fits else (low, size)
-        guess = _crossing(trials, budget)
+    tried: dict[int, Fit] = {}
+    low, high, size = 0, None, 1
+    while high != low + 1 and time.monotonic() <= until:
+        tried[size] = fit = attempt(size)
+        low, high = (size, high) if fit.fits else (low, size)
+        guess = _crossing(tried, budget)
         if high is None:
-            size = max(low + 1, min(2 * low, guess or 2 * low))
-            continue
-        between += 1
-        middle = (low + high) // 2
-        halve = guess is None or (between > GUESSES and between % 2 == 0)
-        size = middle if halve or guess is None else max(low + 1, min(high - 1, guess))
-    complete = high is not None and high - low == 1
-    return Search(low if low >= first else 0, complete, dict(sorted(trials.items())))
+            size = max(low + 1, min(guess or 2 * low, 2 * low))
+        elif guess is None or len(tried) % 3 == 0:
+            size = (low + high) // 2
+        else:
+            size = max(low + 1, min(guess, high - 1))
+    return Search(low, high == low + 1, dict(sorted(tried.items())))
 
 
-def _crossing(trials: dict[int, Trial], budget: int) -> int | None:
-    """The last whole size before the budget on the line through the two known points that are nearest to it."""
-    known = sorted((abs(trial.bytes - budget), size, trial.bytes) for size, trial in trials.items() if trial.bytes)
+def _crossing(tried: dict[int, Fit], budget: int) -> int | None:
+    """The last size before the budget on the line through the two known points that are nearest to it."""
+    known = sorted((abs(fit.bytes - budget), size, fit.bytes) for size, fit in tried.items() if fit.bytes)
     if len(known) < 2:
         return None
     (_, x0, y0), (_, x1, y1) = known[:2]
