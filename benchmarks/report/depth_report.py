@@ -145,5 +145,5 @@ def _bars(axis: Any, found: dict[str, Any]) -> None:
     batches = [row["batch"] for row in found.values()]
     bars = axis.barh(list(found), batches, color=[_style(name)["color"] for name in found])
     axis.bar_label(bars, [f"{row['batch']:,}  {row['label']}" for row in found.values()], padding=3, fontsize=8)
-    axis.set(yticks=[], xlim=(0, 1.6 * max(batches)), xlabel="images in a batch")
+    axis.set(yticks=[], xlim=(0, 1.6 * max([1, *batches])), xlabel="images in a batch")
     axis.invert_yaxis()
