@@ -19,7 +19,7 @@ from benchmarks.harness import runner, training
 from benchmarks.harness.options import DTYPES, Options
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec
 from benchmarks.report import render
-from benchmarks.report.record import Record
+from benchmarks.report.record import complaints
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
@@ -138,7 +138,7 @@ def test_speed_times_what_is_right_and_nothing_else(candidates: tuple[str, ...],
     assert right["batches"]["3"]["step"].repeats == speed.SWEEP_REPEATS
     runner.write_record(tmp_path / "record.json", record)
     written = json.loads((tmp_path / "record.json").read_text())
-    assert not Record.complaints(written)
+    assert not complaints(written)
     assert written["schema"] == runner.SCHEMA
     assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
 
@@ -172,7 +172,7 @@ def test_an_interrupted_run_keeps_what_was_measured(candidates: tuple[str, ...])
     options = Options(model="tiny", batch=2, size=32, providers=("right",), repeats=3, processes=1)
     record = speed.run(options, watch)
     assert record["complete"] is False and record["results"]["right"]["step"].repeats == 1
-    assert not Record.complaints(runner.plain(record))
+    assert not complaints(runner.plain(record))
 
 
 def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, ...]) -> None:
@@ -182,7 +182,7 @@ def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, .
     for rows in record["results"].values():
         assert_only_the_right_was_measured(rows, "bytes_peak")
         assert rows["right"]["bytes_kept"] < rows["torchvision"]["bytes_kept"] <= rows["torchvision"]["bytes_peak"]
-    assert not Record.complaints(runner.plain(record))
+    assert not complaints(runner.plain(record))
 
 
 def test_bytes_are_those_of_the_step() -> None:

@@ -19,7 +19,7 @@ from benchmarks.harness import fits
 from benchmarks.harness.fits import CudaMemory, Fit, LiveBytes, counted_bytes, largest, trained_fit
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
 from benchmarks.report import depth_report
-from benchmarks.report.record import Record
+from benchmarks.report.record import complaints
 from fastdense.recompute import WORKSPACE_BYTES
 
 MB = 1 << 20
@@ -276,7 +276,7 @@ def record() -> dict[str, Any]:
 
 def test_a_small_run(record: dict[str, Any]) -> None:
     assert record["settings"]["method"] == "by bytes counted, not by steps on a GPU"
-    assert Record.complaints(json.loads(json.dumps(record))) == []
+    assert complaints(json.loads(json.dumps(record))) == []
     assert record["checks"]["compile"]["unavailable"] == "its bytes cannot be counted without a device"
     found = record["results"]["cifar"]["providers"]
     assert list(found) == ["torchvision", "memory-efficient", "fastdense-bottlenecks"]
