@@ -38,20 +38,23 @@ def _record(file: str, root: str = "../") -> str:
     return f"Record: [{file}]({root}benchmarks/results/{file})."
 
 
+def _images(settings: Record) -> str:
+    size = settings["size"]
+    return f"{settings['batch']} images of {size} x {size}, {settings['dtype']}, {settings['layout']}"
+
+
 def speed_table(record: Record, file: str) -> str:
     """A record of ``benchmarks.speed`` as a Markdown table, with its conditions."""
     settings, results = record["settings"], record["results"]
     base = results["torchvision"]
     rows = []
     for label, row in results.items():
-        if "step" not in row or "bytes_kept" not in row:  # failed, or not to be had: the record says why
-            continue
-        kept, seconds = row["bytes_kept"], row["step"]["median"]
-        less, slower = _less(base["bytes_kept"], kept), seconds / base["step"]["median"]
-        rows.append((label, f"{kept / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
+        if "step" in row and "bytes_kept" in row:
+            saved, seconds = row["bytes_kept"], row["step"]["median"]
+            less, slower = _less(base["bytes_kept"], saved), seconds / base["step"]["median"]
+            rows.append((label, f"{saved / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
     conditions = (
-        f"{settings['model']}, {settings['batch']} images of {settings['size']} x {settings['size']}, "
-        f"{settings['dtype']}, {settings['layout']}; {record['processor']}, {record['threads']} threads, "
+        f"{settings['model']}, {_images(settings)}; {record['processor']}, {record['threads']} threads, "
         f"PyTorch {record['torch']}, {record['date'][:10]}; medians of {base['step']['repeats']} interleaved steps "
         f"(forward, backward, SGD) in {settings['processes']} processes. Reproduce: `make bench`. {_record(file, '')}"
     )
@@ -67,10 +70,8 @@ def memory_table(record: Record, file: str) -> str:
                 parts = [(row[key], group["torchvision"][key]) for key in ("bytes_kept", "bytes_peak")]
                 cells = [text for x, base in parts for text in (f"{x / 1e6:.1f} MB", _less(base, x))]
                 rows.append((name, label, *cells))
-    settings = record["settings"]
     conditions = (
-        f"{settings['batch']} images of {settings['size']} x {settings['size']}, {settings['dtype']}, "
-        f"{settings['layout']}, on the CPU; parameters, their gradients and the images left out. PyTorch "
+        f"{_images(record['settings'])}, on the CPU; parameters, their gradients and the images left out. PyTorch "
         f"{record['torch']}, {record['date'][:10]}. Reproduce: `python -m benchmarks.memory`. {_record(file)}"
     )
     return _table(("", "", "saved for backward", "", "peak of a training step", ""), rows, conditions, words=2)
@@ -104,20 +105,11 @@ def gpu_table(record: Record, file: str) -> str:
     """The training steps of a record of ``benchmarks.gpu`` as a Markdown table, with its conditions."""
     stages, made = record["stages"], record["environment"]
     found = [stages[name]["result"] for name in ("batch64", "batch256", "densenet201", "batch1") if name in stages]
-    headings, rows = [""], []
+    headings = [""]
     for one in found:
         headings += [f"{one['network']}, batch {one['batch']}", "x", "images/s", "peak memory"]
-    for label in found[0]["rows"]:
-        cells: list[str] = []
-        for one in found:
-            row, base = one["rows"].get(label, {}), one["rows"]["torchvision, eager"]["step"]["median"]
-            if "step" not in row:
-                break
-            seconds, peak = row["step"]["median"], row.get("peak_bytes")
-            cells += [f"{seconds * 1e3:.1f} ms", f"{base / seconds:.2f}x", f"{row['images_per_second']:,.0f}"]
-            cells.append("" if peak is None else f"{peak / 1e9:.2f} GB")
-        else:
-            rows.append((label, *cells))
+    labels = [label for label in found[0]["rows"] if all("step" in one["rows"].get(label, {}) for one in found)]
+    rows = [[label, *(cell for one in found for cell in _gpu_cells(one["rows"], label))] for label in labels]
     one = found[0]
     conditions = (
         f"Images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
@@ -126,6 +118,13 @@ def gpu_table(record: Record, file: str) -> str:
         f"`python -m benchmarks.gpu`. Record: `benchmarks/results/{file}`."
     )
     return _table(headings, rows, conditions)
+
+
+def _gpu_cells(rows: Record, label: str) -> list[str]:
+    row, base = rows[label], rows["torchvision, eager"]["step"]["median"]
+    seconds, peak = row["step"]["median"], row.get("peak_bytes")
+    memory = "" if peak is None else f"{peak / 1e9:.2f} GB"
+    return [f"{seconds * 1e3:.1f} ms", f"{base / seconds:.2f}x", f"{row['images_per_second']:,.0f}", memory]
 
 
 def gpu_kernels_table(record: Record, file: str) -> str:
