@@ -36,8 +36,6 @@ from .harness.runner import RESULTS, environment, write_record
 from .harness.training import Check, attempt
 from .report.depth_report import plot, tables
 
-__all__ = ["QUESTIONS", "Options", "Question", "main", "parse_bytes", "plot", "run"]
-
 COUNTED = "by bytes counted, not by steps on a GPU"
 STEPPED = "by training steps on the GPU, under a limit on PyTorch's allocator"
 DEFAULT_BUDGET = "12GB"
@@ -49,19 +47,12 @@ _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 @dataclass(frozen=True)
 class Question:
-    """What grows, and how.
-
-    Attributes:
-        title: for tables and pictures.
-        network: of a size.
-        pixels: height and width of the images.
-        batch: images; ``None``: as many as the size says.
-    """
+    """What grows, and how."""
 
     title: str
-    network: Callable[[int], NetworkSpec]
-    pixels: int
-    batch: int | None = None
+    network: Callable[[int], NetworkSpec]  # of a size
+    pixels: int  # height and width of the images
+    batch: int | None = None  # None: as many images as the size says
 
     @property
     def grows(self) -> str:
@@ -69,7 +60,7 @@ class Question:
         return "depth" if self.batch else "batch"
 
     def shape(self, size: int) -> tuple[int, int, int, int]:
-        """Of a batch."""
+        """Of the images."""
         return (self.batch or size, 3, self.pixels, self.pixels)
 
     def answer(self, size: int) -> int:
@@ -103,23 +94,14 @@ ON_CUDA = (*COUNTABLE, "fastdense-activations-triton", "fastdense-bottlenecks-tr
 
 @dataclass(frozen=True)
 class Options:
-    """What to find out.
+    """What to find out."""
 
-    Attributes:
-        budget: bytes.
-        device: ``"cpu"`` counts, ``"cuda"`` trains.
-        questions: keys of ``QUESTIONS``.
-        providers: keys of ``PROVIDERS``; empty for those that the device can run.
-        seconds: after which no further size is tried, all questions together; what is known then is a lower bound.
-        processes: that count at the same time; on CUDA there is one.
-    """
-
-    budget: int = 12 * 10**9
-    device: str = "cpu"
+    budget: int = 12 * 10**9  # bytes
+    device: str = "cpu"  # counts; "cuda" trains
     questions: Sequence[str] = tuple(QUESTIONS)
-    providers: Sequence[str] = ()
-    seconds: float | None = None
-    processes: int = 1
+    providers: Sequence[str] = ()  # of PROVIDERS; empty for those that the device can run
+    seconds: float | None = None  # after which no further size is tried; what is known then is a lower bound
+    processes: int = 1  # that count at the same time; on CUDA there is one
 
     @classmethod
     def quick(cls, device: str = "cpu") -> Options:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from fastdense.recompute import WORKSPACE_BYTES
 
@@ -29,19 +30,12 @@ STEPS = 2  # from the second on there is momentum
 
 
 class Counted(NamedTuple):
-    """Bytes of a training step with SGD and momentum.
+    """Bytes of a training step with SGD and momentum."""
 
-    Attributes:
-        parameters: parameters, their momentum and the buffers: there all the time.
-        gradients: of the parameters, when all of them exist.
-        kept: what there is after the forward pass, beside parameters and the batch.
-        peak: the most at one time, of everything.
-    """
-
-    parameters: int
-    gradients: int
-    kept: int
-    peak: int
+    parameters: int  # with their momentum and the buffers: there all the time
+    gradients: int  # of all parameters
+    kept: int  # what there is after the forward pass, beside parameters and the batch
+    peak: int  # the most at one time, of everything
 
 
 def counted_bytes(network: Build, shape: Shape, classes: int) -> Counted:
@@ -53,19 +47,13 @@ def counted_bytes(network: Build, shape: Shape, classes: int) -> Counted:
     with torch.device("meta"):
         model, x = network().train(), torch.empty(shape)
         labels = torch.empty(shape[0], dtype=torch.int64)
-        there = [x, labels, *model.parameters(), *model.buffers()]
-        with LiveBytes(there) as live:
+        with LiveBytes([x, labels, *model.parameters(), *model.buffers()]) as live:
             loss = F.cross_entropy(model(x), labels)
             kept = live.now
             loss.backward()
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    parameters = 2 * gradients + buffers  # each of them, and its momentum
-    return Counted(parameters, gradients, kept, parameters + _size(x) + _size(labels) + live.peak)
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+    gradients = sum(p.nbytes for p in model.parameters())
+    parameters = 2 * gradients + sum(b.nbytes for b in model.buffers())  # each of them, and its momentum
+    return Counted(parameters, gradients, kept, parameters + x.nbytes + labels.nbytes + live.peak)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -86,20 +74,17 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = torch.empty_like(args[0]) if _adds_alike(func, args) else func(*args, **(kwargs or {}))
-        self._note(found)
+        tree_map(self._note, found)
         inside = _inside(str(func), args) if func.namespace == "fastdense" else 0
         self.peak = max(self.peak, self.now + inside)
         return found
 
-    def _note(self, found: Any) -> None:
-        if isinstance(found, tuple | list):
-            for each in found:
-                self._note(each)
-        elif isinstance(found, Tensor):
-            storage = found.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key in self._there or key in self._alive:
-                return
+    def _note(self, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._there and key not in self._alive:
             self._alive[key] = weakref.ref(storage, lambda _: self._freed(key, size))
             self.now += size
 
@@ -137,17 +122,11 @@ def _inside(operator: str, args: Any) -> int:
 
 
 class Fit(NamedTuple):
-    """Whether a step of one size stays within the budget.
-
-    Attributes:
-        fits: whether it does.
-        bytes: the peak, where it is known: a step that ran out of memory has none.
-        details: more, for the record.
-    """
+    """Whether a step of one size stays within the budget."""
 
     fits: bool
-    bytes: int | None
-    details: dict[str, Any]
+    bytes: int | None  # the peak; a step that ran out of memory has none
+    details: dict[str, Any]  # for the record
 
 
 def counted_fit(network: Build, shape: Shape, classes: int, budget: int) -> Fit:
@@ -226,17 +205,11 @@ def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
 
 
 class Search(NamedTuple):
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        largest: the largest size that fits; 0 if 1 does not.
-        complete: whether the next size was tried, and does not fit.
-        tried: all sizes that were, in order.
-    """
-
-    largest: int
-    complete: bool
-    tried: dict[int, Fit]
+    largest: int  # size that fits; 0 if 1 does not
+    complete: bool  # whether the next size was tried, and does not fit
+    tried: dict[int, Fit]  # all sizes that were, in order
 
 
 def largest(attempt: Callable[[int], Fit], budget: int, *, until: float = math.inf) -> Search:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,9 @@ class Timing:
 
 
 def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warmup: int = 2) -> Seconds:
-    """Run every step in turn, ``repeats`` times over, so that a drifting machine favours none.
+    """Runs every step in turn, ``repeats`` times over, so that a drifting machine favours none.
 
-    Args:
-        steps: for each provider a function that runs one step and returns seconds by phase.
-        repeats: counted rounds.
-        warmup: rounds that are not counted.
-
-    Returns:
-        For each provider and phase the seconds of every counted round.
+    ``steps`` return seconds by phase; rounds of ``warmup`` are not counted.
     """
     seconds: Seconds = {name: {} for name in steps}
     for round_ in range(warmup + repeats):
@@ -119,11 +113,7 @@ def fill(record: dict[str, Any], steps: Iterable[None], watch: Watch) -> dict[st
 
 
 def environment(*, gpu: bool = False) -> dict[str, Any]:
-    """Device, versions, commit, date and command: what a record needs to be reproduced.
-
-    Args:
-        gpu: whether the record is about the GPU, and not about the processor.
-    """
+    """Device (the GPU or the processor), versions, commit, date and command: what it takes to reproduce a record."""
     record = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -171,10 +161,7 @@ def _sources() -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return next((found.version for found in distributions(name=package)), None)
 
 
 def _output(*command: str) -> str:
