@@ -139,12 +139,12 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def beside_measured(provider: Provider, depth: int = 40) -> dict[str, int]:
+def beside_measured(provider: Provider) -> dict[str, int]:
     """Bytes of one step of a small network: counted on the meta device, and measured on the CPU.
 
     ``kept`` after the forward pass; ``peak`` without parameters, momentum and the batch.
     """
-    spec, shape = cifar(depth), (BATCH, 3, 32, 32)
+    spec, shape = cifar(40), (BATCH, 3, 32, 32)
     counted = counted_bytes(lambda: provider.network(spec), shape, spec.num_classes)
     model, x = provider.build(spec), torch.randn(shape)
     labels = torch.zeros(BATCH, dtype=torch.int64)
@@ -159,12 +159,7 @@ def beside_measured(provider: Provider, depth: int = 40) -> dict[str, int]:
 
 
 def run(options: Options | options_module.Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Checks, then searches; returns the record.
-
-    Args:
-        options: what to find out.
-        say: is told what was found, a line at a time.
-    """
+    """Checks, then searches; returns the record. ``say`` is told what was found, a line at a time."""
     options = settled(options)
     until = math.inf if options.seconds is None else time.monotonic() + options.seconds
     cuda = options.device == "cuda"

@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = torch.empty_like(args[0]) if _adds_alike(func, args) else func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
         tree_map(self._note, found)
         inside = _inside(str(func), args) if func.namespace == "fastdense" else 0
         self.peak = max(self.peak, self.now + inside)
@@ -93,32 +93,19 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _adds_alike(func: Any, args: Any) -> bool:
-    """Whether this adds two tensors without data whose dimensions lie in one order: the sum's do, too.
-
-    These are gradients, one sum for every pair of layers, and PyTorch takes long to come to the same conclusion.
-    """
-    if func is not torch.ops.aten.add.Tensor or not all(isinstance(arg, Tensor) and arg.is_meta for arg in args):
-        return False
-    a, b = args
-    return a.shape == b.shape and a.dtype == b.dtype and a.dim_order() == b.dim_order()
-
-
 def _inside(operator: str, args: Any) -> int:
     """Bytes that fastdense's operator uses while it runs, beside its inputs and outputs.
 
     In the letters of docs/memory.md: backward makes ``D`` of the block and of a bottleneck, and a bottleneck that is
     computed again; forward, a bottleneck that is not saved. Of ``recompute="activations"`` that is ``m*B`` too much.
     """
-    bytes_ = WORKSPACE_BYTES
-    if operator.startswith("fastdense.dense_block"):
-        backward = "backward" in operator
-        features, params = (args[3], args[9]) if backward else (args[0], args[3])
-        pixels = features.numel() // features.shape[1]
-        bottleneck = params[2].shape[0]  # the first convolution's outputs
-        channels = features.shape[1] + 2 * bottleneck if backward else bottleneck
-        bytes_ += pixels * channels * features.element_size()
-    return int(bytes_)
+    if not operator.startswith("fastdense.dense_block"):
+        return WORKSPACE_BYTES
+    backward = "backward" in operator
+    features, params = (args[3], args[9]) if backward else (args[0], args[3])
+    bottleneck = params[2].shape[0]  # the first convolution's outputs
+    channels = features.shape[1] + 2 * bottleneck if backward else bottleneck
+    return int(WORKSPACE_BYTES + features.nbytes // features.shape[1] * channels)
 
 
 class Fit(NamedTuple):

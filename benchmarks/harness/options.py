@@ -22,37 +22,24 @@ QUICK_MODEL, QUICK_DEPTHS = "densenet-bc-40", (22, 40, 58)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of every benchmark; each reads those that it knows.
-
-    Attributes:
-        device, dtype, layout: where and in which arithmetic; 16 bit means autocast.
-        model, batch, size: a network of ``providers.MODELS``, images a step, and their height and width.
-        providers: names from ``providers.PROVIDERS``; empty: those that are usual on the device.
-        batches: further batch sizes, for images a second.
-        models, depths: networks whose bytes are counted; ``depths`` are of CIFAR's DenseNet-BC with ``k = 12``.
-        repeats, processes: timed steps of each provider in each fresh process.
-        threads: of the CPU; 0: PyTorch's own choice.
-        quick: under two minutes on two CPU cores.
-        budget: bytes that a network may take, as ``12GB``.
-        out: folder of records and pictures.
-    """
+    """The options of every benchmark; each reads those that it knows."""
 
     device: str = "cpu"
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # or another key of DTYPES; 16 bit means autocast
     layout: str = "channels_last"
-    model: str = "densenet121"
-    batch: int = 8
-    size: int = 128
-    providers: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    models: tuple[str, ...] = ()
-    depths: tuple[int, ...] = ()
-    repeats: int = 7
+    model: str = "densenet121"  # of providers.MODELS
+    batch: int = 8  # images a step
+    size: int = 128  # their height and width
+    providers: tuple[str, ...] = ()  # of providers.PROVIDERS; empty: those that are usual on the device
+    batches: tuple[int, ...] = ()  # further batch sizes, for images a second
+    models: tuple[str, ...] = ()  # whose bytes are counted
+    depths: tuple[int, ...] = ()  # of CIFAR's DenseNet-BC with k = 12, whose bytes are counted
+    repeats: int = 7  # timed steps of each provider in each fresh process
     processes: int = 5
-    threads: int = 0
-    quick: bool = False
-    budget: str | None = None
-    out: Path | None = None
+    threads: int = 0  # of the CPU; 0: PyTorch's own choice
+    quick: bool = False  # under two minutes on two CPU cores
+    budget: str | None = None  # bytes that a training step may take, as 12GB
+    out: Path | None = None  # folder of records and pictures
 
     def __post_init__(self) -> None:
         known = (("dtype", [self.dtype], DTYPES), ("layout", [self.layout], LAYOUTS),
@@ -92,11 +79,7 @@ class Options:
         return {**head, "kind": kind, "complete": False, "settings": settings, "results": {}}
 
     def folder(self) -> Path:
-        """Where records and pictures go.
-
-        ``out``; or a checkout's ``benchmarks/results/<device>``; or ``./fastdense-bench`` where fastdense is installed
-        and for a quick run, which is not worth keeping.
-        """
+        """Where records and pictures go: into the checkout only if the run was a whole one."""
         if self.out is not None:
             return self.out
         if self.quick or not CHECKOUT:

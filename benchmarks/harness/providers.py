@@ -1,10 +1,4 @@
-"""Who is measured: torchvision's DenseNet and its variants, torch.compile, and fastdense, all with equal weights.
-
-torch.manual_seed(0)
-provider = PROVIDERS["fastdense-activations"]
-provider.require(device)                               # raises Unavailable, with the reason
-model = provider.build(spec).to(device)
-"""
+"""What is measured: torchvision's DenseNet and its variants, torch.compile, and fastdense, all with equal weights."""
 
 from __future__ import annotations
 
@@ -79,23 +73,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to run a network.
+    """One way to run a network."""
 
-    Attributes:
-        name: what a command line calls it.
-        label: what tables and records call it.
-        network: makes the module of a spec.
-        obstacle: why it cannot run on a device, or ``None``.
-        compile_mode: how ``torch.compile`` is asked to compile it, or ``None``.
-        exact: whether it can be checked in float64: plain PyTorch operators, run as they are written.
-    """
-
-    name: str
-    label: str
+    name: str  # what a command line calls it
+    label: str  # what tables and records call it
     network: Callable[[NetworkSpec], nn.Module]
-    obstacle: Callable[[torch.device], str | None] = lambda device: None
-    compile_mode: str | None = None
-    exact: bool = True
+    obstacle: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run on a device
+    compile_mode: str | None = None  # of torch.compile
+    exact: bool = True  # whether it can be checked in float64: plain PyTorch operators, run as they are written
 
     def require(self, device: torch.device) -> None:
         """Raises :class:`Unavailable` where this provider cannot run on ``device``."""
@@ -175,19 +160,19 @@ def _efficient(spec: NetworkSpec) -> nn.Module:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        without_triton = None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
-        return _no_torchvision() or without_triton
-    return _no_torchvision() or _no_cxx_compiler()
+    return _no_torchvision() or (_no_triton() if device.type == "cuda" else _no_cxx_compiler())
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
 
 
 def _no_cxx_compiler() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, and most runs do not need it
-    from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
+    except RuntimeError:
         return "torch.compile needs a C++ compiler on the CPU, and finds none"
     return None
 

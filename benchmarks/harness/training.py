@@ -92,9 +92,7 @@ class Step:
     def _mark(self) -> Any:
         if not self.x.is_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.x.device))
-        return event
+        return torch.cuda.current_stream(self.x.device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def _between(first: Any, second: Any) -> float:
