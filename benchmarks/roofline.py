@@ -54,17 +54,17 @@ class Bar:
         return self.floor / self.measured if self.measured and self.floor else None
 
 
-def _timing(statement: str, names: dict[str, Any], threads: int) -> Timing:
-    measured = Timer(statement, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.5)
-    return Timing.of(measured.times)
-
-
 def cpu_rates(threads: int) -> dict[str, Any]:
     """Bytes a second that a copy moves (read and written), operations a second of a matrix product, in float32."""
+
+    def timing(statement: str, **names: Any) -> Timing:
+        timer = Timer(statement, globals={"torch": torch, **names}, num_threads=threads)
+        return Timing.of(timer.blocked_autorange(min_run_time=0.5).times)
+
     x = torch.randn(COPY_BYTES // 4)
-    moved = _timing("out.copy_(x)", {"x": x, "out": torch.empty_like(x)}, threads)
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
-    product = _timing("torch.mm(a, b, out=out)", {"torch": torch, "a": a, "b": b, "out": a.clone()}, threads)
+    moved = timing("out.copy_(x)", x=x, out=torch.empty_like(x))
+    a, b, out = torch.randn(3, MATMUL_SIZE, MATMUL_SIZE)
+    product = timing("torch.mm(a, b, out=out)", a=a, b=b, out=out)
     return {
         "copy": {"per_second": 2 * x.nbytes / moved.median, "bytes": 2 * x.nbytes, "timing": moved},
         "float32": {"per_second": 2 * MATMUL_SIZE**3 / product.median, "size": MATMUL_SIZE, "timing": product},
@@ -128,7 +128,10 @@ def bars(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
 
 
 def bars_of_record(record: Mapping[str, Any]) -> dict[str, list[Bar]]:
-    """Title and bars for each profiled step of a record of ``benchmarks.gpu``."""
+    """Title and bars: of each profiled step in a record of ``benchmarks.gpu``, of the floors in one of :func:`run`."""
+    if "modelled" in record:
+        title = f"{record['settings']['model']} on the CPU: modelled floors of a step's kernels, nothing measured"
+        return {title: bars(record["modelled"]["kernels"])}
     stage = record["stages"].get("layers", {})
     made = stage.get("environment", {})
     where = "REHEARSAL, says nothing of a GPU" if made.get("rehearsal") else made.get("device", "unknown device")
@@ -161,26 +164,22 @@ def plot(groups: Mapping[str, Sequence[Bar]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _bars_table(title: str, group: Sequence[Bar]) -> Table:
-    headings = ("kernel", "m", "times", "measured ms", "floor ms (modelled)", "of the floor's rate")
-    table = console_table(title, headings)
-    for bar in group:
-        measured = "not measured" if bar.measured is None else f"{bar.measured * 1e3:.3f}"
-        fraction = "" if bar.fraction is None else f"{bar.fraction:.0%}"
-        table.add_row(bar.operation, f"{bar.m:,}", str(bar.times), measured, f"{bar.floor * 1e3:.3f}", fraction)
-    return table
-
-
-def _cpu_groups(record: Mapping[str, Any]) -> dict[str, list[Bar]]:
-    title = f"{record['settings']['model']} on the CPU: modelled floors of a step's kernels, nothing measured"
-    return {title: bars(record["modelled"]["kernels"])}
-
-
 def show(record: Mapping[str, Any], console: Console) -> None:
-    """Prints a record of :func:`run` as tables."""
+    """Prints the bars of a record as tables; of one of :func:`run`, what was measured, too."""
+    headings = ("kernel", "m", "times", "measured ms", "floor ms (modelled)", "of the floor's rate")
+    for title, group in bars_of_record(record).items():
+        table = console_table(title, headings)
+        for bar in group:
+            measured = "not measured" if bar.measured is None else f"{bar.measured * 1e3:.3f}"
+            fraction = "" if bar.fraction is None else f"{bar.fraction:.0%}"
+            table.add_row(bar.operation, f"{bar.m:,}", str(bar.times), measured, f"{bar.floor * 1e3:.3f}", fraction)
+        console.print(table)
+    if "modelled" in record:
+        console.print(_step_table(record))
+
+
+def _step_table(record: Mapping[str, Any]) -> Table:
     settings, rates, floor, step = (record[key] for key in ("settings", "rates", "modelled", "step"))
-    for title, group in _cpu_groups(record).items():
-        console.print(_bars_table(title, group))
     measured = f"not timed: differs by {step['relative_difference']:.1e}"
     if "step" in step:
         measured = f"{step['step'].median * 1e3:.0f} ms, {step['images_per_second']:.1f} images/s"
@@ -193,7 +192,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         ("PyTorch backend's step, measured", measured),
     )
     title = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, float32, {record['threads']} threads"
-    console.print(console_table(title, ("", ""), rows, words=2))
+    return console_table(title, ("", ""), rows, words=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,23 +209,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     console = Console()
     if given.record is not None:
-        groups = bars_of_record(json.loads(given.record.read_text()))
-        if not groups:
+        record = json.loads(given.record.read_text())
+        if not bars_of_record(record):
             parser.error(f"{given.record} has no timed kernels: run python -m benchmarks.gpu --stages rates layers")
-        for title, group in groups.items():
-            console.print(_bars_table(title, group))
     else:
         names = ("model", "batch", "size", "repeats", "threads")
         options = Options(**{name: getattr(given, name) for name in names})
         with console.status("measuring rates, then the step"):
             record = run(options)
-        groups = _cpu_groups(record)
-        show(record, console)
-        if given.json is not None:
-            write_record(given.json, record)
-            console.print(f"record: {given.json}")
+    show(record, console)
+    if given.record is None and given.json is not None:
+        write_record(given.json, record)
+        console.print(f"record: {given.json}")
     if given.plot is not None:
-        plot(groups, given.plot)
+        plot(bars_of_record(record), given.plot)
         console.print(f"picture: {given.plot}")
 
 
