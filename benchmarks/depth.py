@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("budget", "questions", "providers", "processes")
     options = replace(options, **{name: value for name in names if (value := getattr(given, name))})
     path = given.json
-    if path is None and not given.quick and given.device == "cpu":  # elsewhere a folder is named by who knows the card
+    if path is None and not given.quick and given.device == "cpu":  # a GPU's folder has the card's name
         path = RESULTS / "cpu" / f"depth-{options.budget / 1e9:g}GB.json"
     picture = given.plot or (path.with_suffix(".png") if path else None)
     console = Console()

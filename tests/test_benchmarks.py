@@ -30,10 +30,10 @@ def test_pages_agree_with_the_records(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
-def test_a_changed_figure_is_noticed(page: Path) -> None:
+def test_a_changed_number_is_noticed(page: Path) -> None:
     text = page.read_text()
     found = re.search(rf"<!-- ({'|'.join(render.TABLES)}): .*?\n\|[^\n]*(\d)[^\d\n]*\|\n", text, re.DOTALL)
-    assert found is not None, "there is no figure in a table"
+    assert found is not None, "there is no number in a table"
     digit = found.start(2)
     changed = f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}"
     assert render.render(changed) == text
@@ -144,7 +144,7 @@ def test_speed_times_what_is_right_and_nothing_else(candidates: tuple[str, ...],
 
 
 def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it lies in somebody else's repository."""
+    """Also where it lies in another repository."""
     monkeypatch.setenv("FASTDENSE_COMMIT", "abc")
     assert runner.environment()["commit"] == "abc"
 
@@ -189,8 +189,8 @@ def test_bytes_are_those_of_the_step() -> None:
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 1000))
     x, cotangent = training.images(2, 64, 1000, Options())
     found = training.count_bytes(training.Step(flat, x, cotangent, "fp32"))
-    kept = 2 * 3 * 64 * 64 * 4  # the images in the order that Flatten wants
-    assert found == {"bytes_kept": kept, "bytes_peak": kept + 2 * 1000 * 4}
+    saved = 2 * 3 * 64 * 64 * 4  # the images in the order that Flatten wants
+    assert found == {"bytes_kept": saved, "bytes_peak": saved + 2 * 1000 * 4}
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

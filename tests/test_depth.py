@@ -117,7 +117,7 @@ class FakeMemory:
         return sum(tensor.nbytes for ref in self.held if (tensor := ref()) is not None)
 
     def take(self, size: int, message: str) -> Tensor:
-        """``size`` bytes, or no memory; the error is kept, as a debugger or a log would."""
+        """``size`` bytes, or no memory; the error is stored, as a debugger or a log would."""
         if self.now() + size > self.budget:
             self.errors.append(torch.OutOfMemoryError(message))
             raise self.errors[-1]
@@ -130,7 +130,7 @@ class FakeMemory:
 class Holding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory: FakeMemory, size: int) -> Tensor:
-        ctx.memory, ctx.size, ctx.kept = memory, size, memory.take(size, "CUDA out of memory. Tried")
+        ctx.memory, ctx.size, ctx.held = memory, size, memory.take(size, "CUDA out of memory. Tried")
         return x * 2
 
     @staticmethod
@@ -294,12 +294,12 @@ def test_its_table_and_picture(record: dict[str, Any], tmp_path: Path) -> None:
     text = depth_report.depth_table(json.loads(json.dumps(record)), "cpu/depth.json")
     assert f"| {row['label']} | {row['depth']} |" in text
     assert "by bytes counted, not by steps on a GPU" in text
-    assert len(depth_report.tables(record)) == 2
+    assert len(list(depth_report.tables(record))) == 2
     depth.plot(record, tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_who_is_wrong_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_provider_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(spec: NetworkSpec) -> nn.Module:
         model = PROVIDERS["torchvision"].network(spec)
         model.features.norm5.eps = 0.1  # type: ignore[union-attr]

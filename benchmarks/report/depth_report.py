@@ -18,7 +18,7 @@ HEADER = ["", "largest", "/ torchvision", "/ memory_efficient", "parameters", "t
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """The title of each question, and for each provider cells as :data:`HEADER` names them."""
+    """Yields the title of each question, and for each provider cells as :data:`HEADER` names them."""
     for answers in record["results"].values():
         found, grows, lines = answers["providers"], answers["grows"], []
         for row in found.values():
@@ -26,30 +26,23 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
             for other in (BASE, CHECKPOINTED):
                 base = found.get(other, {}).get(grows, 0)
                 cells.append(f"{row[grows] / base:.1f}" if base else "-")
-            lines.append(cells + ["-" if part is None else f"{part / 1e9:.2f} GB" for part in _parts(row)])
+            lines.append(cells + [f"{part / 1e9:.2f} GB" if part else "-" for part in _parts(row)])
         yield answers["title"], lines
 
 
-def _best(row: dict[str, Any]) -> dict[str, Any]:
-    return next((trial for trial in row["trials"] if trial["size"] == row["size"]), {})
+def _parts(row: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of parameters, gradients and momentum at the largest size, if they were counted, and of everything else."""
+    best: dict[str, int] = next((trial for trial in row["trials"] if trial["size"] == row["size"]), {})
+    share = best.get("parameters", 0) + best.get("gradients", 0)
+    return share, best.get("bytes", 0) - share
 
 
-def _parts(row: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Bytes of parameters, gradients and momentum at the largest size, and of everything else; if they were counted."""
-    best = _best(row)
-    if "parameters" not in best:
-        return None, best.get("bytes")
-    share = best["parameters"] + best["gradients"]
-    return share, best["bytes"] - share
-
-
-def tables(record: dict[str, Any]) -> list[Table]:
-    """One table for each question."""
-    settings, found = record["settings"], []
+def tables(record: dict[str, Any]) -> Iterator[Table]:
+    """Yields one table for each question."""
     for title, cells in rows(record):
-        found.append(console_table(f"{title}, {settings['budget'] / 1e9:g} GB", HEADER, cells))
-        found[-1].caption = settings["method"]
-    return found
+        table = console_table(f"{title}, {record['settings']['budget'] / 1e9:g} GB", HEADER, cells)
+        table.caption = record["settings"]["method"]
+        yield table
 
 
 def depth_table(record: dict[str, Any], file: str) -> str:
@@ -75,24 +68,19 @@ def depth_table(record: dict[str, Any], file: str) -> str:
     return "\n".join([*lines, "", *_limits(record), "", conditions, ""])
 
 
-def _limits(record: dict[str, Any]) -> list[str]:
+def _limits(record: dict[str, Any]) -> Iterator[str]:
     """What the deepest network of each question is limited by, in words."""
-    sentences = []
     for answers in record["results"].values():
-        if answers["grows"] != "depth":
-            continue
-        found = answers["providers"]
-        deepest = max(found.values(), key=lambda row: row["depth"])
-        share, rest = _parts(deepest)
-        if share is None or rest is None or not {BASE, CHECKPOINTED} <= found.keys():
-            continue
-        times = [deepest["depth"] / found[name]["depth"] for name in (BASE, CHECKPOINTED)]
-        sentences.append(
-            f"- {answers['title'][0].upper()}{answers['title'][1:]}: {deepest['label']} goes {times[0]:.1f} times as "
-            f"deep as torchvision and {times[1]:.1f} times as deep as memory_efficient. Parameters, gradients and "
-            f"momentum take {share / (share + rest):.0%} of the memory there."
-        )
-    return sentences
+        if answers["grows"] == "depth":
+            found, title = answers["providers"], answers["title"]
+            deepest = max(found.values(), key=lambda row: row["depth"])
+            share, rest = _parts(deepest)
+            plain, checkpointed = (deepest["depth"] / found[name]["depth"] for name in (BASE, CHECKPOINTED))
+            yield (
+                f"- {title[0].upper()}{title[1:]}: {deepest['label']} goes {plain:.1f} times as deep as torchvision "
+                f"and {checkpointed:.1f} times as deep as memory_efficient. Parameters, gradients and momentum take "
+                f"{share / (share + rest):.0%} of the memory there."
+            )
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
