@@ -19,7 +19,8 @@ from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, cifar
 from .harness.runner import RESULTS, Watch, fill, in_fresh_process
 from .harness.training import Check, Step, attempt, build, count_bytes, images
-from .speed import Record, bytes_cells, finish, results_table
+from .report.tables import console_table
+from .speed import OF_BYTES, Record, bytes_cells, finish
 
 DEPTHS_SIZE = 32  # pixels; CIFAR's images
 GROWTH_RATE = 12  # of the networks of --depths
@@ -70,14 +71,14 @@ def run(options: Options, watch: Watch = lambda record: None) -> Record:
 def table(record: Record) -> Table:
     """The record as a table; ratios are against torchvision's plain network."""
     settings = record["settings"]
-    title = f"{settings['batch']} images, {settings['dtype']}, {settings['layout']}, {record['device']}"
-    found = results_table(title, "kept [MB]", "ratio", "peak [MB]", "ratio", words=2)
     deep = settings.get("depths", {"of": {}})
+    lines = []
     for network, rows in record["results"].items():
         size = deep["size"] if network in deep["of"] else settings["size"]
         for label, row in rows.items():
-            found.add_row(f"{network}, {size}^2", label, *bytes_cells(row, rows.get(BASE, {})))
-    return found
+            lines.append((f"{network}, {size}^2", label, *bytes_cells(row, rows.get(BASE, {}))))
+    title = f"{settings['batch']} images, {settings['dtype']}, {settings['layout']}, {record['device']}"
+    return console_table(title, ("", *OF_BYTES), lines, words=2)
 
 
 def file_name(options: Options) -> str:

@@ -19,18 +19,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 
 from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS
 from .harness.runner import RESULTS, Timing, Watch, fill, in_fresh_process, interleave, write_record
 from .harness.training import Check, Step, attempt, build, count_bytes, images
+from .report.tables import console_table
 
 Record = dict[str, Any]
 Event = tuple[str, int | None, Record]  # a provider; a batch of options.batches, or None; what was found
 SWEEP_REPEATS = 3
+OF_BYTES = ("", "kept [MB]", "ratio", "peak [MB]", "ratio")
 STATUS = {"unavailable": "not available", "error": "failed"}
 
 
@@ -126,22 +126,15 @@ def table(record: Record) -> Group:
     threads = f"{record['threads']} CPU thread" + "s" * (record["threads"] != 1)
     what = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, {settings['dtype']}, {settings['layout']}"
     title = f"{what}, {threads if record['device'] == 'cpu' else record['device']}"
-    times = results_table(title, "step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
-    sizes = results_table(None, "kept [MB]", "ratio", "peak [MB]", "ratio", "first step [s]")
     base = results.get(BASE, {})
-    for label, row in results.items():
-        times.add_row(label, *_times(row, base))
-        if "bytes_kept" in row:
-            sizes.add_row(label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
-    return Group(times, sizes)
-
-
-def results_table(title: str | None, *columns: str, words: int = 1) -> Table:
-    """An empty table of ``words`` columns of words, which have no heading, and ``columns`` of numbers."""
-    found = Table(*[""] * words, title=title, box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        found.add_column(column, justify="right", overflow="fold")
-    return found
+    times = [(label, *_times(row, base)) for label, row in results.items()]
+    sizes = [
+        (label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
+        for label, row in results.items()
+        if "bytes_kept" in row
+    ]
+    of_times = ("", "step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
+    return Group(console_table(title, of_times, times), console_table(None, (*OF_BYTES, "first step [s]"), sizes))
 
 
 def trouble(row: Record) -> str | None:

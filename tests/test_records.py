@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.harness import runner
 from benchmarks.report.record import complaints
+from benchmarks.report.tables import speed_conditions
 
 # A sum of the compile report and a count of waves; pytest-benchmark's; the stages of a GPU run.
 OTHER_FORMS = (
@@ -115,12 +116,9 @@ def test_nothing_measured_is_no_picture(tmp_path: Path) -> None:
     assert plots.pictures({**memory_record(), "results": {}}, tmp_path / "x") == []
 
 
-def test_a_picture_says_its_conditions() -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks.report import plots
-
+def test_a_record_says_its_conditions() -> None:
     record = speed_record()
-    caption = plots.speed_caption(record)
+    caption = speed_conditions(record)
     for condition in ("float32", "channels_last", "7 interleaved steps", record["torch"], record["processor"]):
         assert condition in caption
-    assert "Interrupted" in plots.speed_caption({**record, "complete": False})
+    assert "interrupted" not in caption and "interrupted" in speed_conditions({**record, "complete": False})

@@ -47,10 +47,9 @@ class Options:
         for what, names, among in known:
             if unknown := [name for name in names if name not in among]:
                 raise ValueError(f"{what} must be one of {', '.join(among)}; got {unknown[0]!r}")
-        numbers = {name: getattr(self, name) for name in ("batch", "size", "repeats", "processes")}
-        for what, number in [*numbers.items(), *(("batches", batch) for batch in self.batches)]:
-            if number < 1:
-                raise ValueError(f"{what} must be at least 1, got {number}")
+        numbers = (self.batch, self.size, self.repeats, self.processes, *self.batches)
+        if min(numbers) < 1:
+            raise ValueError(f"batch, size, repeats, processes and batches must be at least 1, got {numbers}")
         if not re.fullmatch(r"(cpu|cuda)(:\d+)?", self.device):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.torch_device.type == "cuda" and not torch.cuda.is_available():

@@ -114,11 +114,10 @@ def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:
     if spec.small_inputs:  # torchvision knows ImageNet's stem alone
         stem = nn.Conv2d(3, spec.num_init_features, kernel_size=3, padding=1, bias=False)
         layers = OrderedDict(model.features.named_children(), conv0=stem)
-        model.features = nn.Sequential(OrderedDict((n, m) for n, m in layers.items() if n not in _IMAGENET_STEM))
+        for name in ("norm0", "relu0", "pool0"):
+            del layers[name]
+        model.features = nn.Sequential(layers)
     return model
-
-
-_IMAGENET_STEM = ("norm0", "relu0", "pool0")
 
 
 def _no_torchvision(device: torch.device | None = None) -> str | None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..harness.runner import plain
+from .tables import made, speed_conditions
 
 Record = dict[str, Any]
 CAPTION_CHARACTERS = 120
@@ -24,9 +25,7 @@ def step_against_memory(record: Record, path: Path) -> None:
         spread = [[median - p20], [p80 - median]]
         axes.errorbar(row["bytes_kept"] / 1e6, median, spread, capsize=3, label=label, linestyle="none")
     axes.set(xlabel="saved for backward [MB]", ylabel="training step [ms], bars: 20 % to 80 %", xlim=(0, None))
-    settings = record["settings"]
-    size = f"{settings['batch']} images of {settings['size']} x {settings['size']}"
-    _save(axes, f"One training step of {settings['model']}, {size}", speed_caption(record), path)
+    _save(axes, f"One training step of {record['settings']['model']}", speed_conditions(record), path)
 
 
 def images_against_batch(record: Record, path: Path) -> None:
@@ -42,7 +41,7 @@ def images_against_batch(record: Record, path: Path) -> None:
     axes.set_xticks(sizes, list(map(str, sizes)))
     axes.set(xlabel="images a step (batch size)", ylabel="images a second, training")
     steps = min(found["step"]["repeats"] for _, found in swept)
-    caption = f"{speed_caption(record)} Batches other than {batch}: {steps} steps."
+    caption = f"{speed_conditions(record)} Batches other than {batch}: {steps} steps."
     _save(axes, f"{record['settings']['model']}: higher is better", caption, path)
 
 
@@ -60,7 +59,7 @@ def memory_against_depth(record: Record, path: Path) -> None:
     caption = (
         f"DenseNet-BC, k = {depths['growth_rate']}, three equal blocks, images of {depths['size']} x {depths['size']}, "
         f"batch {settings['batch']}, {settings['dtype']}, {settings['layout']}. "
-        f"Parameters and images left out. {_where(record)}"
+        f"Parameters and images left out. {made(record)}."
     )
     _save(axes, "Memory against depth: lower is better", caption, path)
 
@@ -91,25 +90,6 @@ def measured(record: Record, *keys: str) -> dict[str, Record]:
 def _sweep(row: Record) -> dict[int, Record]:
     """What was measured at further batch sizes."""
     return {int(size): found for size, found in row.get("batches", {}).items() if "step" in found}
-
-
-def speed_caption(record: Record) -> str:
-    """The conditions of a record of speed."""
-    settings = record["settings"]
-    size, processes = settings["size"], settings["processes"]
-    repeats = next((row["step"]["repeats"] for row in measured(record, "step").values()), 0)
-    in_words = f"{repeats} interleaved steps in {processes} process" + "es" * (processes != 1)
-    return (
-        f"Images of {size} x {size}, {settings['dtype']}, {settings['layout']}. Forward, backward and SGD: medians of "
-        f"{in_words}. {_where(record)}"
-    )
-
-
-def _where(record: Record) -> str:
-    threads = f", {record['threads']} thread" + "s" * (record["threads"] != 1)
-    device = f"{record['processor']}{threads}" if record["device"] == "cpu" else record["device"]
-    part = "" if record["complete"] else " Interrupted: not all that was asked for."
-    return f"{device}; PyTorch {record['torch']}; {record['date'][:10]}.{part}"
 
 
 def _axes() -> Axes:

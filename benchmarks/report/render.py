@@ -18,7 +18,7 @@ from typing import Any
 from ..harness.runner import RESULTS, ROOT
 from ..roofline import bars
 from .depth_report import depth_table
-from .tables import markdown
+from .tables import images, markdown, speed_conditions
 
 Record = dict[str, Any]
 
@@ -38,26 +38,16 @@ def _record(file: str, root: str = "../") -> str:
     return f"Record: [{file}]({root}benchmarks/results/{file})."
 
 
-def _images(settings: Record) -> str:
-    size = settings["size"]
-    return f"{settings['batch']} images of {size} x {size}, {settings['dtype']}, {settings['layout']}"
-
-
 def speed_table(record: Record, file: str) -> str:
     """A record of ``benchmarks.speed`` as a Markdown table, with its conditions."""
-    settings, results = record["settings"], record["results"]
-    base = results["torchvision"]
+    base = record["results"]["torchvision"]
     rows = []
-    for label, row in results.items():
+    for label, row in record["results"].items():
         if "step" in row and "bytes_kept" in row:
             saved, seconds = row["bytes_kept"], row["step"]["median"]
             less, slower = _less(base["bytes_kept"], saved), seconds / base["step"]["median"]
             rows.append((label, f"{saved / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
-    conditions = (
-        f"{settings['model']}, {_images(settings)}; {record['processor']}, {record['threads']} threads, "
-        f"PyTorch {record['torch']}, {record['date'][:10]}; medians of {base['step']['repeats']} interleaved steps "
-        f"(forward, backward, SGD) in {settings['processes']} processes. Reproduce: `make bench`. {_record(file, '')}"
-    )
+    conditions = f"{speed_conditions(record)} Reproduce: `make bench`. {_record(file, '')}"
     return _table(("", "saved for backward", "", "training step", ""), rows, conditions)
 
 
@@ -71,7 +61,7 @@ def memory_table(record: Record, file: str) -> str:
                 cells = [text for x, base in parts for text in (f"{x / 1e6:.1f} MB", _less(base, x))]
                 rows.append((name, label, *cells))
     conditions = (
-        f"{_images(record['settings'])}, on the CPU; parameters, their gradients and the images left out. PyTorch "
+        f"{images(record['settings'])}, on the CPU; parameters, their gradients and the images left out. PyTorch "
         f"{record['torch']}, {record['date'][:10]}. Reproduce: `python -m benchmarks.memory`. {_record(file)}"
     )
     return _table(("", "", "saved for backward", "", "peak of a training step", ""), rows, conditions, words=2)
