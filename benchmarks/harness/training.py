@@ -73,8 +73,7 @@ class Step:
 
     def __call__(self) -> Mapping[str, float]:
         """Seconds by phase on the device, and of the whole step until the device has finished."""
-        wait = torch.cuda.synchronize if self.x.is_cuda else lambda: None
-        wait()
+        self._wait()
         start = time.perf_counter()
         marks = [self._mark()]
         scores = self.forward()
@@ -84,10 +83,14 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(self._mark())
-        wait()
+        self._wait()
         total = time.perf_counter() - start
         phases = zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False)
         return {name: _between(first, second) for name, first, second in phases} | {"step": total}
+
+    def _wait(self) -> None:
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
 
     def _mark(self) -> Any:
         if not self.x.is_cuda:
