@@ -2,9 +2,9 @@
 
     python -m benchmarks.depth [--budget 12GB] [--device cpu|cuda] [--quick] [--json FILE] [--plot FILE]
 
-On CUDA by training steps under a limit on PyTorch's allocator. Elsewhere by bytes counted, not by steps: see
-``counted``. There, each provider's count is first compared with what a real step on the CPU keeps and takes. A provider
-whose output or gradients differ from torchvision's takes no part.
+On CUDA by training steps under a limit on PyTorch's allocator. Elsewhere by bytes counted, not by steps, as
+:mod:`benchmarks.harness.fits` says, and compared with those of a real step on the CPU. A provider whose output or
+gradients differ from torchvision's takes no part.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@
 
 A floor is modelled, never measured: the larger of bytes (``benchmarks.compiled.traffic``) over the copy rate and
 operations over the matrix product rate, both measured on the device. The first line measures these rates on the CPU and
-compares a training step of the PyTorch backend with the network's floor; of the kernels, which do not run there, it
-shows floors alone. The second line shows each kernel's measured time beside its floor, from a record of
-``benchmarks.gpu``.
+a training step of the PyTorch backend; of the kernels, which do not run there, it shows floors alone. The second line
+shows each kernel's measured time beside its floor, from a record of ``benchmarks.gpu``.
 """
 
 from __future__ import annotations

@@ -35,11 +35,6 @@ class NetworkSpec:
     num_init_features: int
     num_classes: int
     small_inputs: bool = False
-    bn_size: int = 4
-
-    def arguments(self) -> dict[str, Any]:
-        """Keywords of torchvision's ``DenseNet``."""
-        return {name: value for name, value in asdict(self).items() if name != "small_inputs"}
 
     @property
     def depth(self) -> int:
@@ -47,7 +42,7 @@ class NetworkSpec:
         return 2 * sum(self.block_config) + len(self.block_config) + 1
 
 
-def cifar(depth: int, growth_rate: int = 12, num_classes: int = 10) -> NetworkSpec:
+def cifar(depth: int, growth_rate: int = 12) -> NetworkSpec:
     """DenseNet-BC with three equal blocks for images of 32 x 32: ``depth = 6*n + 4``, as in arXiv 1608.06993.
 
     Raises:
@@ -56,7 +51,7 @@ def cifar(depth: int, growth_rate: int = 12, num_classes: int = 10) -> NetworkSp
     layers, rest = divmod(depth - 4, 6)
     if layers < 1 or rest:
         raise ValueError(f"a depth must be 6*n + 4, as 40, 100 or 190, got {depth}")
-    return NetworkSpec(growth_rate, (layers,) * 3, 2 * growth_rate, num_classes, small_inputs=True)
+    return NetworkSpec(growth_rate, (layers,) * 3, 2 * growth_rate, 10, small_inputs=True)
 
 
 MODELS = {
@@ -110,8 +105,10 @@ class Provider:
 def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:
     if (reason := _no_torchvision()) is not None:
         raise Unavailable(reason)
-    model: Any = torchvision_densenet().DenseNet(**spec.arguments(), **options)
-    if spec.small_inputs:  # torchvision knows ImageNet's stem alone
+    arguments = asdict(spec)
+    small_inputs = arguments.pop("small_inputs")
+    model: Any = torchvision_densenet().DenseNet(**arguments, **options)
+    if small_inputs:  # torchvision knows ImageNet's stem alone
         stem = nn.Conv2d(3, spec.num_init_features, kernel_size=3, padding=1, bias=False)
         layers = OrderedDict(model.features.named_children(), conv0=stem)
         for name in ("norm0", "relu0", "pool0"):
