@@ -35,12 +35,9 @@ STATUS = {"unavailable": "not available", "error": "failed"}
 
 
 def measure(options: Options, names: list[str], first: bool) -> Iterator[Event]:
-    """Yields one process's measurements of the providers ``names``, as they come.
+    """Yields one process's measurements of the providers ``names``, as they come; those that fail are left out.
 
-    Args:
-        options: what to measure.
-        names: of providers; those that fail are reported and left out.
-        first: whether to check and to count bytes too, and to go through ``options.batches``.
+    The ``first`` process checks and counts bytes too, and goes through ``options.batches``.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -83,14 +80,9 @@ def _rounds(steps: dict[str, Step], repeats: int, batch: int | None) -> Iterator
 
 
 def run(options: Options, watch: Watch = lambda record: None) -> Record:
-    """Checks, counts bytes and times in fresh processes.
+    """Checks, counts bytes and times in fresh processes; returns the record.
 
-    Args:
-        options: what to measure.
-        watch: is shown the record whenever something has come in; it says ``complete`` at the end.
-
-    Returns:
-        The record. After Ctrl-C, what there is of it: then ``complete`` is false.
+    ``watch`` is shown it whenever something has come in. After Ctrl-C its ``complete`` is false.
     """
     settings = {name: getattr(options, name) for name in ("model", "batch", "size", "processes")}
     record = options.new_record("speed", settings)

@@ -59,14 +59,10 @@ def counted_bytes(network: Build, shape: Shape, classes: int) -> Counted:
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operators make while it is on, until they are freed.
 
-    Args:
-        there: tensors that exist before, and are not counted.
-
-    Attributes:
-        now, peak: bytes alive, and the most there were.
+    ``now`` and ``peak`` are the bytes alive, and the most there were; tensors that are ``there`` before do not count.
     """
 
-    def __init__(self, there: Iterable[Tensor] = ()) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._there = {tensor.untyped_storage()._cdata for tensor in there}

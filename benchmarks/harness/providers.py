@@ -83,11 +83,7 @@ class Provider:
             raise Unavailable(reason)
 
     def build(self, spec: NetworkSpec) -> nn.Module:
-        """The network in training mode; under one seed of PyTorch's generator every provider has the same weights.
-
-        Raises:
-            Unavailable: a package that it is made from is not installed.
-        """
+        """The network in training mode; under one seed of PyTorch's generator every provider has the same weights."""
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         model = self.network(spec)
         for module in model.modules():
