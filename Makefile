@@ -58,15 +58,15 @@ format: $(ENV_READY) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-bench: $(ENV_READY) ## Measure time and memory on this machine and record the figures under benchmarks/results
+bench: $(ENV_READY) ## Measure time and memory on this machine and record the results under benchmarks/results
 	@$(BIN)/python -m benchmarks.speed
 	@$(BIN)/python -m benchmarks.memory
 
-micro: $(ENV_READY) ## Time what the host does, beside the stored figures; fails where it became much slower
+micro: $(ENV_READY) ## Time what the host does, beside the stored measurements; fails where it became much slower
 	@$(MICRO) --benchmark-group-by=fullname --benchmark-compare=$(MICRO_BASELINE) \
 		--benchmark-compare-fail=min:$(MICRO_LIMIT)
 
-micro-baseline: $(ENV_READY) ## Store these figures instead, on a quiet machine
+micro-baseline: $(ENV_READY) ## Store these measurements instead, on a quiet machine
 	@$(MICRO) --benchmark-json=$(MICRO_BASELINE)
 
 wheel: $(ENV_READY) ## Build the source archive and, from it, the wheel into dist/

@@ -12,187 +12,125 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 
 from .harness.options import Options
-from .harness.providers import MODELS, PROVIDERS, Provider
-from .harness.runner import RESULTS, Seconds, Timing, environment, in_fresh_process, interleave, write_record
+from .harness.providers import BASE, MODELS, PROVIDERS
+from .harness.runner import RESULTS, Timing, Watch, fill, in_fresh_process, interleave, write_record
 from .harness.training import Check, Step, attempt, build, count_bytes, images
+from .report.tables import console_table
 
 Record = dict[str, Any]
-Event = tuple[str, str, Any]  # what, whose, its value
+Event = tuple[str, int | None, Record]  # a provider; a batch of options.batches, or None; what was found
 SWEEP_REPEATS = 3
+OF_BYTES = ("", "kept [MB]", "ratio", "peak [MB]", "ratio")
 STATUS = {"unavailable": "not available", "error": "failed"}
 
 
 def measure(options: Options, names: list[str], first: bool) -> Iterator[Event]:
-    """One process's measurements of the providers ``names``, as they come.
+    """Yields one process's measurements of the providers ``names``, as they come; those that fail are left out.
 
-    Args:
-        options: what to measure.
-        names: of providers; those that fail are told of and left out.
-        first: whether to check and to count bytes too, and to go through ``options.batches``.
+    The ``first`` process checks and counts bytes too, and goes through ``options.batches``.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, spec = options.torch_device, options.spec
+    device, spec = options.torch_device, MODELS[options.model]
     x, cotangent = images(options.batch, options.size, spec.num_classes, options)
     check = Check(spec, options.batch, options.size, options) if first else None
     steps: dict[str, Step] = {}
+
+    def prepare(name: str) -> Record:
+        step = Step(build(PROVIDERS[name], spec, options), x, cotangent, options.dtype)
+        start = time.perf_counter()
+        step()  # before the check, which compiles too
+        seconds = time.perf_counter() - start
+        row = check(PROVIDERS[name]) if check else {"checked": True}
+        if row["checked"]:
+            row |= {"first_seconds": seconds, **count_bytes(step)} if first else {}
+            steps[name] = step
+        return row
+
     for name in names:
-        provider = PROVIDERS[name]
-
-        def prepare(provider: Provider = provider) -> Record:
-            step = Step(build(provider, spec, options), x, cotangent, options.dtype)
-            start = time.perf_counter()
-            step()  # before the check, which compiles too
-            seconds = time.perf_counter() - start
-            row: Record = dict(check(provider)) if check else {"checked": True}
-            if row["checked"]:
-                row |= {"first_seconds": seconds, **count_bytes(step)} if first else {}
-                steps[provider.name] = step
-            return row
-
-        row = attempt(prepare, device)
+        row = attempt(device, prepare, name)
         if first:
-            yield "row", name, row
-    yield from _rounds(steps, options.repeats, "rounds")
+            yield name, None, row
+    yield from _rounds(steps, options.repeats, None)
     for batch in options.batches if first else ():
-        x, cotangent = images(batch, options.size, spec.num_classes, options)
-        again = {name: Step(step.model, x, cotangent, options.dtype) for name, step in steps.items()}
-        yield from _rounds(again, SWEEP_REPEATS, f"batch {batch}")
+        swept = images(batch, options.size, spec.num_classes, options)
+        again = {name: Step(step.model, *swept, options.dtype) for name, step in steps.items()}
+        yield from _rounds(again, SWEEP_REPEATS, batch)
 
 
-def _rounds(steps: dict[str, Step], repeats: int, what: str) -> Iterator[Event]:
+def _rounds(steps: dict[str, Step], repeats: int, batch: int | None) -> Iterator[Event]:
     """Interleaved rounds, one event each; a provider that fails in one is left out of the next."""
-    failed: set[str] = set()
-
-    def run(name: str, step: Step) -> dict[str, float]:
-        found = attempt(step, step.x.device)
-        if "error" in found:
-            failed.add(name)
-        return dict(found)
-
+    going = {name: partial(attempt, step.x.device, step) for name, step in steps.items()}
     for round_ in range(repeats):
-        going = {name: lambda name=name, step=step: run(name, step) for name, step in steps.items()}
-        going = {name: step for name, step in going.items() if name not in failed}
-        for name, phases in interleave(going, repeats=1, warmup=1 if round_ == 0 else 0).items():
-            yield what, name, {phase: values[0] for phase, values in phases.items()}
+        for name, values in interleave(going, repeats=1, warmup=int(round_ == 0)).items():
+            found = {key: value[0] for key, value in values.items()}
+            if "error" in found:
+                del going[name]
+            yield name, batch, found
 
 
-class Progress:
-    """A record that grows with every event."""
+def run(options: Options, watch: Watch = lambda record: None) -> Record:
+    """Checks, counts bytes and times in fresh processes; returns the record.
 
-    def __init__(self, options: Options) -> None:
-        gpu = options.torch_device.type == "cuda"
-        self.options = options
-        self.seconds: dict[str, Seconds] = {}
-        settings = {**options.settings(), "processes": options.processes}
-        head = {**environment(gpu=gpu), "kind": "speed", "complete": False}
-        self.record: Record = {**head, "settings": settings, "results": {}}
-        if options.threads:
-            self.record["threads"] = options.threads
-
-    def __call__(self, event: Event) -> None:
-        """Put it into the record."""
-        what, name, value = event
-        row = self.record["results"].setdefault(PROVIDERS[name].label, {})
-        if what == "row" or "error" in value:
-            row |= value if what in ("row", "rounds") else {}
-            if what.startswith("batch"):
-                row.setdefault("batches", {})[what.removeprefix("batch ")] = value
-            return
-        phases = self.seconds.setdefault(what, {}).setdefault(name, {})
-        for phase, duration in value.items():
-            phases.setdefault(phase, []).append(duration)
-        timings = {phase: Timing.of(values) for phase, values in phases.items()}
-        batch = self.options.batch if what == "rounds" else int(what.removeprefix("batch "))
-        found = {**timings, "images_per_second": batch / timings["step"].median}
-        if what == "rounds":
-            row |= found
-        else:
-            row.setdefault("batches", {})[str(batch)] = found
-
-
-def run(options: Options, watch: Callable[[Record], None] = lambda record: None) -> Record:
-    """Check, count bytes, time in fresh processes.
-
-    Args:
-        options: what to measure.
-        watch: is shown the record whenever something has come in; it says ``complete`` at the end.
-
-    Returns:
-        The record. After Ctrl-C, what there is of it: then ``complete`` is false.
+    ``watch`` is shown it whenever something has come in. After Ctrl-C its ``complete`` is false.
     """
-    progress = Progress(options)
+    settings = {name: getattr(options, name) for name in ("model", "batch", "size", "processes")}
+    record = options.new_record("speed", settings)
+    return fill(record, _processes(options, record["results"]), watch)
+
+
+def _processes(options: Options, rows: Record) -> Iterator[None]:
+    """One process after another adds its timings to ``rows``; they share a torch.compile cache that was empty."""
     names = options.labels()
-    try:
-        with _cold_compilers():
-            for process in range(options.processes):
-                for event in in_fresh_process(measure, options, names, process == 0):
-                    progress(event)
-                    watch(progress.record)
-                rows = progress.record["results"]
-                names = [name for name in names if "step" in rows.get(PROVIDERS[name].label, {})]
-        progress.record["complete"] = True
-    except KeyboardInterrupt:
-        pass
-    return progress.record
-
-
-@contextmanager
-def _cold_compilers() -> Iterator[None]:
-    """The processes share a cache of what torch.compile made, which nobody has filled before: its time counts."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory(prefix="fastdense-bench-", ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
+    samples: dict[tuple[str, int | None], list[dict[str, float]]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="fastdense-bench-", ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        for process in range(options.processes):
+            for name, batch, found in in_fresh_process(measure, options, names, process == 0):
+                row = rows.setdefault(PROVIDERS[name].label, {})
+                if batch is not None:
+                    row = row.setdefault("batches", {}).setdefault(str(batch), {})
+                if "step" in found:
+                    seconds = samples.setdefault((name, batch), [])
+                    seconds.append(found)
+                    found = {phase: Timing.of([one[phase] for one in seconds]) for phase in found}
+                    found["images_per_second"] = (batch or options.batch) / found["step"].median
+                row |= found
+                yield
+            names = [name for name in names if "step" in rows.get(PROVIDERS[name].label, {})]
 
 
 def table(record: Record) -> Group:
     """The record as two tables, times and bytes; ratios are against torchvision's plain network."""
     settings, results = record["settings"], record["results"]
-    on = threads_in_words(record["threads"]) if record["device"] == "cpu" else record["device"]
-    what = f"{settings['model']}, {settings['batch']} x {settings['size']}^2"
-    title = f"{what}, {settings['dtype']}, {settings['layout']}, {on}"
-    times = _table("step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
-    sizes = _table("kept [MB]", "ratio", "peak [MB]", "ratio", "first step [s]")
-    times.title, base = title, results.get("torchvision", {})
-    for label, row in results.items():
-        times.add_row(label, *_times(row, base))
-        if "bytes_kept" in row:
-            sizes.add_row(label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
-    return Group(times, sizes)
-
-
-def threads_in_words(threads: int) -> str:
-    """Of the CPU."""
-    return f"{threads} CPU thread" + "s" * (threads != 1)
-
-
-def _table(*columns: str) -> Table:
-    found = Table("", box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        found.add_column(column, justify="right", overflow="fold")
-    return found
+    threads = f"{record['threads']} CPU thread" + "s" * (record["threads"] != 1)
+    what = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, {settings['dtype']}, {settings['layout']}"
+    title = f"{what}, {threads if record['device'] == 'cpu' else record['device']}"
+    base = results.get(BASE, {})
+    times = [(label, *_times(row, base)) for label, row in results.items()]
+    sizes = [
+        (label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
+        for label, row in results.items()
+        if "bytes_kept" in row
+    ]
+    of_times = ("", "step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
+    return Group(console_table(title, of_times, times), console_table(None, (*OF_BYTES, "first step [s]"), sizes))
 
 
 def trouble(row: Record) -> str | None:
-    """Why a row has no figures, if it has none."""
+    """Why a row has no results, if it has none."""
     for status, words in STATUS.items():
         if status in row and "step" not in row:
             return f"{words}: {row[status]}"
@@ -212,7 +150,9 @@ def _times(row: Record, base: Record) -> list[str]:
 
 
 def bytes_cells(row: Record, base: Record) -> list[str]:
-    """Kept and peak, each with its ratio."""
+    """Saved bytes and peak, each with its ratio; or why there are none."""
+    if (words := trouble(row)) is not None:
+        return [words]
     cells = []
     for key in ("bytes_kept", "bytes_peak"):
         cells += [f"{row[key] / 1e6:.1f}", f"{row[key] / base[key]:.2f}" if key in base else ""]
@@ -234,14 +174,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5, help="fresh processes, one after another")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/speed-MODEL-BATCHxSIZE.json")
-    arguments = vars(parser.parse_args())
-    path = arguments.pop("json")
-    options = Options(**arguments)
+    given = vars(parser.parse_args())
+    path, options = given.pop("json"), Options(**given)
+    finish(run, table, options, path or RESULTS / "cpu" / f"{file_name(options)}.json")
+
+
+def finish(run: Any, table: Any, options: Options, path: Path) -> None:
+    """The rest of a command: measures, prints the table and writes the record."""
     console = Console()
-    with console.status("checking, then timing"):
+    with console.status("checking, then measuring"):
         record = run(options)
     console.print(table(record))
-    path = path or RESULTS / "cpu" / f"{file_name(options)}.json"
     write_record(path, record)
     console.print(f"record: {path}")
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from fastdense.cli import bench
 from fastdense.cli.app import app
 
-Record: Any = bench.benchmark("report.record").Record
+complaints: Any = bench.benchmark("report.record").complaints
 TINY = ["--quick", "--device", "cpu", "--model", "densenet-bc-40", "--size", "16", "--batch", "2", "--repeats", "2"]
 ONE = ["--providers", "fastdense-activations"]
 
@@ -45,7 +45,7 @@ def test_speed_writes_record_and_pictures(tmp_path: Path) -> None:
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"{name}.json", f"{name}-step-memory.png", f"{name}-images-batch.png"}
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert not Record.complaints(record)
+    assert not complaints(record)
     assert list(record["results"]) == ["torchvision", "fastdense activations torch"]
     assert record["results"]["torchvision"]["batches"].keys() == {"1", "3"}
     assert "fastdense activations" in result.output and "images/s" in result.output
@@ -55,7 +55,7 @@ def test_memory_of_depths_for_machines(tmp_path: Path) -> None:
     result = invoke("memory", "--device", "cpu", "--depths", 10, 16, *ONE, "--batch", 2, "--json", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert not Record.complaints(record)
+    assert not complaints(record)
     assert list(record["results"]) == ["densenet-bc-10", "densenet-bc-16"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 

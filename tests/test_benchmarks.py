@@ -19,7 +19,7 @@ from benchmarks.harness import runner, training
 from benchmarks.harness.options import DTYPES, Options
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec
 from benchmarks.report import render
-from benchmarks.report.record import Record
+from benchmarks.report.record import complaints
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
@@ -30,10 +30,10 @@ def test_pages_agree_with_the_records(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
-def test_a_changed_figure_is_noticed(page: Path) -> None:
+def test_a_changed_number_is_noticed(page: Path) -> None:
     text = page.read_text()
     found = re.search(rf"<!-- ({'|'.join(render.TABLES)}): .*?\n\|[^\n]*(\d)[^\d\n]*\|\n", text, re.DOTALL)
-    assert found is not None, "there is no figure in a table"
+    assert found is not None, "there is no number in a table"
     digit = found.start(2)
     changed = f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}"
     assert render.render(changed) == text
@@ -138,13 +138,13 @@ def test_speed_times_what_is_right_and_nothing_else(candidates: tuple[str, ...],
     assert right["batches"]["3"]["step"].repeats == speed.SWEEP_REPEATS
     runner.write_record(tmp_path / "record.json", record)
     written = json.loads((tmp_path / "record.json").read_text())
-    assert not Record.complaints(written)
+    assert not complaints(written)
     assert written["schema"] == runner.SCHEMA
     assert {"date", "command", "commit", "processor", "threads", "torch"} <= written.keys()
 
 
 def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it lies in somebody else's repository."""
+    """Also where it lies in another repository."""
     monkeypatch.setenv("FASTDENSE_COMMIT", "abc")
     assert runner.environment()["commit"] == "abc"
 
@@ -172,7 +172,7 @@ def test_an_interrupted_run_keeps_what_was_measured(candidates: tuple[str, ...])
     options = Options(model="tiny", batch=2, size=32, providers=("right",), repeats=3, processes=1)
     record = speed.run(options, watch)
     assert record["complete"] is False and record["results"]["right"]["step"].repeats == 1
-    assert not Record.complaints(runner.plain(record))
+    assert not complaints(runner.plain(record))
 
 
 def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, ...]) -> None:
@@ -182,15 +182,15 @@ def test_memory_measures_what_is_right_and_nothing_else(candidates: tuple[str, .
     for rows in record["results"].values():
         assert_only_the_right_was_measured(rows, "bytes_peak")
         assert rows["right"]["bytes_kept"] < rows["torchvision"]["bytes_kept"] <= rows["torchvision"]["bytes_peak"]
-    assert not Record.complaints(runner.plain(record))
+    assert not complaints(runner.plain(record))
 
 
 def test_bytes_are_those_of_the_step() -> None:
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 1000))
     x, cotangent = training.images(2, 64, 1000, Options())
     found = training.count_bytes(training.Step(flat, x, cotangent, "fp32"))
-    kept = 2 * 3 * 64 * 64 * 4  # the images in the order that Flatten wants
-    assert found == {"bytes_kept": kept, "bytes_peak": kept + 2 * 1000 * 4}
+    saved = 2 * 3 * 64 * 64 * 4  # the images in the order that Flatten wants
+    assert found == {"bytes_kept": saved, "bytes_peak": saved + 2 * 1000 * 4}
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -42,19 +42,19 @@ def test_weights_come_from_the_seed() -> None:
     assert not torch.equal(weights[0]["features.conv0.weight"], weights[2]["features.conv0.weight"])
 
 
-def test_the_schemes_keep_less() -> None:
+def test_the_schemes_save_less() -> None:
     peer_packages.torchvision()
     from fastdense.memory import saved_bytes
 
     spec, x = providers.cifar(40), torch.randn(2, 3, 32, 32)
-    kept = {}
+    saved = {}
     for name in ("torchvision", "efficient-densenet", "fastdense-activations", "fastdense-bottlenecks"):
         model = PROVIDERS[name].build(spec)
         with saved_bytes(model, x) as found:
             model(x)
-        kept[name] = found.bytes
-    assert list(kept.values()) == sorted(kept.values(), reverse=True)
-    assert len(set(kept.values())) == len(kept)
+        saved[name] = found.bytes
+    assert list(saved.values()) == sorted(saved.values(), reverse=True)
+    assert len(set(saved.values())) == len(saved)
 
 
 def test_depth_is_counted_as_the_papers_do() -> None:

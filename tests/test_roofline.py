@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from interpreted import accesses_counted
 
-import fastdense
 from benchmarks import roofline
 from benchmarks.compiled import traffic
 from benchmarks.gpu.primitives import Case, Primitive
 from benchmarks.harness import runner
+from benchmarks.harness.options import Options
+from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter does")
@@ -138,20 +140,18 @@ def test_the_picture_of_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
         roofline.main(["--record", str(record)])
 
 
-def _tiny(**options: Any) -> fastdense.DenseNet:
-    return fastdense.DenseNet(8, (1, 1), 16, **options)
-
-
 def test_on_the_cpu_kernels_have_floors_and_a_step_that_is_right_a_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(traffic.NETWORKS, "densenet121", traffic.Network(8, (1, 1), 16))
-    monkeypatch.setattr(fastdense, "densenet121", _tiny)
-    options = roofline.Options(batch=2, size=32, repeats=2, copy_bytes=1 << 20, matmul_size=64)
+    monkeypatch.setitem(MODELS, "densenet121", NetworkSpec(8, (1, 1), 16, 1000))
+    monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "MATMUL_SIZE", 64)
+    options = Options(batch=2, size=32, repeats=2, threads=2)
     record = roofline.run(options)
     assert record["step"]["checked"] and record["step"]["fraction_of_floor"] > 0
     assert record["modelled"]["images_per_second"] == pytest.approx(2 / record["modelled"]["floor_seconds"])
-    assert all("timing" not in row and row["floor_seconds"] > 0 for row in record["modelled"]["kernels"])
+    assert all("seconds" not in row and row["floor_seconds"] > 0 for row in record["modelled"]["kernels"])
     from rich.console import Console
 
     roofline.show(record, Console(width=140))
@@ -159,13 +159,14 @@ def test_on_the_cpu_kernels_have_floors_and_a_step_that_is_right_a_time(
     assert "not measured" in shown and "floor, modelled" in shown
     json.dumps(runner.plain(record))
 
-    def wrong(impl: str) -> torch.nn.Module:
-        model = _tiny(impl=impl)
-        if impl == "torch":
-            model.register_forward_pre_hook(lambda module, arguments: (arguments[0].flip(0),))
+    right = PROVIDERS["fastdense-activations"]
+
+    def wrong(spec: NetworkSpec) -> torch.nn.Module:
+        model = right.network(spec)
+        model.register_forward_pre_hook(lambda module, arguments: (arguments[0].flip(0),))
         return model
 
-    monkeypatch.setattr(fastdense, "densenet121", wrong)
+    monkeypatch.setitem(PROVIDERS, right.name, replace(right, network=wrong))
     record = roofline.run(options)
     assert not record["step"]["checked"] and "step" not in record["step"]
     roofline.show(record, Console(width=140))

@@ -1,4 +1,4 @@
-"""A thousand layers train in less than 2 GB of a process; the textbook network keeps more than that for backward."""
+"""A thousand layers train in less than 2 GB of a process; the reference network saves more than that for backward."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def trained(depth: int, images: int, impl: str = "torch", recompute: str = "acti
     return Trained(int(before), int(resident), *map(float, losses))
 
 
-def textbook_bytes(depth: int, images: int, size: int = 8) -> int:
-    """A bound from below of what the textbook network keeps in float32: what each convolution reads, and each norm.
+def reference_bytes(depth: int, images: int, size: int = 8) -> int:
+    """A bound from below of what the reference network saves in float32: what each convolution reads, and each norm.
 
-    A layer that reads ``C`` channels keeps them concatenated, normalised (ReLU works in place), its ``4k`` bottleneck
+    A layer that reads ``C`` channels saves them concatenated, normalised (ReLU works in place), its ``4k`` bottleneck
     channels and these normalised.
     """
     n, growth, channels, pixels, total = (depth - 4) // 6, 12, 24, images * size * size, 0
@@ -71,18 +71,18 @@ def textbook_bytes(depth: int, images: int, size: int = 8) -> int:
 
 
 def test_a_deep_network_takes_less() -> None:
-    textbook = trained(100, 64, impl="reference")
-    grown = textbook.resident - textbook.before
-    assert grown > 0.9 * textbook_bytes(100, 64)
+    reference = trained(100, 64, impl="reference")
+    grown = reference.resident - reference.before
+    assert grown > 0.9 * reference_bytes(100, 64)
     for recompute in ("activations", "bottlenecks"):
         mine = trained(100, 64, recompute=recompute)
-        assert mine.first_loss == pytest.approx(textbook.first_loss, rel=1e-4)
+        assert mine.first_loss == pytest.approx(reference.first_loss, rel=1e-4)
         assert mine.resident - mine.before < grown - 0.8e8
 
 
 @pytest.mark.slow
 def test_a_thousand_layers_train_within_two_gigabytes() -> None:
-    found = trained(1000, 32)  # with "activations", which keeps more
+    found = trained(1000, 32)  # with "activations", which saves more
     assert found.resident < 2 * GIGABYTE, f"{found.resident:,}"
-    assert textbook_bytes(1000, 32) > 2 * GIGABYTE
+    assert reference_bytes(1000, 32) > 2 * GIGABYTE
     assert found.last_loss < found.first_loss + 0.1

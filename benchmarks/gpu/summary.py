@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..roofline import bars, of_profile
+from ..roofline import bars
 from .run import last_line
 from .steps import COMPARISONS
 
@@ -139,7 +139,7 @@ def _layers(result: Result) -> Blocks:
     # One table in full: the others are in the record, and in the picture. First where most is lost above the floor.
     label, found = list(result.items())[-1]
     rows = []
-    for bar in sorted(bars(of_profile(found)), key=lambda bar: bar.floor - (bar.measured or 0.0))[:ROWS]:
+    for bar in sorted(bars(found["rows"]), key=lambda bar: bar.floor - (bar.measured or 0.0))[:ROWS]:
         measured = bar.measured or 0.0
         times = (_ms(measured, 3), _ms(bar.floor, 3), f"{measured / bar.floor:.2f}" if bar.floor else "")
         rows.append((bar.operation, str(bar.m), str(bar.times), *times, _ms(measured - bar.floor, 3)))

@@ -1,4 +1,1 @@
-"""What every benchmark shares: options, providers and their training step, checks, fresh processes, what fits.
-
-Also what a record says of machine and code.
-"""
+"""What every benchmark shares: options, providers, their training step and its check, fresh processes, what fits."""

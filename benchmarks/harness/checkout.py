@@ -19,11 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Kernels:
-    """Finds ``fastdense.kernels`` beside the ``fastdense`` that asks for it, and nothing else.
-
-    A real package on real files: Triton reads its kernels' sources. Only this checkout's ``fastdense`` is served, so
-    that an installed one is never given another version's kernels.
-    """
+    """Finds ``fastdense.kernels`` for this checkout's ``fastdense``: an installed one has kernels of its version."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -39,6 +35,4 @@ def enable() -> None:
         sys.meta_path.insert(0, _Kernels)
 
 
-def pytest_configure() -> None:
-    """What ``-p benchmarks.harness.checkout`` does."""
-    enable()
+pytest_configure = enable  # what `-p benchmarks.harness.checkout` does

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .providers import MODELS, PROVIDERS, NetworkSpec
-from .runner import CHECKOUT, RESULTS
+from .providers import BASE, MODELS, PROVIDERS
+from .runner import CHECKOUT, RESULTS, environment
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {"fp32": "float32", "tf32": "TF32", "fp16": "float16", "bf16": "bfloat16"}  # as records say
@@ -22,49 +22,35 @@ QUICK_MODEL, QUICK_DEPTHS = "densenet-bc-40", (22, 40, 58)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of every benchmark; each reads those that it knows.
-
-    Attributes:
-        device, dtype, layout: where and in which arithmetic; 16 bit means autocast.
-        model, batch, size: a network of ``providers.MODELS``, images a step, and their height and width.
-        providers: names from ``providers.PROVIDERS``; empty: those that are usual on the device.
-        batches: further batch sizes, for images a second.
-        models, depths: networks whose bytes are counted; ``depths`` are of CIFAR's DenseNet-BC with ``k = 12``.
-        repeats, processes: timed steps of each provider in each fresh process.
-        threads: of the CPU; 0: PyTorch's own choice.
-        quick: under two minutes on two CPU cores.
-        budget: bytes that a network may take, as ``12GB``.
-        out: folder of records and pictures.
-    """
+    """The options of every benchmark; each reads those that it knows."""
 
     device: str = "cpu"
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # or another key of DTYPES; 16 bit means autocast
     layout: str = "channels_last"
-    model: str = "densenet121"
-    batch: int = 8
-    size: int = 128
-    providers: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    models: tuple[str, ...] = ()
-    depths: tuple[int, ...] = ()
-    repeats: int = 7
+    model: str = "densenet121"  # of providers.MODELS
+    batch: int = 8  # images a step
+    size: int = 128  # their height and width
+    providers: tuple[str, ...] = ()  # of providers.PROVIDERS; empty: those that are usual on the device
+    batches: tuple[int, ...] = ()  # further batch sizes, for images a second
+    models: tuple[str, ...] = ()  # whose bytes are counted
+    depths: tuple[int, ...] = ()  # of CIFAR's DenseNet-BC with k = 12, whose bytes are counted
+    repeats: int = 7  # timed steps of each provider in each fresh process
     processes: int = 5
-    threads: int = 0
-    quick: bool = False
-    budget: str | None = None
-    out: Path | None = None
+    threads: int = 0  # of the CPU; 0: PyTorch's own choice
+    quick: bool = False  # under two minutes on two CPU cores
+    budget: str | None = None  # bytes that a training step may take, as 12GB
+    out: Path | None = None  # folder of records and pictures
 
     def __post_init__(self) -> None:
-        _known("dtype", [self.dtype], DTYPES)
-        _known("layout", [self.layout], LAYOUTS)
-        _known("model", [self.model, *self.models], MODELS)
-        _known("provider", self.providers, PROVIDERS)
-        for name in ("batch", "size", "repeats", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if any(batch < 1 for batch in self.batches):
-            raise ValueError(f"batches must be at least 1, got {self.batches}")
-        if self.torch_device.type not in ("cpu", "cuda"):
+        known = (("dtype", [self.dtype], DTYPES), ("layout", [self.layout], LAYOUTS),
+                 ("model", [self.model, *self.models], MODELS), ("provider", self.providers, PROVIDERS))  # fmt: skip
+        for what, names, among in known:
+            if unknown := [name for name in names if name not in among]:
+                raise ValueError(f"{what} must be one of {', '.join(among)}; got {unknown[0]!r}")
+        numbers = (self.batch, self.size, self.repeats, self.processes, *self.batches)
+        if min(numbers) < 1:
+            raise ValueError(f"batch, size, repeats, processes and batches must be at least 1, got {numbers}")
+        if not re.fullmatch(r"(cpu|cuda)(:\d+)?", self.device):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.torch_device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r}: PyTorch finds no CUDA GPU here")
@@ -74,58 +60,34 @@ class Options:
     @property
     def torch_device(self) -> torch.device:
         """``device`` as PyTorch's."""
-        try:
-            return torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}") from error
-
-    @property
-    def spec(self) -> NetworkSpec:
-        """The network of ``model``."""
-        return MODELS[self.model]
+        return torch.device(self.device)
 
     def labels(self) -> list[str]:
         """Names of the providers to measure: torchvision, which all are compared with, first."""
         if self.providers:
-            return list(dict.fromkeys(["torchvision", *self.providers]))
-        if self.torch_device.type == "cuda":
-            left_out: tuple[str, ...] = (*ALL_SLOW, *(SLOW_ON_CPU if self.quick else ()))
-            return [name for name in PROVIDERS if name not in left_out]
-        return [name for name in PROVIDERS if name not in SLOW_ON_CPU and not name.endswith("-triton")]
+            return list(dict.fromkeys([BASE, *self.providers]))
+        cuda = self.torch_device.type == "cuda"
+        left_out = SLOW_ON_CPU if self.quick or not cuda else ALL_SLOW
+        return [name for name in PROVIDERS if name not in left_out and (cuda or not name.endswith("-triton"))]
 
-    def settings(self) -> dict[str, Any]:
-        """What a record says of them."""
-        return {"model": self.model, "batch": self.batch, "size": self.size, **self.arithmetic()}
-
-    def arithmetic(self) -> dict[str, Any]:
-        """Dtype and layout, as a record says them."""
-        return {"dtype": NAMES[self.dtype], "layout": self.layout}
+    def new_record(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """A record without results: where it was made, ``settings``, and the arithmetic."""
+        head = environment(gpu=self.torch_device.type == "cuda")
+        head |= {"threads": self.threads} if self.threads else {}
+        settings = settings | {"dtype": NAMES[self.dtype], "layout": self.layout}
+        return {**head, "kind": kind, "complete": False, "settings": settings, "results": {}}
 
     def folder(self) -> Path:
-        """Where records and pictures go.
-
-        ``out``; or a checkout's ``benchmarks/results/<device>``; or ``./fastdense-bench`` where fastdense is installed
-        and for a quick run, which is not worth keeping.
-        """
+        """Where records and pictures go: into the checkout only if the run was a whole one."""
         if self.out is not None:
             return self.out
         if self.quick or not CHECKOUT:
             return Path("fastdense-bench")
         if self.torch_device.type == "cpu":
             return RESULTS / "cpu"
-        return RESULTS / slug(torch.cuda.get_device_name(self.torch_device))
+        name = torch.cuda.get_device_name(self.torch_device)
+        return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     def suffix(self) -> str:
         """What a file's name says of unusual arithmetic."""
         return ("" if self.dtype == "fp32" else f"-{self.dtype}") + ("" if self.layout == "channels_last" else "-nchw")
-
-
-def slug(name: str) -> str:
-    """A device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _known(what: str, names: Any, known: Any) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{what} must be one of {', '.join(known)}; got {name!r}")

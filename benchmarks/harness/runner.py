@@ -8,26 +8,28 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
+Watch = Callable[[dict[str, Any]], None]  # is shown a record whenever something has come in
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
 CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()  # or installed from a wheel
 SCHEMA = 2  # report/record.py says what a record holds
+QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,14 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """Summary of raw timings."""
-        ordered = sorted(seconds)
-        last = len(ordered) - 1
-        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+        p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(QUANTILES).tolist()
+        return cls(median, p20, p80, len(seconds))
 
 
 def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warmup: int = 2) -> Seconds:
-    """Run every step in turn, ``repeats`` times over, so that a drifting machine favours none.
+    """Runs every step in turn, ``repeats`` times over, so that a drifting machine favours none.
 
-    Args:
-        steps: for each provider a function that runs one step and returns seconds by phase.
-        repeats: counted rounds.
-        warmup: rounds that are not counted.
-
-    Returns:
-        For each provider and phase the seconds of every counted round.
+    ``steps`` return seconds by phase; rounds of ``warmup`` are not counted.
     """
     seconds: Seconds = {name: {} for name in steps}
     for round_ in range(warmup + repeats):
@@ -69,7 +64,7 @@ def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeat
 
 
 def in_fresh_process(generate: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
-    """What ``generate(*arguments)`` yields in a new process, as it comes.
+    """Yields what ``generate(*arguments)`` yields in a new process, as it comes.
 
     Where a process's memory comes to lie moves a whole run by several percent either way: one process is one sample.
 
@@ -80,53 +75,45 @@ def in_fresh_process(generate: Callable[..., Iterable[Any]], *arguments: Any) ->
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(there, generate, arguments), daemon=True)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes on each profile would run through the table
-    with _deaf_children():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits: this one ends it after Ctrl-C
+    try:
         process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     there.close()
     try:
         while True:
-            try:
-                ended, item = here.recv()
-            except EOFError:
-                process.join()
-                raise RuntimeError(f"the process that measured ended with status {process.exitcode}") from None
-            if ended:
-                break
-            yield item
+            yield here.recv()
+    except EOFError:
         process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the process that measured ended with status {process.exitcode}") from None
     finally:
         process.terminate()
         process.join()
-        here.close()
 
 
-def _send(pipe: Any, generate: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+def _send(pipe: Connection, generate: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
     for item in generate(*arguments):
-        pipe.send((False, item))
-    pipe.send((True, None))
+        pipe.send(item)
 
 
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Ctrl-C reaches this process alone: it ends those that it starts, and they print no traceback."""
-    before = signal.getsignal(signal.SIGINT)
+def fill(record: dict[str, Any], steps: Iterable[None], watch: Watch) -> dict[str, Any]:
+    """Goes through ``steps``, each of which adds to ``record`` and shows it to ``watch``; returns it.
+
+    After Ctrl-C it holds what there is: then ``complete`` stays false.
+    """
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which alone may say so
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        for _ in steps:
+            watch(record)
+        record["complete"] = True
+    except KeyboardInterrupt:
+        pass
+    return record
 
 
 def environment(*, gpu: bool = False) -> dict[str, Any]:
-    """Device, versions, commit, date and command: what a record needs to be reproduced.
-
-    Args:
-        gpu: whether the record is about the GPU, and not about the processor.
-    """
+    """Device (the GPU or the processor), versions, commit, date and command: what it takes to reproduce a record."""
     record = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -160,13 +147,8 @@ def _commit() -> str:
     """``FASTDENSE_COMMIT``, for a checkout that came without its history, or what git says; a release has a version."""
     if "FASTDENSE_COMMIT" in os.environ:
         return os.environ["FASTDENSE_COMMIT"]
-    if not CHECKOUT:
-        return _version("fastdense") or "unknown"
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    found = _output("git", "describe", "--always", "--dirty", "--abbrev=12") if CHECKOUT else _version("fastdense")
+    return found or "unknown"
 
 
 def _sources() -> str:
@@ -179,10 +161,15 @@ def _sources() -> str:
 
 
 def _version(package: str) -> str | None:
+    return next((found.version for found in distributions(name=package)), None)
+
+
+def _output(*command: str) -> str:
+    """What ``command`` prints; nothing where it fails or is not installed."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
@@ -191,26 +178,18 @@ def query_gpu(*fields: str) -> dict[str, str]:
     Reads only. Through the driver's own program, because asking CUDA would open a context that takes memory.
     """
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in answer.strip().split(",")), strict=False))
+    answer = _output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return dict(zip(fields, answer.split(", "), strict=False)) if answer else {}
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
+    return found[1] if found else platform.processor() or "unknown"
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON does not know, by name."""
+    """Returns ``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON lacks, by name."""
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, dict):

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastdense
 from fastdense.memory import peak_bytes, saved_bytes
 
 from .options import DTYPES, LAYOUTS, Options
-from .providers import BASE, PROVIDERS, NetworkSpec, Provider, Unavailable
+from .providers import BASE, PROVIDERS, REFERENCE, NetworkSpec, Provider, Unavailable
 
 SEED = 0
 TOLERANCE = 1e-9  # relative 2-norm of output and all gradients together, in float64
@@ -28,9 +27,9 @@ def arithmetic(dtype: str, device: torch.device) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
-    low = DTYPES[dtype] if DTYPES[dtype].itemsize == 2 else torch.bfloat16
+    low = DTYPES[dtype].itemsize == 2
     try:
-        with torch.autocast(device.type, low, enabled=DTYPES[dtype].itemsize == 2):
+        with torch.autocast(device.type, DTYPES[dtype] if low else torch.bfloat16, enabled=low):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
@@ -44,8 +43,8 @@ def build(provider: Provider, spec: NetworkSpec, options: Options) -> nn.Module:
     """
     provider.require(options.torch_device)
     torch.manual_seed(SEED)
-    model: Any = provider.build(spec).to(options.torch_device)
-    return provider.wrap(model.to(memory_format=LAYOUTS[options.layout]))
+    model: Any = provider.build(spec)
+    return model.to(options.torch_device, memory_format=LAYOUTS[options.layout])
 
 
 def images(batch: int, size: int, classes: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -63,43 +62,40 @@ class Step:
         self.model, self.x, self.cotangent, self.dtype = model, x, cotangent, dtype
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True)
 
-    def forward_backward(self) -> None:
-        """Both, without the optimizer; gradients add up."""
+    def forward(self) -> Tensor:
+        """Class scores, in the step's arithmetic."""
         with arithmetic(self.dtype, self.x.device):
-            scores = self.model(self.x)
+            return self.model(self.x)
+
+    def backward(self, scores: Tensor) -> None:
+        """Gradients, which add up."""
         scores.backward(self.cotangent.to(scores.dtype))
 
     def __call__(self) -> Mapping[str, float]:
         """Seconds by phase on the device, and of the whole step until the device has finished."""
-        device = self.x.device
-        _wait(device)
+        self._wait()
         start = time.perf_counter()
-        marks = [_mark(device)]
-        with arithmetic(self.dtype, device):
-            scores = self.model(self.x)
-        marks.append(_mark(device))
-        scores.backward(self.cotangent.to(scores.dtype))
-        marks.append(_mark(device))
+        marks = [self._mark()]
+        scores = self.forward()
+        marks.append(self._mark())
+        self.backward(scores)
+        marks.append(self._mark())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        marks.append(_mark(device))
-        _wait(device)
+        marks.append(self._mark())
+        self._wait()
         total = time.perf_counter() - start
         phases = zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False)
         return {name: _between(first, second) for name, first, second in phases} | {"step": total}
 
+    def _wait(self) -> None:
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
+    def _mark(self) -> Any:
+        if not self.x.is_cuda:
+            return time.perf_counter()
+        return torch.cuda.current_stream(self.x.device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def _between(first: Any, second: Any) -> float:
@@ -109,18 +105,18 @@ def _between(first: Any, second: Any) -> float:
 def count_bytes(step: Step) -> dict[str, int]:
     """Bytes of one training step, without parameters, their gradients, the images, and the optimizer.
 
-    ``bytes_kept`` is what the forward pass keeps for backward; ``bytes_peak`` the most that there is at one time.
+    ``bytes_kept`` is what the forward pass saves for backward; ``bytes_peak`` the most that there is at one time.
     """
     model, x = step.model, step.x
     model.zero_grad(set_to_none=True)
-    with saved_bytes(model, x) as kept, arithmetic(step.dtype, x.device):
-        scores = model(x)
-    if x.device.type == "cuda":  # its counter cannot leave gradients out: they exist before
-        scores.backward(step.cotangent.to(scores.dtype))
+    with saved_bytes(model, x) as saved:
+        scores = step.forward()
+    if x.is_cuda:  # its counter cannot leave gradients out: they exist before
+        step.backward(scores)
     del scores
     with peak_bytes(x.device) as peak:
-        step.forward_backward()
-    found = {"bytes_kept": kept.bytes, "bytes_peak": peak.without(model) if x.device.type == "cpu" else peak.bytes}
+        step.backward(step.forward())
+    found = {"bytes_kept": saved.bytes, "bytes_peak": peak.bytes if x.is_cuda else peak.without(model)}
     model.zero_grad(set_to_none=True)
     return found
 
@@ -137,7 +133,8 @@ class Check:
         self.spec, self.options = spec, options
         small = batch * size**2 <= CHECKED_PIXELS
         self.batch, self.size = (batch, size) if small else SMALL_CHECK
-        self.truth = self._outcome(self._base(), "float64")
+        self.base = REFERENCE if PROVIDERS[BASE].obstacle(options.torch_device) else PROVIDERS[BASE]
+        self.truth = self._outcome(self.base, "float64")
         self.theirs: dict[str, float] = {}
 
     def __call__(self, provider: Provider) -> dict[str, Any]:
@@ -145,47 +142,37 @@ class Check:
         if provider.name == BASE:
             return {"relative_difference": 0.0, "checked": True}
         if provider.exact:
-            error = self._error(build(provider, self.spec, self.options), "float64")
+            error = self._error(provider, "float64")
             return {"relative_difference": error, "checked": error <= TOLERANCE}
         found = []
         for dtype in dict.fromkeys(["fp32", self.options.dtype]):
             if dtype not in self.theirs:
-                self.theirs[dtype] = self._error(self._base(), dtype)
+                self.theirs[dtype] = self._error(self.base, dtype)
             limit = (4 if dtype == "fp32" else 1.3) * self.theirs[dtype] + 1e-2
-            error = self._error(build(provider, self.spec, self.options), dtype)
+            error = self._error(provider, dtype)
             found.append((error, error <= limit))
         return {"relative_difference": found[0][0], "checked": all(right for _, right in found)}
 
-    def _base(self) -> nn.Module:
-        try:
-            return build(PROVIDERS[BASE], self.spec, self.options)
-        except Unavailable:
-            reference = Provider("reference", "reference", _reference)
-            return build(reference, self.spec, self.options)
-
-    def _outcome(self, model: nn.Module, dtype: str) -> Tensor:
+    def _outcome(self, provider: Provider, dtype: str) -> Tensor:
+        model = build(provider, self.spec, self.options)
         x, cotangent = images(self.batch, self.size, self.spec.num_classes, self.options)
         if dtype == "float64":
-            model, x = model.double(), x.double()
-        with arithmetic("fp32" if dtype == "float64" else dtype, x.device):
-            scores = model(x)
-        scores.backward(cotangent.to(scores.dtype))
+            model, x, dtype = model.double(), x.double(), "fp32"
+        step = Step(model, x, cotangent, dtype)
+        scores = step.forward()
+        step.backward(scores)
         found = [scores.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
         return torch.cat([tensor.double().flatten() for tensor in found])
 
-    def _error(self, model: nn.Module, dtype: str) -> float:
-        outcome = self._outcome(model, dtype)
+    def _error(self, provider: Provider, dtype: str) -> float:
+        outcome = self._outcome(provider, dtype)
         return ((outcome - self.truth).norm() / self.truth.norm()).item()  # NaN, which no tolerance admits, stays
 
 
-def _reference(spec: NetworkSpec) -> nn.Module:
-    return fastdense.DenseNet(**spec.arguments(), small_inputs=spec.small_inputs, impl="reference")
-
-
-def attempt(action: Callable[[], Mapping[str, Any]], device: torch.device) -> Mapping[str, Any]:
-    """``action()``, or why a provider could not do it: one that fails must not take the others' figures with it."""
+def attempt(device: torch.device, action: Callable[..., Mapping[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """``action(*arguments)``, or why a provider could not do it: the others' results stay."""
     try:
-        return action()
+        return dict(action(*arguments))
     except Unavailable as reason:
         return {"unavailable": str(reason)}
     except Exception as error:

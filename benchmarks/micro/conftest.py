@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,10 @@ from benchmarks.harness.runner import environment
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> Iterator[None]:
+def _one_thread_and_a_seed() -> None:
     """Tiny tensors, one thread: what is timed is Python's and PyTorch's way to the work."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -31,7 +27,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """The commit and whether it was changed; not the branch that somebody happened to be on."""
+    """The commit and whether it was changed; not the branch."""
     for name in ("project", "branch", "author_time"):
         commit_info.pop(name, None)
 

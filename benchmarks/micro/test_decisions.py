@@ -26,10 +26,10 @@ SHAPES = [
 
 
 @pytest.mark.benchmark(group="launch.choose, 24 layers forward and backward")
-@pytest.mark.parametrize("kept", [False, True], ids=["cold", "warm"])
-def test_choose(benchmark: BenchmarkFixture, kept: bool) -> None:
+@pytest.mark.parametrize("cached", [False, True], ids=["cold", "warm"])
+def test_choose(benchmark: BenchmarkFixture, cached: bool) -> None:
     """Tile sizes of every convolution of a block: computed, or looked up as in every step but the first."""
-    choose: Callable[..., launch.LaunchConfig] = launch.choose if kept else launch.choose.__wrapped__
+    choose: Callable[..., launch.LaunchConfig] = launch.choose if cached else launch.choose.__wrapped__
 
     def block() -> list[launch.LaunchConfig]:
         operations = ("bn_relu_conv", "bn_relu_conv_backward")

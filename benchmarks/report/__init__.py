@@ -1,4 +1,1 @@
-"""Records as people read them: what a record holds and whether one is whole, tables of the pages, pictures.
-
-Nothing here measures.
-"""
+"""Records as people read them: what one holds and whether it is whole, tables of the pages, pictures."""

@@ -10,26 +10,15 @@ from rich.table import Table
 
 from fastdense.recompute import WORKSPACE_BYTES
 
-from ..harness.providers import BASE
+from ..harness.providers import BASE, PROVIDERS
 from .tables import console_table, markdown
 
 CHECKPOINTED = "memory-efficient"
-
-# Colour and line of each provider; the last one overlaps another's where it keeps the same.
-STYLES: dict[str, tuple[str, str]] = {
-    BASE: ("#7f7f7f", "-"),
-    CHECKPOINTED: ("#d95f02", "-"),
-    "efficient-densenet": ("#f2b134", "--"),
-    "fastdense-activations": ("#6baed6", "-"),
-    "fastdense-bottlenecks": ("#08519c", "-"),
-    "fastdense-activations-triton": ("#74c476", "-"),
-    "fastdense-bottlenecks-triton": ("#006d2c", "-"),
-}
-OTHER = ("#984ea3", "-")
+HEADER = ["", "largest", "/ torchvision", "/ memory_efficient", "parameters", "the rest"]
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """The title of each question, and for each provider cells as :data:`HEADER` names them."""
+    """Yields the title of each question, and for each provider cells as :data:`HEADER` names them."""
     for answers in record["results"].values():
         found, grows, lines = answers["providers"], answers["grows"], []
         for row in found.values():
@@ -37,33 +26,23 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
             for other in (BASE, CHECKPOINTED):
                 base = found.get(other, {}).get(grows, 0)
                 cells.append(f"{row[grows] / base:.1f}" if base else "-")
-            lines.append(cells + ["-" if part is None else f"{part / 1e9:.2f} GB" for part in _parts(row)])
+            lines.append(cells + [f"{part / 1e9:.2f} GB" if part else "-" for part in _parts(row)])
         yield answers["title"], lines
 
 
-HEADER = ["", "largest", "/ torchvision", "/ memory_efficient", "parameters", "the rest"]
+def _parts(row: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of parameters, gradients and momentum at the largest size, if they were counted, and of everything else."""
+    best: dict[str, int] = next((trial for trial in row["trials"] if trial["size"] == row["size"]), {})
+    share = best.get("parameters", 0) + best.get("gradients", 0)
+    return share, best.get("bytes", 0) - share
 
 
-def _best(row: dict[str, Any]) -> dict[str, Any]:
-    return next((trial for trial in row["trials"] if trial["size"] == row["size"]), {})
-
-
-def _parts(row: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Bytes of parameters, gradients and momentum at the largest size, and of everything else; if they were counted."""
-    best = _best(row)
-    if "parameters" not in best:
-        return None, best.get("bytes")
-    share = best["parameters"] + best["gradients"]
-    return share, best["bytes"] - share
-
-
-def tables(record: dict[str, Any]) -> list[Table]:
-    """One table for each question."""
-    settings, found = record["settings"], []
+def tables(record: dict[str, Any]) -> Iterator[Table]:
+    """Yields one table for each question."""
     for title, cells in rows(record):
-        found.append(console_table(f"{title}, {settings['budget'] / 1e9:g} GB", HEADER, cells))
-        found[-1].caption = settings["method"]
-    return found
+        table = console_table(f"{title}, {record['settings']['budget'] / 1e9:g} GB", HEADER, cells)
+        table.caption = record["settings"]["method"]
+        yield table
 
 
 def depth_table(record: dict[str, Any], file: str) -> str:
@@ -89,111 +68,70 @@ def depth_table(record: dict[str, Any], file: str) -> str:
     return "\n".join([*lines, "", *_limits(record), "", conditions, ""])
 
 
-def _limits(record: dict[str, Any]) -> list[str]:
+def _limits(record: dict[str, Any]) -> Iterator[str]:
     """What the deepest network of each question is limited by, in words."""
-    sentences = []
     for answers in record["results"].values():
-        if answers["grows"] != "depth":
-            continue
-        found = answers["providers"]
-        deepest = max(found.values(), key=lambda row: row["depth"])
-        share, rest = _parts(deepest)
-        if share is None or rest is None or not {BASE, CHECKPOINTED} <= found.keys():
-            continue
-        times = [deepest["depth"] / found[name]["depth"] for name in (BASE, CHECKPOINTED)]
-        sentences.append(
-            f"- {answers['title'][0].upper()}{answers['title'][1:]}: {deepest['label']} goes {times[0]:.1f} times as "
-            f"deep as torchvision and {times[1]:.1f} times as deep as memory_efficient. Parameters, gradients and "
-            f"momentum take {share / (share + rest):.0%} of the memory there."
-        )
-    return sentences
+        if answers["grows"] == "depth":
+            found, title = answers["providers"], answers["title"]
+            deepest = max(found.values(), key=lambda row: row["depth"])
+            share, rest = _parts(deepest)
+            plain, checkpointed = (deepest["depth"] / found[name]["depth"] for name in (BASE, CHECKPOINTED))
+            yield (
+                f"- {title[0].upper()}{title[1:]}: {deepest['label']} goes {plain:.1f} times as deep as torchvision "
+                f"and {checkpointed:.1f} times as deep as memory_efficient. Parameters, gradients and momentum take "
+                f"{share / (share + rest):.0%} of the memory there."
+            )
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Memory against depth, a panel for each network that grows deeper, and the largest batches as bars."""
+    """One panel for each question: memory against depth, or the largest batches as bars."""
     from matplotlib.figure import Figure
 
-    results = record["results"]
-    curves = [answers for answers in results.values() if answers["grows"] == "depth"]
-    bars = [answers for answers in results.values() if answers["grows"] == "batch"]
-    panels = len(curves) + bool(bars)
-    figure = Figure(figsize=(5.6 * panels, 5.0))
-    axes = figure.subplots(1, panels, squeeze=False)
-    for axis, answers in zip(axes[0], curves, strict=False):
-        _curves(axis, answers, record["settings"]["budget"])
-    if bars:
-        _bars(axes[0][-1], bars)
-    settings = record["settings"]
-    budget = f"{settings['budget'] / 1e9:g} GB"
-    figure.suptitle(f"What trains within {budget} ({settings['dtype']}, {settings['optimizer']})", fontsize=13)
-    figure.text(0.5, 0.005, f"{settings['method']}; {record['date'][:10]}", ha="center", fontsize=8, color="#555555")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    settings, questions = record["settings"], record["results"].values()
+    columns = min(2, len(questions))
+    lines = -(-len(questions) // columns)
+    figure = Figure(figsize=(6 * columns, 4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis, answers in zip(axes.flat, questions, strict=False):
+        if answers["grows"] == "depth":
+            _curves(axis, answers, settings["budget"] / 1e9)
+        else:
+            _bars(axis, answers["providers"])
+        axis.set_title(answers["title"], fontsize=10)
+    what = f"{settings['budget'] / 1e9:g} GB ({settings['dtype']}, {settings['optimizer']})"
+    figure.suptitle(f"What trains within {what}, {settings['method']}; {record['date'][:10]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130)
 
 
-def _curves(axis: Any, answers: dict[str, Any], budget: int) -> None:
-    """One line for each provider, up to the budget, and a mark with its depth where it ends."""
-    line = budget / 1e9
+def _style(name: str) -> dict[str, Any]:
+    """A colour for each provider; dashes, because some lines lie on others."""
+    place = list(PROVIDERS).index(name)
+    return {"color": f"C{place}", "linestyle": "-" if place % 2 else "--"}
+
+
+def _curves(axis: Any, answers: dict[str, Any], budget: float) -> None:
+    """One line for each provider, which ends at the deepest network that fits."""
     found = sorted(answers["providers"].items(), key=lambda item: item[1]["depth"])
-    marked: set[int] = set()
     for name, row in found:
-        colour, dashes = STYLES.get(name, OTHER)
-        points = [
-            (trial["depth"], trial["bytes"] / 1e9)
-            for trial in row["trials"]
-            if trial["bytes"] is not None and trial["fits"]
-        ]
-        if points:
-            axis.plot(*zip(*points, strict=True), dashes, color=colour, linewidth=2, label=row["label"])
-        if (best := _best(row)).get("bytes"):
-            axis.plot(row["depth"], best["bytes"] / 1e9, "o", color=colour, zorder=3)
-            axis.annotate(
-                f"{row['depth']:,}", (row["depth"], line), (0, 4), textcoords="offset points", rotation=40,
-                fontsize=9, fontweight="bold", color=colour, visible=row["depth"] not in marked,
-            )  # fmt: skip
-            marked.add(row["depth"])
-    deepest = max(answers["providers"].values(), key=lambda row: row["depth"])
-    shares = [
-        (trial["depth"], (trial["parameters"] + trial["gradients"]) / 1e9)
-        for trial in deepest["trials"]
-        if "parameters" in trial and trial["fits"]
-    ]
-    if shares:
-        label = "parameters, gradients, momentum alone"
-        axis.plot(*zip(*shares, strict=True), ":", color="#333333", linewidth=1.3, label=label)
-    axis.axhline(line, color="#b2182b", linewidth=1, label="the budget; above it, the deepest that fits")
-    axis.set(
-        ylim=(0, 2.1 * line),
-        xlim=(0, 1.12 * max(1, deepest["depth"])),
-        xlabel="depth (convolutions and classifier)",
-        ylabel="memory [GB]",
-    )
-    axis.set_title(_wrapped(answers["title"]), fontsize=10)
-    axis.legend(loc="upper right", fontsize=8, framealpha=1)
-    axis.spines[["top", "right"]].set_visible(False)
+        fitting = [trial for trial in row["trials"] if trial["bytes"] is not None and trial["fits"]]
+        points = [trial["depth"] for trial in fitting], [trial["bytes"] / 1e9 for trial in fitting]
+        label = f"{row['label']}: {row['depth']:,}"
+        axis.plot(*points, label=label, marker="o", markevery=[-1] if fitting else [], **_style(name))
+    counted = [trial for trial in found[-1][1]["trials"] if "parameters" in trial and trial["fits"]]
+    if counted:
+        shares = [(trial["parameters"] + trial["gradients"]) / 1e9 for trial in counted]
+        depths = [trial["depth"] for trial in counted]
+        axis.plot(depths, shares, ":", color="black", label="parameters, gradients, momentum alone")
+    axis.axhline(budget, color="red", linewidth=1, label="the budget")
+    axis.set(ylim=(0, 2 * budget), xlabel="depth (convolutions and classifier)", ylabel="memory [GB]")
+    axis.legend(loc="upper right", fontsize=8)
 
 
-def _bars(axis: Any, questions: list[dict[str, Any]]) -> None:
-    """The largest batch of each provider, a group for each network."""
-    ticks, place = [], 0.0
-    for answers in reversed(questions):
-        start = place
-        for name, row in sorted(answers["providers"].items(), key=lambda item: -item[1]["batch"]):
-            axis.barh(place, row["batch"], color=STYLES.get(name, OTHER)[0], height=0.8)
-            axis.text(row["batch"], place, f" {row['batch']:,}  {row['label']}", va="center", fontsize=8)
-            place += 1
-        ticks.append(
-            ((start + place - 1) / 2, answers["title"].removeprefix("largest batch of ").replace(" at ", "\n"))
-        )
-        place += 1
-    most = max(row["batch"] for answers in questions for row in answers["providers"].values())
-    axis.set_yticks([position for position, _ in ticks], [label for _, label in ticks], fontsize=9)
-    axis.set(xlim=(0, 1.6 * most), xlabel="images in a batch")
-    axis.set_title("largest batch", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _wrapped(title: str) -> str:
-    first, _, rest = title.partition(", k = ")
-    return f"{first}\nk = {rest}" if rest else title
+def _bars(axis: Any, found: dict[str, Any]) -> None:
+    """The largest batch of each provider."""
+    batches = [row["batch"] for row in found.values()]
+    bars = axis.barh(list(found), batches, color=[_style(name)["color"] for name in found])
+    axis.bar_label(bars, [f"{row['batch']:,}  {row['label']}" for row in found.values()], padding=3, fontsize=8)
+    axis.set(yticks=[], xlim=(0, 1.6 * max([1, *batches])), xlabel="images in a batch")
+    axis.invert_yaxis()

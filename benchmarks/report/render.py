@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..harness.runner import RESULTS, ROOT
-from ..roofline import bars, of_profile
+from ..roofline import bars
 from .depth_report import depth_table
-from .tables import markdown
+from .tables import images, markdown, speed_conditions
 
 Record = dict[str, Any]
 
@@ -40,21 +40,14 @@ def _record(file: str, root: str = "../") -> str:
 
 def speed_table(record: Record, file: str) -> str:
     """A record of ``benchmarks.speed`` as a Markdown table, with its conditions."""
-    settings, results = record["settings"], record["results"]
-    base = results["torchvision"]
+    base = record["results"]["torchvision"]
     rows = []
-    for label, row in results.items():
-        if "step" not in row or "bytes_kept" not in row:  # failed, or not to be had: the record says why
-            continue
-        kept, seconds = row["bytes_kept"], row["step"]["median"]
-        less, slower = _less(base["bytes_kept"], kept), seconds / base["step"]["median"]
-        rows.append((label, f"{kept / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
-    conditions = (
-        f"{settings['model']}, {settings['batch']} images of {settings['size']} x {settings['size']}, "
-        f"{settings['dtype']}, {settings['layout']}; {record['processor']}, {record['threads']} threads, "
-        f"PyTorch {record['torch']}, {record['date'][:10]}; medians of {base['step']['repeats']} interleaved steps "
-        f"(forward, backward, SGD) in {settings['processes']} processes. Reproduce: `make bench`. {_record(file, '')}"
-    )
+    for label, row in record["results"].items():
+        if "step" in row and "bytes_kept" in row:
+            saved, seconds = row["bytes_kept"], row["step"]["median"]
+            less, slower = _less(base["bytes_kept"], saved), seconds / base["step"]["median"]
+            rows.append((label, f"{saved / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
+    conditions = f"{speed_conditions(record)} Reproduce: `make bench`. {_record(file, '')}"
     return _table(("", "saved for backward", "", "training step", ""), rows, conditions)
 
 
@@ -67,10 +60,8 @@ def memory_table(record: Record, file: str) -> str:
                 parts = [(row[key], group["torchvision"][key]) for key in ("bytes_kept", "bytes_peak")]
                 cells = [text for x, base in parts for text in (f"{x / 1e6:.1f} MB", _less(base, x))]
                 rows.append((name, label, *cells))
-    settings = record["settings"]
     conditions = (
-        f"{settings['batch']} images of {settings['size']} x {settings['size']}, {settings['dtype']}, "
-        f"{settings['layout']}, on the CPU; parameters, their gradients and the images left out. PyTorch "
+        f"{images(record['settings'])}, on the CPU; parameters, their gradients and the images left out. PyTorch "
         f"{record['torch']}, {record['date'][:10]}. Reproduce: `python -m benchmarks.memory`. {_record(file)}"
     )
     return _table(("", "", "saved for backward", "", "peak of a training step", ""), rows, conditions, words=2)
@@ -104,20 +95,11 @@ def gpu_table(record: Record, file: str) -> str:
     """The training steps of a record of ``benchmarks.gpu`` as a Markdown table, with its conditions."""
     stages, made = record["stages"], record["environment"]
     found = [stages[name]["result"] for name in ("batch64", "batch256", "densenet201", "batch1") if name in stages]
-    headings, rows = [""], []
+    headings = [""]
     for one in found:
         headings += [f"{one['network']}, batch {one['batch']}", "x", "images/s", "peak memory"]
-    for label in found[0]["rows"]:
-        cells: list[str] = []
-        for one in found:
-            row, base = one["rows"].get(label, {}), one["rows"]["torchvision, eager"]["step"]["median"]
-            if "step" not in row:
-                break
-            seconds, peak = row["step"]["median"], row.get("peak_bytes")
-            cells += [f"{seconds * 1e3:.1f} ms", f"{base / seconds:.2f}x", f"{row['images_per_second']:,.0f}"]
-            cells.append("" if peak is None else f"{peak / 1e9:.2f} GB")
-        else:
-            rows.append((label, *cells))
+    labels = [label for label in found[0]["rows"] if all("step" in one["rows"].get(label, {}) for one in found)]
+    rows = [[label, *(cell for one in found for cell in _gpu_cells(one["rows"], label))] for label in labels]
     one = found[0]
     conditions = (
         f"Images of {one['size']} x {one['size']}, {one['dtype']} autocast, {one['layout']}: "
@@ -128,6 +110,13 @@ def gpu_table(record: Record, file: str) -> str:
     return _table(headings, rows, conditions)
 
 
+def _gpu_cells(rows: Record, label: str) -> list[str]:
+    row, base = rows[label], rows["torchvision, eager"]["step"]["median"]
+    seconds, peak = row["step"]["median"], row.get("peak_bytes")
+    memory = "" if peak is None else f"{peak / 1e9:.2f} GB"
+    return [f"{seconds * 1e3:.1f} ms", f"{base / seconds:.2f}x", f"{row['images_per_second']:,.0f}", memory]
+
+
 def gpu_kernels_table(record: Record, file: str) -> str:
     """Where the device's time goes in a step of a record of ``benchmarks.gpu``: operations, the longest first."""
     name, made = "fastdense activations, batch 64", record["environment"]
@@ -135,7 +124,7 @@ def gpu_kernels_table(record: Record, file: str) -> str:
     rows = [
         (bar.operation, f"{bar.m:,}", bar.times, f"{(bar.measured or 0.0) * 1e3:.2f} ms", f"{bar.floor * 1e3:.2f} ms",
          f"{bar.fraction:.0%}")
-        for bar in bars(of_profile(found))[:16]
+        for bar in bars(found["rows"])[:16]
     ]  # fmt: skip
     ours, everything = found["ours_seconds"] * 1e3, found["device_seconds"] * 1e3
     conditions = (
