@@ -241,9 +241,9 @@ def test_verify_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> N
 def test_leftovers_of_a_kill_are_removed(finished: Path, out: Path) -> None:
     out.mkdir()
     (out / "last.pt").write_bytes((finished / "last.pt").read_bytes())
-    (out / "last.pt.partial").write_bytes(b"half a checkpoint")
+    (out / "last.partial.pt").write_bytes(b"half a checkpoint")
     assert command("train", "--out", str(out), "--resume").exit_code == 0
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shlex
@@ -10,6 +9,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from ..training.events import NonFiniteLoss, Note, Stopped
 from ..training.experiment import Experiment
 from ..training.outputs import LAST, OutputOptions, Outputs, prepare
 from .display import display, introduction, result_table
+from .options import errors_as_bad_options, parsed
 from .terminal import DeferSignals, Interrupted, Printer
-from .train_options import parsed
 
 __all__ = ["run", "train"]
 
@@ -44,7 +44,8 @@ def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
     with processes() as ranks:
         console = Printer(highlight=False, markup=False, quiet=not ranks.first)
         try:
-            experiment, prepared = _prepare(options, given, ranks, errors)
+            with errors_as_bad_options():
+                experiment, prepared = _prepare(options, given, ranks, errors)
             with prepared as outputs:
                 train(console, experiment, outputs)
             outputs.require_last()
@@ -76,33 +77,23 @@ def _prepare(
     options: Mapping[str, Any], given: frozenset[str], ranks: Processes, errors: Printer
 ) -> tuple[Experiment, Outputs]:
     """Everything that can be wrong with the options is found here; later a ``ValueError`` is a defect."""
-    try:
-        training, writing = parsed(options)
-        state, last = None, (writing["out"] or Path()) / LAST
-        if writing["resume"] and writing["out"] is None:
-            raise ValueError("--resume needs --out, the folder of the run to go on with")
-        if writing["resume"]:
-            state = checkpoint.load(last)
-            config = checkpoint.resumed(last, state, {name: training[name] for name in training if name in given})
-            writing |= {name: value for name, value in state["output"].items() if name not in given}
-        else:
-            config = TrainConfig.from_dict(training)
-        output = OutputOptions(**writing)
-        if ranks.first:
-            prepare(output)
-        experiment = _experiment(config, ranks)
-        if state is not None:
-            checkpoint.restore(experiment, last, state)
-        return experiment, Outputs(output, experiment, partial(errors.print, style="yellow"), resumed=state)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _experiment(config: TrainConfig, ranks: Processes) -> Experiment:
-    options = {name: getattr(config, name) for name in ("image_size", "augment", "seed", "workers", "on_error")}
-    data = open_data(config.data, **options)
-    torch.set_num_threads(dataclasses.replace(config, image_size=data.image_size).cpu_threads)
-    return Experiment(config, data, ranks)
+    training, writing = parsed(options)
+    output, state, last = OutputOptions(**writing), None, (writing["out"] or Path()) / LAST
+    if output.resume:
+        state = checkpoint.load(last)
+        config = checkpoint.resumed(last, state, {name: training[name] for name in training if name in given})
+        output = replace(output, **{name: value for name, value in state["output"].items() if name not in given})
+    else:
+        config = TrainConfig.from_dict(training)
+    if ranks.first:
+        prepare(output)
+    names = ("image_size", "augment", "seed", "workers", "on_error")
+    data = open_data(config.data, **{name: getattr(config, name) for name in names})
+    torch.set_num_threads(replace(config, image_size=data.image_size).cpu_threads)
+    experiment = Experiment(config, data, ranks)
+    if state is not None:
+        checkpoint.restore(experiment, last, state)
+    return experiment, Outputs(output, experiment, partial(errors.print, style="yellow"), resumed=state)
 
 
 class _Unreadable:
@@ -203,7 +194,7 @@ def _report(console: Printer, experiment: Experiment, outputs: Outputs, unreadab
     outputs.log(*summaries, *([] if comparison is None else [comparison]))
     console.print(result_table(summaries))
     if comparison is not None:
-        # Whole on one line in a log, where somebody may search for it; wrapped at words on a screen.
+        # Whole on one line in a log, to be searched for; wrapped at words on a screen.
         console.print(f"{comparison}.", soft_wrap=not console.is_terminal)
     if unreadable:
         told = f"Images that could not be read: {len(unreadable)}, the first {unreadable[0].rstrip('.')}."

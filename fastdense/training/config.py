@@ -18,7 +18,7 @@ import fastdense
 from ..core import checks
 from ..environment import choose_impl
 from . import option_fields as opt
-from .option_fields import Parser, Rule, one_of
+from .option_fields import Rule, one_of
 
 __all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
 
@@ -38,7 +38,7 @@ SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, a
 class Architecture:
     """A network, ready to be built as often as needed."""
 
-    description: str  # for a human
+    description: str  # in words
     constructor: str  # name of the function or class in ``fastdense``
     arguments: dict[str, Any]
     blocks: int
@@ -74,21 +74,19 @@ def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     )
 
 
-_INTEGERS = Parser("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
-_FRACTIONS = Parser("fractions of all steps, as in 1/3,2/3", lambda text: tuple(map(_fraction, text.split(","))))
-_BN_SIZE = Parser("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
+_INTEGERS = Rule("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
+_FRACTIONS = Rule(
+    "fractions of all steps, as in 1/3,2/3", lambda text: tuple(float(Fraction(part)) for part in text.split(","))
+)
+_BN_SIZE = Rule("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
 _A_MODEL = Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED)
 _LAYERS = Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1)
 _BOTTLENECK = Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1)
 _GAMMA = Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1)
 _DECAY = Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1)
-_WARM_UP = Rule(f"{opt.BELOW_1.words}, a fraction of all steps", opt.BELOW_1.holds)
+_WARM_UP = Rule(f"{opt.BELOW_1.words}, a fraction of all steps", opt.BELOW_1.function)
 _SEED = Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63)
 _network, _data, _training, _machine, _output = (partial(opt.option, panel) for panel in opt.PANELS)
-
-
-def _fraction(text: str) -> float:
-    return float(Fraction(text))
 
 
 @dataclass(frozen=True)
@@ -208,8 +206,8 @@ class TrainConfig:
             )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
-                "--compare trains the reference block beside another one: --impl and "
-                "FASTDENSE_IMPL must be auto, triton or torch, not reference"
+                "--compare trains the reference block beside another one: --impl and FASTDENSE_IMPL must be auto, "
+                "triton or torch, not reference"
             )
         if self.compare and self.plain:
             raise ValueError("--plain leaves no dense block for --compare to compare: leave one of them out")
@@ -218,12 +216,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The configuration whose options have these ``values`` by name, as :meth:`as_dict` returns them."""
+        """Returns the configuration with these ``values`` by the options' names."""
         names = {opt.option_name(field): field.name for field in fields(cls)}
         return cls(**{names.get(name, name): value for name, value in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by the options' names, as they are in checkpoints and in files of measurements."""
+        """Returns all values by the options' names, as they are in checkpoints and in files of measurements."""
         return {opt.option_name(field): getattr(self, field.name) for field in fields(self)}
 
     def check_batch(self, images: int) -> None:
@@ -243,9 +241,8 @@ class TrainConfig:
     @property
     def warm_up_fraction(self) -> float:
         """Of all steps."""
-        if self.warm_up is None:
-            return WARM_UP if self.lr_schedule == "cosine" else 0.0
-        return self.warm_up
+        usual = WARM_UP if self.lr_schedule == "cosine" else 0.0
+        return usual if self.warm_up is None else self.warm_up
 
     @property
     def network(self) -> str:
@@ -302,10 +299,9 @@ class TrainConfig:
         return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
     def resolve_device(self, process: int | None = None) -> torch.device:
-        """The device to train on; raises ``ValueError`` if it is not there.
+        """Returns the device to train on, of several processes on a machine each its own GPU.
 
-        Args:
-            process: which one on this machine, where there are several: each takes a GPU of its own.
+        Raises ``ValueError`` if it is not there.
         """
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and process is not None:
@@ -319,7 +315,7 @@ class TrainConfig:
         return device
 
     def resolve_impl(self, device: torch.device) -> str:
-        """``triton``, ``torch`` or ``reference``, whichever runs there; raises ``ValueError`` where ``impl`` cannot."""
+        """Returns ``triton``, ``torch`` or ``reference``; raises ``ValueError`` where ``impl`` cannot run."""
         try:
             return choose_impl(self.impl, device)[0]
         except RuntimeError as error:

@@ -9,23 +9,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.gradient_flow import first_not_finite, gradient_flow
 from ..data.source import Source, batches
 from .config import TrainConfig
-from .diagnose import diagnose, flow
 from .distributed import Processes
-from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss
+from .events import CheckEvent, Comparison, EpochEvent, Event, FlowEvent, NonFiniteLoss
 from .run import Run, saved_for_backward
 
 __all__ = ["Experiment"]
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
+FLOW_IMAGES = 32  # at most, of a step's batch: float64 takes twice the memory, and a GPU many times the time
 
 
 class Experiment:
@@ -252,3 +255,34 @@ class Experiment:
             kept_ratio=reference.kept_bytes / chosen.kept_bytes,
             time_ratio=statistics.median(chosen.seconds) / statistics.median(reference.seconds),
         )
+
+
+def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> FlowEvent:
+    """Measures the gradient flow of ``run`` as it is now, on the first of ``images``; never changes the run."""
+    blocks = gradient_flow(run.model, images[:FLOW_IMAGES], labels[:FLOW_IMAGES])
+    total = {block.name: _six_digits(block.total.tolist()) for block in blocks}
+    contributions = {block.name: [_six_digits(row) for row in block.contributions.tolist()] for block in blocks}
+    return FlowEvent(run.name, step, epoch, total, contributions)
+
+
+def _six_digits(numbers: list[float]) -> list[float]:
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
+    """Returns which layer's values or gradient went first on this batch, in words; never changes the run.
+
+    It repeats the step on a copy, in the arithmetic of the step. ``None`` where that is finite or cannot be done.
+    """
+    scale = run.scaler.get_scale()
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return scale * F.cross_entropy(output, target)
+
+    autocast = torch.autocast(images.device.type, dtype=run.amp, enabled=run.amp is not None)
+    try:
+        with autocast, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return first_not_finite(run.model, images, labels, loss_fn)
+    except Exception:  # it explains another error, and must not hide that one: out of memory, say
+        return None

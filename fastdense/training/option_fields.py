@@ -7,23 +7,16 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["PANELS", "Parser", "Rule", "check_options", "flag", "one_of", "option", "option_name", "parse", "shown"]
+__all__ = ["PANELS", "Rule", "check_options", "flag", "one_of", "option", "option_name", "parse", "shown"]
 
 PANELS = ("Network", "Data", "Training", "Machine", "Output")  # of --help, in this order
 
 
 class Rule(NamedTuple):
-    """Which values are allowed: those for which ``holds``, said in words after "must be"."""
+    """What an option must be, in words, and a function: whether a value is allowed, or what a text stands for."""
 
     words: str
-    holds: Callable[[Any], bool]
-
-
-class Parser(NamedTuple):
-    """How the text of an option becomes its value; ``words`` say after "must be" what the text looks like."""
-
-    words: str
-    parse: Callable[[str], Any]
+    function: Callable[[Any], Any]
 
 
 def one_of(allowed: Iterable[str]) -> Rule:
@@ -34,8 +27,8 @@ def one_of(allowed: Iterable[str]) -> Rule:
 AT_LEAST_0 = Rule("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
 BELOW_1 = Rule("at least 0 and less than 1", lambda value: 0 <= value < 1)
-POSITIVE = Rule("a positive number", lambda value: value > 0 and math.isfinite(value))
-NOT_NEGATIVE = Rule("0 or a positive number", lambda value: value >= 0 and math.isfinite(value))
+POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("0 or a positive number", lambda value: 0 <= value < math.inf)
 
 
 def option(
@@ -44,11 +37,11 @@ def option(
     help: str,
     must: Rule | None = None,
     *,
-    parser: Parser | None = None,
+    parser: Rule | None = None,
     default_shown: str | None = None,
     name: str | None = None,
 ) -> Any:
-    """A field of a dataclass that is an option of ``fastdense train``, too.
+    """Returns a field of a dataclass that is an option of ``fastdense train``, too.
 
     Args:
         panel: heading under which ``--help`` shows it, one of :data:`PANELS`.
@@ -82,11 +75,11 @@ def shown(value: Any) -> str:
 
 def parse(field: dataclasses.Field[Any], text: Any) -> Any:
     """The value that ``text`` stands for; raises ``ValueError`` where it stands for none."""
-    parser: Parser | None = field.metadata["parser"]
+    parser: Rule | None = field.metadata["parser"]
     if parser is None or text is None:
         return text
     try:
-        return parser.parse(text)
+        return parser.function(text)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{flag(option_name(field))} must be {parser.words}, got {text!r}") from error
 
@@ -95,6 +88,6 @@ def check_options(options: Any) -> None:
     """Raises ``ValueError`` for a field of the dataclass ``options`` whose value its rule does not allow."""
     for field in dataclasses.fields(options):
         value, rule = getattr(options, field.name), field.metadata["must"]
-        if value is not None and rule is not None and not rule.holds(value):
+        if value is not None and rule is not None and not rule.function(value):
             got = shown(value) if isinstance(value, tuple) else value
             raise ValueError(f"{flag(option_name(field))} must be {rule.words}, got {got!r}")

@@ -11,7 +11,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from . import checkpoint
 from .events import Event, Record, Stopped
 from .experiment import Experiment
-from .logs import FlowPictures, JsonLines, Log, TensorBoard
+from .logs import JsonLines, TensorBoard, WholeWrites, draw_flow
 from .option_fields import AT_LEAST_0, Rule, check_options, option
 
 __all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
@@ -34,11 +34,7 @@ EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written besides what is printed; each field says what it is in its ``help``.
-
-    Raises:
-        ValueError: a value is not allowed.
-    """
+    """What is written besides what is printed, as each field's help says; raises ``ValueError`` for a wrong value."""
 
     out: Path | None = option(  # noqa: RUF009 (a field)
         "Output", None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
@@ -58,13 +54,15 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out, the folder of the run to go on with")
 
     def as_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Returns what a checkpoint holds of it."""
         return {name: getattr(self, name) for name in ("save_every", "keep", "tensorboard")}
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Steps from one checkpoint to the next."""
+        """Returns how many steps there are from one checkpoint to the next."""
         found = EVERY.fullmatch(self.save_every)
         assert found is not None
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
@@ -103,15 +101,6 @@ def prepare(options: OutputOptions) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
 
-def _metrics_file(path: Path) -> JsonLines:
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-        return JsonLines(path, 0)
-    except OSError as error:
-        raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
-
-
 class Outputs(ExitStack):
     """Checkpoints and logs of one experiment, in this process.
 
@@ -138,12 +127,13 @@ class Outputs(ExitStack):
         super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
         self.writing = experiment.processes.first
-        self.logs: dict[str, Log] = {}  # by their names in messages
+        self.files: dict[str, WholeWrites] = {}  # by their names in messages
+        self.logs: dict[str, Callable[[Record], None]] = {}  # what is told of each event: the files, and more
         self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
         self.failing: set[str] = set()  # what could not be written when that was last tried
         self.stopped = False  # by one of them
         if options.metrics is not None and self.writing:
-            self._open_log(f"--metrics {options.metrics}", partial(_metrics_file, options.metrics))
+            self._open_metrics(options.metrics)
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
@@ -153,30 +143,37 @@ class Outputs(ExitStack):
                 self._attempt(LAST, "", self._link)
             self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
-    def _open_logs(self, out: Path, length: int) -> None:
-        config, step = self.experiment.config, self.experiment.step
-        logs: dict[str, Callable[[], Log]] = {
-            METRICS: partial(JsonLines, out / METRICS, length, "resumed" if step else "header")
-        }
-        if config.watch_flow is not None:
-            pictures = partial(FlowPictures, out, config.network, self.experiment.data.name)
-            logs["a picture of the gradient flow"] = pictures
-        if self.options.tensorboard:
-            logs["TensorBoard's file"] = partial(TensorBoard, out, step)
-        for what, make in logs.items():
-            self._attempt(what, "Training goes on without it.", self._open_log, what, make)
+    def _open_metrics(self, path: Path) -> None:
+        try:
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True)
+            self._open(f"--metrics {path}", JsonLines, path, 0)
+        except OSError as error:
+            raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
 
-    def _open_log(self, what: str, make: Callable[[], Log]) -> None:
-        self.logs[what] = make()
-        self.callback(self.logs[what].close)
+    def _open_logs(self, out: Path, length: int) -> None:
+        config, step, later = self.experiment.config, self.experiment.step, "Training goes on without it."
+        header = "resumed" if step else "header"
+        self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
+        if config.watch_flow is not None:
+            importlib.import_module("matplotlib")  # before the first picture
+            draw = partial(draw_flow, out, config.network, self.experiment.data.name)
+            self.logs["a picture of the gradient flow"] = draw
+        if self.options.tensorboard:
+            name = "TensorBoard's file"
+            self._attempt(name, later, self._open, name, TensorBoard, out, step)
+
+    def _open(self, what: str, kind: Callable[..., WholeWrites], *arguments: Any) -> None:
+        self.files[what] = file = self.enter_context(closing(kind(*arguments)))
+        self.logs[what] = file.update
 
     def log(self, *events: Record) -> None:
         """Appends ``events`` to the logs."""
         for event in events:
-            for what, log in self.logs.items():
+            for what, update in self.logs.items():
                 if not self.stopped:
                     later = "Training goes on, and so does the log once there is space."
-                    self._attempt(what, later, log.update, event)
+                    self._attempt(what, later, update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
@@ -213,7 +210,7 @@ class Outputs(ExitStack):
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
-        lengths = {what: log.sync() for what, log in self.logs.items()}
+        lengths = {what: file.sync() for what, file in self.files.items()}
         checkpoint.save({**contents, "metrics_bytes": lengths.get(METRICS, 0)}, path)
         self._link()
 
@@ -235,6 +232,7 @@ class Outputs(ExitStack):
         """
         try:
             write(*arguments)
+            self.failing.discard(what)
         except OSError as error:
             if what.startswith("--metrics"):
                 reason = f"{what} cannot be written: {error.strerror}."
@@ -248,8 +246,6 @@ class Outputs(ExitStack):
             if what not in self.failing:
                 self.warn(f"{reason} {later}".rstrip())
             self.failing.add(what)
-        else:
-            self.failing.discard(what)
 
     def require_last(self) -> None:
         """Raises ``Stopped`` if the last checkpoint could not be written."""
@@ -257,7 +253,7 @@ class Outputs(ExitStack):
             raise Stopped(f"the last checkpoint could not be written to {self.out}. {self._remedy}")
 
     def advise(self, message: str) -> str:
-        """``message``, and how to resume this run if it has a folder."""
+        """Returns ``message``, and how to resume this run if it has a folder."""
         over = f"Training is over, and {self.out} holds what came of it"
         advice = "" if self.out is None else over if self.experiment.over else self._remedy
         return f"{message}. {advice}".rstrip()
