@@ -108,7 +108,7 @@ def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastdense.cli", "bench", "speed", *TINY[:-1], "100000", *ONE, "--out", tmp_path]
+    command = [sys.executable, "-m", "fastdense", "bench", "speed", *TINY[:-1], "100000", *ONE, "--out", tmp_path]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert process.stdout is not None

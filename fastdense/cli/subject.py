@@ -68,15 +68,9 @@ def subject(
 ) -> Subject:
     """Builds the network that the options of ``fastdense inspect`` describe, with its weights.
 
-    Args:
-        model: a name in ``NAMED``, ``"package.module:function"``, or ``None``.
-        weights: a checkpoint of ``fastdense train``, which describes its network, or a file with a ``state_dict``.
-        ema: of a checkpoint, take the averaged weights.
-        seed: of the initial weights.
-        depth, block_config, growth_rate: as on the command line of ``fastdense train``; not for a model from elsewhere.
-
-    Raises:
-        ValueError: an option contradicts another, or the file does not fit; the message names it.
+    ``model`` is a name in ``NAMED`` or ``"package.module:function"``, ``weights`` a checkpoint of ``fastdense train``,
+    which describes its network, or a file with a ``state_dict``. Raises ``ValueError`` if an option contradicts
+    another, or the file does not fit.
     """
     blocks = parse(FIELDS["block_config"], block_config)
     network = {"model": model, "depth": depth, "block_config": blocks, "growth_rate": growth_rate}

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -23,11 +22,9 @@ class Printer(Console):
 
     failure = 0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            super().__exit__(kind, error, trace)  # where rich writes, whatever is shown
+            super().__exit__(*error)  # where rich writes, whatever is shown
         except OSError as reason:
             self._fall_silent(reason.errno or errno.EIO)
 
@@ -60,7 +57,7 @@ class DeferSignals:
         self.signal, self.since = 0, 0.0
         self.before: dict[int, Any] = {}
 
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
+    def __call__(self, signum: int, frame: object) -> None:
         if not self.signal:
             self.signal, self.since = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.since > SAME_PRESS:

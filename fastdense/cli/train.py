@@ -34,11 +34,9 @@ __all__ = ["run", "train"]
 
 
 def run(options: Mapping[str, Any], given: frozenset[str]) -> None:
-    """Trains as the command line says: with all ``options`` by name, of which the user wrote those ``given``.
+    """Trains with all ``options`` by name, of which the user wrote those ``given``.
 
-    Raises:
-        typer.BadParameter: an option is wrong.
-        typer.Exit: training ended early, or something could not be written.
+    Raises ``typer.BadParameter`` if one is wrong, ``typer.Exit`` if training ends early or something cannot be written.
     """
     errors = Printer(stderr=True, soft_wrap=True, highlight=False, markup=False)
     with processes() as ranks:

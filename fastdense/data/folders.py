@@ -40,7 +40,7 @@ class Files:
 
 
 def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
-    """The images to train on, those to test on, and the names of the classes.
+    """Lists the images to train on, those to test on, and the names of the classes.
 
     Classes are the sorted names of the subfolders, and their images are sorted too, those in deeper folders included.
     ``root`` holds ``train`` and the first there is of ``val``, ``validation`` and ``test``. If it holds the classes

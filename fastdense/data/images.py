@@ -37,7 +37,7 @@ class UnreadableImage(RuntimeError):
 
 
 def read_image(path: Path, number: int, views: Views) -> Pixels:
-    """The box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
+    """Reads the box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
 
     Pillow resizes bilinearly over all pixels that fall on one. JPEG files are decoded at a half, a quarter or an eighth
     of their size where that leaves twice as many pixels as are needed.
@@ -146,14 +146,7 @@ class _Reader(MapDataset[_Batch]):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder, with the methods of :class:`fastdense.data.Dataset`, standardised with ImageNet's statistics.
-
-    Attributes:
-        augment, seed, workers, on_error: as in :func:`fastdense.data.open_data`.
-        device: where batches shall be.
-        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``, in the order
-            found.
-    """
+    """Images in a folder, with the methods of :class:`~.source.Dataset`, standardised with ImageNet's statistics."""
 
     train_files: Files
     test_files: Files
@@ -164,7 +157,7 @@ class ImageFolder:
     augment: str = "none"
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # "PATH: reason" of what was skipped, in the order found
     channels: int = 3
 
     @property
@@ -184,11 +177,11 @@ class ImageFolder:
         return len(self.test_files)
 
     def to(self, device: torch.device | str) -> ImageFolder:
-        """The same images, with batches on ``device`` and the same list of what is unreadable."""
+        """Returns the same images, with batches on ``device`` and the same list of what is unreadable."""
         return replace(self, device=torch.device(device))
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`fastdense.data.Dataset`; with workers, ``batches`` is read ahead.
+        """Yields batches to train on, as :meth:`.source.Dataset.train`; with workers, ``batches`` is read ahead.
 
         With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all. Otherwise, and
         where none can be read, it raises ``UnreadableImage``; and ``RuntimeError`` if a worker process died.
@@ -201,7 +194,7 @@ class ImageFolder:
             yield images, labels
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as :meth:`train`; with ``"skip"``, unreadable images are left out."""
+        """Yields batches to test on; with ``"skip"``, unreadable images are left out."""
         reader = _Reader(self.test_files, Views("none", self.image_size), replace=False)
         count = 0
         for images, labels in self._load(reader, numbers.split(batch_size)):

@@ -94,10 +94,7 @@ class TrainConfig:
     """Everything that decides what a training run computes; each field says what it is in its help.
 
     The network is given by at most one of ``model``, ``depth`` and ``block_config``. Without ``image_size``, images
-    have the data's own. ``impl`` and ``recompute`` are those of :class:`fastdense.DenseNet`.
-
-    Raises:
-        ValueError: a value is not allowed; the message names it, its command-line option and what is allowed.
+    have the data's own. Raises ``ValueError``, which names the option and what is allowed, for a wrong value.
     """
 
     model: str | None = _network(
@@ -251,16 +248,13 @@ class TrainConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it.
-
-        For images in a folder, ``image_size`` must be given: :class:`~.experiment.Experiment` fills it in.
-        """
+        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it."""
         given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
         named = [option for option, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
         size = self._pixels
-        assert size is not None
+        assert size is not None  # filled in by the experiment where only the data know it
         if self.model is None:
             found = self._for_small_images()
         else:  # its first convolution, which is for ImageNet, is its own from 32 pixels on

@@ -15,7 +15,7 @@ import torch
 
 from ..analysis.gradient_flow import BlockFlow
 from .checkpoint import replacing
-from .events import EpochEvent, FlowEvent, Record, StepEvent, record
+from .events import SCORES, EpochEvent, FlowEvent, Record, StepEvent, record
 
 __all__ = ["JsonLines", "TensorBoard", "WholeWrites", "draw_flow"]
 
@@ -27,19 +27,13 @@ STEP_SCALARS = {
     "seconds": "step_seconds",
     "images_per_second": "images_per_second",
 }
-EPOCH_SCALARS = {
-    name: name for name in ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy", "peak_bytes")
-}
+EPOCH_SCALARS = {name: name for name in (*SCORES, "peak_bytes")}
 
 
 class WholeWrites:
-    """A file to which each write goes as a whole or not at all; every method may raise ``OSError``.
+    """A file, cut to its first ``length`` bytes and appended to; each write goes as a whole or not at all.
 
-    Unbuffered: what has been written is in the file, and a full disk shows here and not on closing.
-
-    Args:
-        path: the file, appended to.
-        length: bytes of it to keep, from its start; ``None`` for all.
+    Every method may raise ``OSError``. Unbuffered, so that a full disk shows at once and not on closing.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:

@@ -43,14 +43,8 @@ def option(
 ) -> Any:
     """Returns a field of a dataclass that is an option of ``fastdense train``, too.
 
-    Args:
-        panel: heading under which ``--help`` shows it, one of :data:`PANELS`.
-        default: of the field.
-        help: what ``--help`` says.
-        must: what values are allowed, besides ``None``.
-        parser: for values that are more than text, a number or a flag.
-        default_shown: what ``--help`` says of the default, if not its value.
-        name: of the option and in files, if not the field's.
+    ``must`` says what values are allowed, besides ``None``; ``parser`` is for values that are more than text, a number
+    or a flag; ``default_shown`` is what ``--help`` says of the default; ``name`` is the option's, if not the field's.
     """
     told = {"panel": panel, "help": help, "must": must, "parser": parser, "default": default_shown, "name": name}
     return dataclasses.field(default=default, metadata=told)

@@ -102,19 +102,11 @@ def prepare(options: OutputOptions) -> None:
 
 
 class Outputs(ExitStack):
-    """Checkpoints and logs of one experiment, in this process.
+    """Checkpoints and logs of one experiment; every process calls the same methods, and only the first one writes.
 
-    Every process has one and calls the same methods; only the first one writes.
-
-    Args:
-        options: what to write.
-        experiment: of what.
-        warn: told what could not be written and was skipped.
-        resumed: the checkpoint that the experiment resumes from.
-
-    Raises:
-        Stopped: a log or the first checkpoint cannot be written, and ``on_error`` is ``"stop"``.
-        ValueError: the file of ``--metrics`` cannot be opened.
+    ``warn`` is told what could not be written and was skipped; ``resumed`` is the checkpoint that ``experiment``
+    resumes from. Raises ``Stopped`` if a log or the first checkpoint cannot be written and ``on_error`` is ``"stop"``,
+    ``ValueError`` if the file of ``--metrics`` cannot be opened.
     """
 
     def __init__(
@@ -226,10 +218,7 @@ class Outputs(ExitStack):
                 old.unlink()
 
     def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
-        """Calls ``write(*arguments)``; an error is the end, or a warning that says what comes ``later``.
-
-        A disk that stays full is worth one warning for each file, until that can be written again.
-        """
+        """Calls ``write(*arguments)``; an error is the end, or a warning, one for each file until it can be written."""
         try:
             write(*arguments)
             self.failing.discard(what)

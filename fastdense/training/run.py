@@ -11,7 +11,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +27,7 @@ from ..data.source import Source
 from ..nn import DenseBlock
 from .config import AMP, TrainConfig
 from .distributed import Processes
-from .events import EpochEvent, StepEvent, Summary
+from .events import SCORES, EpochEvent, StepEvent, Summary
 
 __all__ = ["Run", "lr_scheduler", "saved_for_backward"]
 
@@ -41,14 +41,8 @@ def _rng_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_rng_states(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state, device)
-
-
 def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
-    """A linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
+    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
 
     A milestone comes after its fraction of all ``steps``, rounded. A single step has no warm-up.
     """
@@ -67,15 +61,14 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConf
 
 
 def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Bytes that one training forward saves for backward, parameters and buffers left out.
+    """Measures the bytes that one training forward saves for backward, parameters and buffers left out.
 
     It runs on a copy of the model and forks the generators, so that it does not change the training.
     """
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, _autocast(images.device, amp):
-        loss = F.cross_entropy(probe(images), labels)
-    del loss
+        F.cross_entropy(probe(images), labels)
     for block, probed in zip(model.modules(), probe.modules(), strict=True):
         if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
             block.picked = probed.picked
@@ -103,14 +96,6 @@ class Run:
 
     Everything is built from the seed, so that a run does not depend on whether another runs beside it. With ``dtype``
     float64 there is no autocast.
-
-    Attributes:
-        name: ``"reference"`` or ``"fastdense"``, as in the files of measurements.
-        model: the network; ``state_dict`` has its plain names.
-        network: what is called in training: ``model``, or DDP round it.
-        rng: states of the random generators that belong to this run.
-        ema: the averaged network; ``None`` without one.
-        kept_bytes: saved for backward in a step.
     """
 
     def __init__(
@@ -125,16 +110,16 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.name, self.impl, self.processes = name, impl, processes
+        self.name, self.impl, self.processes = name, impl, processes  # name: reference or fastdense
         amp = "off" if dtype is torch.float64 else config.amp
         self.amp, self.scaler = AMP[amp], torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         torch.manual_seed(config.seed)
         blocks = {"drop_rate": config.drop_rate, "recompute": config.recompute, "impl": impl}
         model = config.architecture.build(channels=data.channels, classes=data.classes, plain=config.plain, **blocks)
-        self.model = model.to(device, dtype)
+        self.model = model.to(device, dtype)  # whose state_dict has the plain names
         if processes.rank > 0:  # other images, other dropout masks
             torch.manual_seed((config.seed + processes.rank) % 2**63)
-        self.rng = _rng_states(device)
+        self.rng = _rng_states(device)  # of this run alone
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -148,11 +133,12 @@ class Run:
             # Running statistics are averaged like the weights: those of the newest weights would not fit the average.
             average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.network = processes.wrap(self.model, device, sync_bn=config.sync_bn)
+        self.network = processes.wrap(self.model, device, sync_bn=config.sync_bn)  # what is called in training
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.evaluations: list[EpochEvent] = []
-        self.kept_bytes, self.steps_per_epoch = 0, data.train_count // config.batch_size
+        self.kept_bytes = 0  # saved for backward in a step
+        self.steps_per_epoch = data.train_count // config.batch_size
         self.last: StepEvent | None = None
 
     @property
@@ -175,14 +161,16 @@ class Run:
         return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
+        """Makes one optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
 
         A loss or a gradient that is not finite changes nothing else: weights, optimizer, running statistics and
         generators stay as they were. Where float16 overflows in the gradients alone, the scale falls and the step is
         skipped, as far as weights, schedule and average are concerned.
         """
         device = images.device
-        _set_rng_states(self.rng, device)
+        torch.set_rng_state(self.rng[0])
+        for state in self.rng[1:]:
+            torch.cuda.set_rng_state(state, device)
         self.model.train()
         _finish(device)
         start = time.perf_counter()
@@ -231,7 +219,7 @@ class Run:
         return math.isfinite(self.last.loss) and math.isfinite(self.last.grad_norm)
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
-        """Mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
+        """Computes mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
 
         ``batches`` are this process's share of the test images; the results are those of all processes.
         """
@@ -239,31 +227,21 @@ class Run:
         for model in models:
             self.processes.broadcast_buffers(model)
             model.eval()
-        # All logits at once, so that the mean is PyTorch's own, whatever the batches: 4 bytes a class and image.
-        logits: list[list[Tensor]] = [[] for _ in models]
-        labels: list[Tensor] = []
+        totals = torch.zeros(len(models), 3, dtype=torch.float64)  # of each: loss, right answers, images
         with torch.inference_mode():
-            for images, right in batches:
-                labels.append(right)
-                with _autocast(images.device, self.amp):
-                    for model, seen in zip(models, logits, strict=True):
-                        seen.append(model(images))
-            return tuple(number for seen in logits for number in self._score(seen, labels))
-
-    def _score(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[float, float]:
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images
-        if labels:  # fewer test images than processes leave some without any
-            scores, truth = torch.cat(list(logits)).float(), torch.cat(list(labels))
-            loss, right = F.cross_entropy(scores, truth, reduction="sum"), (scores.argmax(1) == truth).sum()
-            totals = torch.stack([loss.double(), right.double()]).cpu()
-            totals = torch.cat([totals, totals.new_full((1,), len(truth))])
-        loss, right, count = self.processes.sum(totals)
-        return (loss / count).float().item(), (right / count).item()
+            for images, labels in batches:
+                for total, model in zip(totals, models, strict=True):
+                    with _autocast(images.device, self.amp):
+                        scores = model(images)
+                    loss = F.cross_entropy(scores.float(), labels, reduction="sum")
+                    right = (scores.argmax(1) == labels).sum()
+                    total += torch.tensor([loss.item(), right.item(), len(labels)])
+        self.processes.sum(totals)
+        return tuple((totals[:, :2] / totals[:, 2:]).flatten().tolist())
 
     def summary(self) -> Summary:
-        """The results so far."""
-        last = asdict(self.evaluations[-1]) if self.evaluations else {}
-        scores = ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy")
+        """Returns the results so far."""
+        last = self.evaluations[-1] if self.evaluations else None
         return Summary(
             run=self.name,
             label=self.label,
@@ -272,11 +250,11 @@ class Run:
             train_loss=self.train_loss,
             step_seconds=statistics.median(self.seconds) if self.seconds else None,
             kept_bytes=self.kept_bytes,
-            **{score: last.get(score) for score in scores},
+            **{score: getattr(last, score, None) for score in SCORES},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training is resumed from, for ``torch.load(weights_only=True)``; every process must call it."""
+        """Returns all that training is resumed from; every process must call it."""
         ema = self.ema
         return {
             **{part: getattr(self, part).state_dict() for part in STATEFUL},
