@@ -10,13 +10,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..environment import environment
-from . import train as train_command
 from .bench import bench
 from .display import environment_tables
 from .inspect import inspect
-from .options import TRAIN_OPTIONS, give_options, given_options
-
-__all__ = ["app"]
+from .options import TRAIN_OPTIONS, give_options
+from .train import run
 
 
 class _Unframed(TyperGroup):
@@ -43,23 +41,12 @@ app.add_typer(bench, name="bench")
 app.add_typer(inspect, name="inspect")
 
 
-def train(context: typer.Context, **options: Any) -> None:
-    """Train a DenseNet: on scikit-learn's digits, 1,797 real images that need no download, or on a folder of images.
-
-    The network is given by one of --model, --depth and --block-config. At the end: loss, accuracy, step time
-    and the bytes that a step keeps for its backward pass. Under torchrun, all processes train one network.
-    """
-    train_command.run(options, given_options(context))
-
-
-give_options(train, TRAIN_OPTIONS)
-app.command()(train)
+give_options(run, TRAIN_OPTIONS)
+app.command("train")(run)
 
 
 @app.command()
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False,
-) -> None:
+def env(as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False) -> None:
     """Show what is installed, which devices there are, and which implementation runs on each, and why."""
     found = environment()
     if as_json:

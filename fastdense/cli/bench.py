@@ -17,8 +17,6 @@ from typer import Option
 
 from .options import errors_as_bad_options, give_options
 
-__all__ = ["bench"]
-
 INTERRUPTED = 130
 HEARTBEAT_SECONDS = 10.0  # longest silence in a log
 LOG_WIDTH = 120  # characters of a table where no terminal says how many fit
@@ -26,8 +24,7 @@ QUICK = {"repeats": 5, "processes": 1, "threads": 1}  # small layers are too sho
 
 Record = dict[str, Any]
 bench = typer.Typer(
-    help="This machine against torchvision and its variants: tables, JSON records, pictures.",
-    no_args_is_help=True,
+    help="This machine against torchvision and its variants: tables, JSON records, pictures.", no_args_is_help=True
 )
 
 _OUT = "benchmarks/results/DEVICE in a checkout, else ./fastdense-bench"
@@ -70,6 +67,14 @@ COMMANDS = {
         "Speed with several batches, memory, memory against depth; and, unless --quick, depth.",
     ),
 }
+# What ``all`` runs, each with options of its own.
+ALL_QUICK: list[tuple[str, Record]] = [("speed", {"batches": "4,16"}), ("memory", {})]
+ALL: list[tuple[str, Record]] = [
+    ("speed", {"batches": "1,2,4,16,32"}),
+    ("memory", {}),
+    ("memory", {"depths": (40, 100, 190)}),
+    ("depth", {"budget": "12GB"}),
+]
 
 
 def _command(name: str, options: str, help: str) -> None:
@@ -81,38 +86,30 @@ def _command(name: str, options: str, help: str) -> None:
             console.width = LOG_WIDTH
         records: list[Record] = []
         with errors_as_bad_options():
-            if "depths" in given:
-                given["depths"] = _more_depths(given["depths"], context.args)
-            for job, special in _jobs(name, given["quick"]):
+            if "depths" in given:  # --depths 40 100 190: what follows the first arrives as arguments
+                if context.args and not given["depths"]:
+                    raise ValueError(f"unknown arguments: {' '.join(context.args)}")
+                more = _numbers("--depths must be whole numbers", " ".join(context.args))
+                given["depths"] = (*(given["depths"] or ()), *more)
+            jobs = [(name, {})] if name != "all" else ALL_QUICK if given["quick"] else ALL
+            for job, special in jobs:
                 records.append(_run(console, job, _options(job, {**given, **special})))
                 if not records[-1].get("complete", True):
                     break
-        _finish(console, records, as_json)
+        if as_json:
+            plain = [benchmark("harness.runner").plain(record) for record in records]
+            typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
+        if not all(record.get("complete", True) for record in records):
+            console.print("Interrupted: what had been measured is in the record.")
+            raise typer.Exit(INTERRUPTED)
 
     give_options(command, {key: OPTIONS[key] for key in options.split()})
     bench.command(name, help=help, context_settings={"allow_extra_args": "depths" in options})(command)
 
 
-def _jobs(name: str, quick: bool) -> list[tuple[str, Record]]:
-    """The benchmarks that a command runs, each with options of its own."""
-    if name != "all":
-        return [(name, {})]
-    if quick:
-        return [("speed", {"batches": "4,16"}), ("memory", {})]
-    speed = ("speed", {"batches": "1,2,4,16,32"})
-    return [speed, ("memory", {}), ("memory", {"depths": (40, 100, 190)}), ("depth", {"budget": "12GB"})]
-
-
 def benchmark(name: str) -> Any:
     """A module of the benchmarks, which take long to import."""
     return importlib.import_module(f"fastdense.benchmarks.{name}")
-
-
-def _more_depths(depths: list[int] | None, rest: list[str]) -> tuple[int, ...]:
-    """``--depths 40 100 190``: what follows the first arrives as arguments that no option has taken."""
-    if rest and not depths:
-        raise ValueError(f"unknown arguments: {' '.join(rest)}")
-    return (*(depths or ()), *_numbers("--depths must be whole numbers", " ".join(rest)))
 
 
 def _numbers(rule: str, text: str) -> tuple[int, ...]:
@@ -181,16 +178,6 @@ def _measure(console: Console, module: Any, options: Any) -> Record:
     record: Record = module.run(options, watch)
     console.print(module.table(record))
     return record
-
-
-def _finish(console: Console, records: list[Record], as_json: bool) -> None:
-    """Prints the records for machines, and ends an interrupted run with its exit status."""
-    if as_json:
-        plain = [benchmark("harness.runner").plain(record) for record in records]
-        typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
-    if not all(record.get("complete", True) for record in records):
-        console.print("Interrupted: what had been measured is in the record.")
-        raise typer.Exit(INTERRUPTED)
 
 
 for _name, (_options_of, _help) in COMMANDS.items():

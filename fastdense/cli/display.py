@@ -20,8 +20,6 @@ from ..training.events import CheckEvent, EpochEvent, Event, FlowEvent, StepEven
 from ..training.experiment import Experiment
 from ..training.run import Run
 
-__all__ = ["LiveDisplay", "PlainDisplay", "curve", "display", "environment_tables", "introduction", "result_table"]
-
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
 CURVE_WIDTH = 30
@@ -76,7 +74,7 @@ def introduction(experiment: Experiment) -> str:
     parameters = sum(parameter.numel() for parameter in experiment.runs[0].model.parameters())
     milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
     unusual = {
-        f", times {config.gamma:g} at {milestones}": config.lr_schedule == "step",
+        f", times {config.gamma:g} at {milestones}": config.schedule == "step",
         f", {config.amp}": config.amp != "off",
         f", weights averaged with decay {config.ema}": config.ema is not None,
         f"; {count} processes" + (" with SyncBatchNorm" if config.sync_bn else ""): count > 1,

@@ -28,8 +28,6 @@ from ..training.config import TrainConfig
 from .options import errors_as_bad_options, give_options
 from .subject import LARGE_STEM_IMAGE, Subject, batch, subject
 
-__all__ = ["inspect"]
-
 inspect = typer.Typer(
     help="See a DenseNet's gradients flow and its features being used again.",
     no_args_is_help=True,
@@ -82,7 +80,8 @@ def flow(context: typer.Context, *, out: Path, json_file: Path | None, **options
         looked_at = _subject(out, options)
         sizes = {"count": options["images"], "image_size": options["image_size"]}
         seen = batch(looked_at, options["data"], **sizes, seed=seed)
-        networks = {f"{looked_at.kind}, {looked_at.state}": looked_at, **_beside(looked_at, options)}
+        kind = "without dense connections" if looked_at.plain else "DenseNet"
+        networks = {f"{kind}, {looked_at.state}": looked_at, **_beside(looked_at, options)}
         at = TrainConfig(device=device).resolve_device()
         curves = {}
         with Console(highlight=False, markup=False).status("one step forward and backward, in float64"):

@@ -10,14 +10,11 @@ from typing import Any, get_type_hints
 
 import typer
 
-from ..training.config import TrainConfig
-from ..training.option_fields import PANELS, flag, option_name, parse, shown
+from ..training.config import PANELS, TrainConfig, flag, parse, shown
 from ..training.outputs import OutputOptions
 
-__all__ = ["FIELDS", "TRAIN_OPTIONS", "errors_as_bad_options", "give_options", "given_options", "parsed"]
-
 FIELDS = {
-    option_name(field): field
+    field.name: field
     for field in sorted(
         [*dataclasses.fields(OutputOptions), *dataclasses.fields(TrainConfig)],
         key=lambda field: PANELS.index(field.metadata["panel"]),

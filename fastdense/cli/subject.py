@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from ..conversion.blocks import with_dense_blocks
 from ..data.source import open_data
 from ..training import checkpoint
-from ..training.config import TrainConfig
-from ..training.option_fields import flag, parse
+from ..training.config import TrainConfig, flag, parse
 from .options import FIELDS
-
-__all__ = ["Batch", "Subject", "batch", "subject"]
 
 LARGE_STEM_IMAGE = 64  # pixels for a model from elsewhere, whose stem divides them by 4
 RANDOM = "random"
@@ -35,11 +32,6 @@ class Subject:
     data: str | None = None  # what a checkpoint was trained on
     image_size: int | None = None
     plain: bool = False  # without dense connections
-
-    @property
-    def kind(self) -> str:
-        """In a legend."""
-        return "without dense connections" if self.plain else "DenseNet"
 
     @property
     def stem(self) -> Any:
@@ -89,7 +81,10 @@ def subject(
         built, description = with_dense_blocks(_imported(model)), model
     else:
         own = TrainConfig(**network, image_size=None if model is None else LARGE_STEM_IMAGE).architecture
-        channels, classes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
+        channels, classes = (1, 10) if model is None else (3, 1000)
+        first, last = stored.get("features.conv0.weight"), stored.get("classifier.weight")  # torchvision's names
+        if isinstance(first, Tensor) and isinstance(last, Tensor):
+            channels, classes = first.shape[1], last.shape[0]
         built, description = own.build(channels=channels, classes=classes), own.description
     if weights is None:
         return Subject(built, description, "freshly initialised")
@@ -162,26 +157,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
     """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the reference block's."""
-    config = TrainConfig.from_dict(stored["config"])
+    config = TrainConfig(**stored["config"])
     run = list(stored["runs"].values())[-1]
     if ema and run["ema"] is None:
         raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")
     weights = run["ema"]["model"] if ema else run["model"]
-    channels, classes = stored["data"]["channels"], stored["data"]["classes"]
-    model = config.architecture.build(
-        channels=channels, classes=classes, plain=config.plain, drop_rate=config.drop_rate
-    )
+    sizes = {name: stored["data"][name] for name in ("channels", "classes")}
+    model = config.architecture.build(**sizes, drop_rate=config.drop_rate)
     _load(model, weights, path)
     state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
-    return Subject(model, config.network, state, config.data, config.image_size, config.plain)
-
-
-def _sizes(weights: dict[str, Any]) -> tuple[int, int] | None:
-    """Input channels and classes of a stored network with torchvision's names."""
-    first, last = weights.get("features.conv0.weight"), weights.get("classifier.weight")
-    if isinstance(first, Tensor) and isinstance(last, Tensor):
-        return first.shape[1], last.shape[0]
-    return None
+    return Subject(model, config.architecture.description, state, config.data, config.image_size, config.plain)
 
 
 def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:

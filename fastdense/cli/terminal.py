@@ -12,8 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["DeferSignals", "Interrupted", "Printer"]
-
 SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on that its processes have had already, and SIGTERM after it
 
 

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AUGMENTATIONS", "Box", "Views", "crop_flip", "crop_flip_table", "resized_crop", "standardise"]
-
 AUGMENTATIONS = ("auto", "none", "crop-flip", "resized-crop")
 PAD = 4  # pixels on each side
 TEST_SCALE = 256 / 224  # the short side of the scaled image over the crop's

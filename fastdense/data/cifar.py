@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Cifar", "find", "read"]
-
 PIXELS = 3 * 32 * 32
 
 

@@ -19,8 +19,6 @@ from torch.utils.data import Dataset as MapDataset
 from .augment import Views, standardise
 from .folders import Files
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage"]
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue within 0 to 1: what published networks were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow knows more, and starts programs for some
@@ -40,10 +38,8 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
     """Reads the box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
 
     Pillow resizes bilinearly over all pixels that fall on one. JPEG files are decoded at a half, a quarter or an eighth
-    of their size where that leaves twice as many pixels as are needed.
-
-    Raises:
-        UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
+    of their size where that leaves twice as many pixels as are needed. Raises ``UnreadableImage`` if the file is not
+    there, may not be read, or is damaged, cut short or enormous.
     """
     try:
         with warnings.catch_warnings():
@@ -139,9 +135,8 @@ class _Reader(MapDataset[_Batch]):
                 if self.replace:
                     images, chosen, unreadable = [], [], unreadable[:1]  # one of perhaps a million tells why
                     break
-        shape = (len(images), self.views.size, self.views.size, 3)
-        stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(shape, dtype=torch.uint8)
-        return _Batch(stacked, self.files.labels[chosen], unreadable)
+        stacked = np.stack(images) if images else np.empty((0, self.views.size, self.views.size, 3), np.uint8)
+        return _Batch(torch.from_numpy(stacked), self.files.labels[chosen], unreadable)
 
 
 @dataclass(frozen=True)

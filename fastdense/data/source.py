@@ -12,9 +12,7 @@ from torch import Tensor
 
 from . import cifar, folders
 from .augment import AUGMENTATIONS, Views, crop_flip, crop_flip_table, resized_crop, standardise
-from .images import ImageFolder, UnreadableImage
-
-__all__ = ["Dataset", "Source", "UnreadableImage", "batches", "digits", "open_data"]
+from .images import ImageFolder
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed, so that accuracies of different --seed values are about the same test images
@@ -136,27 +134,25 @@ def open_data(
         raise ValueError(f"--image-size must be at least 1, got {image_size}")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    found, usual = _open(data, image_size, workers, on_error)
-    return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
-
-
-def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tuple[Source, str]:
-    """The images that ``data`` names, and how they are usually augmented."""
+    found: Source
+    root = Path(data).expanduser()
     if data == "digits":
         if image_size is not None and image_size < 8:
             raise ValueError(f"--image-size must be at least 8, the size of the digits, got {image_size}")
-        return digits(image_size or 8), "none"
-    root = Path(data).expanduser()
-    if not root.is_dir():
+        found, usual = digits(image_size or 8), "none"
+    elif not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
         raise ValueError(f"--data {data} {what}: {remedy}")
-    if version := cifar.find(root):
+    elif version := cifar.find(root):
         tensors, names = cifar.read(*version)
         mean, std = _mean_and_std(tensors[0])
         found = Dataset(version[1].name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
-        return found, "crop-flip"
-    return ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error), "resized-crop"
+        usual = "crop-flip"
+    else:
+        found = ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error)
+        usual = "resized-crop"
+    return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,8 @@ from typing import Any
 import torch
 
 from ..environment import versions
-from .config import MACHINE_OPTIONS, TrainConfig
+from .config import MACHINE_OPTIONS, TrainConfig, flag, shown
 from .experiment import Experiment
-from .option_fields import flag, shown
-
-__all__ = ["contents", "link", "load", "remove_leftovers", "replacing", "restore", "resumed", "save", "verify"]
 
 FORMAT = 1
 KIND = "fastdense train"
@@ -40,7 +38,7 @@ def contents(experiment: Experiment) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": KIND,
-        "config": experiment.config.as_dict(),
+        "config": asdict(experiment.config),
         "data": _facts(experiment),
         "processes": experiment.processes.count,
         # PyTorch's own is no plain str, which weights_only would refuse.
@@ -154,11 +152,10 @@ def _reading(path: Path, remedy: str = "") -> Iterator[None]:
 def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
     """Returns the configuration to resume with: that of the checkpoint ``state``, but for ``given`` machine options.
 
-    Raises:
-        ValueError: a given option contradicts the checkpoint, or that was written by another fastdense.
+    Raises ``ValueError`` if a given option contradicts the checkpoint, or another fastdense has written that.
     """
     try:
-        config = TrainConfig.from_dict(state["config"]).as_dict()
+        config = asdict(TrainConfig(**state["config"]))
     except TypeError as error:
         version = state["versions"]["fastdense"]
         raise ValueError(f"{path} was written by fastdense {version}, with other options: {error}") from error
@@ -172,7 +169,7 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
                 f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to go on, or "
                 "start again in another --out"
             )
-    return TrainConfig.from_dict(config | dict(given))
+    return TrainConfig(**config | dict(given))
 
 
 def _as_written(name: str, value: Any) -> str:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "lost_process", "processes"]
-
 T = TypeVar("T")
 
 
@@ -34,15 +32,10 @@ def lost_process(error: BaseException) -> bool:
 class Processes:
     """All processes, as one of them sees them."""
 
-    rank: int = 0
+    rank: int = 0  # 0 prints and writes
     count: int = 1
     local: int | None = None  # number of this process on its machine; None where it is alone
     store: Any = None  # what the processes know in common, also while one of them fails
-
-    @property
-    def first(self) -> bool:
-        """Whether this one prints and writes."""
-        return self.rank == 0
 
     def share(self, numbers: Tensor) -> Tensor:
         """Returns the part of ``numbers`` that is for this process."""

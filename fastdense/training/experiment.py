@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,9 +23,7 @@ from ..data.source import Source, batches
 from .config import TrainConfig
 from .distributed import Processes
 from .events import SCORES, CheckEvent, Comparison, EpochEvent, Event, FlowEvent, NonFiniteLoss
-from .run import Run, saved_for_backward
-
-__all__ = ["Experiment"]
+from .run import Run, autocast, saved_for_backward
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
@@ -42,13 +41,18 @@ class Experiment:
         self.processes = processes or Processes()
         self.config = config = dataclasses.replace(config, image_size=data.image_size)
         self.device = config.resolve_device(self.processes.local)
-        self._check_batch_size(data.train_count)
+        size, count = config.batch_size, self.processes.count
+        if size > data.train_count:
+            raise ValueError(f"--batch-size must be at most {data.train_count}, the training images, got {size}")
+        if size % count:
+            near = max(size // count, 1) * count
+            raise ValueError(f"--batch-size must be divisible by the {count} processes, as {near} is; got {size}")
+        if not config.sync_bn:
+            config.check_batch(size // count)
         self.data = data.to(self.device)
         self.step = 0  # made so far
         self.steps_per_epoch = data.train_count // config.batch_size
-        self.steps = config.epochs * self.steps_per_epoch
-        if config.steps is not None:
-            self.steps = min(self.steps, config.steps)
+        self.steps = min(config.epochs * self.steps_per_epoch, config.steps or sys.maxsize)
         self.runs = self._runs(torch.float32)
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
@@ -85,16 +89,6 @@ class Experiment:
         due = self.step > 0 and (self.step % self.steps_per_epoch == 0 or self.step == self.steps)
         return not due or all(run.evaluations and run.evaluations[-1].step == self.step for run in self.runs)
 
-    def _check_batch_size(self, images: int) -> None:
-        size, count = self.config.batch_size, self.processes.count
-        if size > images:
-            raise ValueError(f"--batch-size must be at most {images}, the training images, got {size}")
-        if size % count:
-            near = max(size // count, 1) * count
-            raise ValueError(f"--batch-size must be divisible by the {count} processes, as {near} is; got {size}")
-        if not self.config.sync_bn:
-            self.config.check_batch(size // count)
-
     def _runs(self, dtype: torch.dtype) -> list[Run]:
         config, impl = self.config, self.config.resolve_impl(self.device)
         impls = {"reference": "reference"} if config.compare else {}
@@ -126,12 +120,9 @@ class Experiment:
     def rounds(self) -> Iterator[list[Event]]:
         """Trains from the current step on, and yields what happened in each step and in each evaluation.
 
-        With ``compare``, the first steps are made in float64 beforehand, where a difference is no rounding
-        but a defect. Then each run makes a step before any makes the next, in alternating order, so that a
-        machine whose speed changes meanwhile favours neither.
-
-        Raises:
-            NonFiniteLoss: a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
+        With ``compare``, the first steps are made in float64 beforehand, where a difference is a defect, not rounding.
+        Then the runs take turns at going first, so that a machine whose speed changes meanwhile favours neither. Raises
+        ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
         """
         if self.step == 0:
             yield from self._check()
@@ -260,9 +251,8 @@ def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return scale * F.cross_entropy(output, target)
 
-    autocast = torch.autocast(images.device.type, dtype=run.amp, enabled=run.amp is not None)
     try:
-        with autocast, warnings.catch_warnings():
+        with autocast(images.device, run.amp), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return first_not_finite(run.model, images, labels, loss_fn)
     except Exception:  # it explains another error, and must not hide that one: out of memory, say

@@ -17,8 +17,6 @@ from ..analysis.gradient_flow import BlockFlow
 from .checkpoint import replacing
 from .events import SCORES, EpochEvent, FlowEvent, Record, StepEvent, record
 
-__all__ = ["JsonLines", "TensorBoard", "WholeWrites", "draw_flow"]
-
 # What TensorBoard shows: fields of the events to its tags, which get the run's name.
 STEP_SCALARS = {
     "loss": "train_loss",

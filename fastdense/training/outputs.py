@@ -14,52 +14,42 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .events import Event, Record, Stopped
+from .config import AT_LEAST_0, Rule, check_options, option
+from .events import Event, Note, Record, Stopped
 from .experiment import Experiment
 from .logs import JsonLines, TensorBoard, WholeWrites, draw_flow
-from .option_fields import AT_LEAST_0, Rule, check_options, option
-
-__all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 BEFORE = "metrics.before.jsonl"
 FIRST_RECORD = b'{"event": "header"'  # by which a log is known to be ours
 FIRST_TENSORBOARD = "events.out.tfevents." + 10 * "[0-9]" + ".0"  # the files of runs that began in their folder
 EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
+_EVERY = Rule("a number of epochs or steps, as in 2epochs or 500steps", EVERY.fullmatch)
+_output = partial(option, "Output")
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """What is written besides what is printed, as each field's help says; raises ``ValueError`` for a wrong value."""
 
-    out: Path | None = option(  # noqa: RUF009 (a field)
-        "Output", None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
+    out: Path | None = _output(  # noqa: RUF009 (a field)
+        None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
     )
-    resume: bool = option("Output", False, "Go on from last.pt in --out, bit for bit; its options hold.")
-    save_every: str = option(
-        "Output",
-        "1epoch",
-        "How often last.pt is written: 2epochs, 500steps.",
-        Rule("a number of epochs or steps, as in 2epochs or 500steps", lambda text: EVERY.fullmatch(text) is not None),
-    )
-    keep: int = option("Output", 0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
-    tensorboard: bool = option("Output", True, "Write TensorBoard's files to --out.")
-    metrics: Path | None = option(  # noqa: RUF009
-        "Output", None, "Write every step, epoch and result to this file, as JSON lines."
-    )
+    resume: bool = _output(False, "Go on from last.pt in --out, bit for bit; its options hold.")
+    save_every: str = _output("1epoch", "How often last.pt is written: 2epochs, 500steps.", _EVERY)
+    keep: int = _output(0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
+    tensorboard: bool = _output(True, "Write TensorBoard's files to --out.")
+    metrics: Path | None = _output(None, "Write every step, epoch and result to this file, as JSON lines.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.resume and self.out is None:
             raise ValueError("--resume needs --out, the folder of the run to go on with")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds of it."""
-        return {name: getattr(self, name) for name in ("save_every", "keep", "tensorboard")}
 
     def steps(self, steps_per_epoch: int) -> int:
         """Returns how many steps there are from one checkpoint to the next."""
@@ -72,11 +62,8 @@ def prepare(options: OutputOptions) -> None:
     """Makes the folder ready for a run, or for resuming one.
 
     A run that never came to a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
-    measured stays as ``metrics.before.jsonl``.
-
-    Raises:
-        ValueError: it cannot be written, or holds a run already.
-        ModuleNotFoundError: tensorboardX is not installed.
+    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run,
+    ``ModuleNotFoundError`` without tensorboardX.
     """
     out = options.out
     if out is None:
@@ -118,12 +105,13 @@ class Outputs(ExitStack):
     ) -> None:
         super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
-        self.writing = experiment.processes.first
+        self.writing = experiment.processes.rank == 0
         self.files: dict[str, WholeWrites] = {}  # by their names in messages
         self.logs: dict[str, Callable[[Record], None]] = {}  # what is told of each event: the files, and more
         self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
         self.failing: set[str] = set()  # what could not be written when that was last tried
-        self.stopped = False  # by one of them
+        self.warned = 0  # of so many images that this process could not read
+        self.unreadable: list[str] = []  # the images that were skipped by any process
         if options.metrics is not None and self.writing:
             self._open_metrics(options.metrics)
         if resumed is None:
@@ -149,7 +137,7 @@ class Outputs(ExitStack):
         self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
         if config.watch_flow is not None:
             importlib.import_module("matplotlib")  # before the first picture
-            draw = partial(draw_flow, out, config.network, self.experiment.data.name)
+            draw = partial(draw_flow, out, config.architecture.description, self.experiment.data.name)
             self.logs["a picture of the gradient flow"] = draw
         if self.options.tensorboard:
             name = "TensorBoard's file"
@@ -163,9 +151,7 @@ class Outputs(ExitStack):
         """Appends ``events`` to the logs."""
         for event in events:
             for what, update in self.logs.items():
-                if not self.stopped:
-                    later = "Training goes on, and so does the log once there is space."
-                    self._attempt(what, later, update, event)
+                self._attempt(what, "Training goes on, and so does the log once there is space.", update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
@@ -175,6 +161,21 @@ class Outputs(ExitStack):
         due = experiment.step % every == 0 or experiment.step == experiment.steps
         if experiment.step and experiment.evaluated and (due or self._best()):
             self.save()
+
+    def warn_of_unreadable(self) -> list[str]:
+        """Warns of the images that were skipped since the last call, and returns them."""
+        new = self.experiment.data.unreadable[self.warned :]
+        for line in new:
+            self.warn(f"Skipped an image that cannot be read: {line}")
+        self.warned += len(new)
+        return new
+
+    def record_unreadable(self, new: list[str]) -> None:
+        """Records the ``new`` ones of all processes, each once; every process must call it."""
+        for line in chain(*self.experiment.processes.gather(new)):
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+                self.log(Note("unreadable", {"message": line}))
 
     def _best(self) -> bool:
         """Whether the newest step has the best test accuracy so far: the average's, where there is one."""
@@ -194,7 +195,8 @@ class Outputs(ExitStack):
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
             return
-        contents = checkpoint.contents(self.experiment) | {"output": self.options.as_dict()}
+        options = {name: getattr(self.options, name) for name in ("save_every", "keep", "tensorboard")}
+        contents = checkpoint.contents(self.experiment) | {"output": options}
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
             later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
@@ -229,7 +231,7 @@ class Outputs(ExitStack):
             assert self.out is not None
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
-                self.stopped = True
+                self.logs.clear()  # nothing is written any more
                 whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
                 raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:

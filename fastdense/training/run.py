@@ -1,7 +1,7 @@
 """One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
 
 The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
-1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``lr_schedule="step"``); the default
+1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``schedule="step"``); the default
 is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
 """
 
@@ -12,7 +12,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -28,8 +27,6 @@ from ..nn import DenseBlock
 from .config import AMP, TrainConfig
 from .distributed import Processes
 from .events import SCORES, EpochEvent, StepEvent, Summary
-
-__all__ = ["Run", "lr_scheduler", "saved_for_backward"]
 
 WARM_UP_START = 0.1  # of the learning rate
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # parts of a run that a checkpoint holds under their names
@@ -49,7 +46,7 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConf
     config = config or TrainConfig()
     warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
     rest: LRScheduler
-    if config.lr_schedule == "step":
+    if config.schedule == "step":
         falls = [round(fraction * steps) - warm_up for fraction in config.milestones]
         rest = MultiStepLR(optimizer, milestones=falls, gamma=config.gamma)
     else:
@@ -67,7 +64,7 @@ def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: to
     """
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, _autocast(images.device, amp):
+    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, autocast(images.device, amp):
         F.cross_entropy(probe(images), labels)
     for block, probed in zip(model.modules(), probe.modules(), strict=True):
         if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
@@ -75,8 +72,9 @@ def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: to
     return saved.bytes
 
 
-def _autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    """Computes in ``amp`` where PyTorch finds it safe; ``None`` leaves everything as it is."""
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
 def _copy(tensors: list[Tensor], to: list[Tensor]) -> None:
@@ -111,11 +109,12 @@ class Run:
         dtype: torch.dtype,
     ) -> None:
         self.name, self.impl, self.processes = name, impl, processes  # name: reference or fastdense
+        self.label = "reference (torch.cat)" if name == "reference" else name
         amp = "off" if dtype is torch.float64 else config.amp
         self.amp, self.scaler = AMP[amp], torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         torch.manual_seed(config.seed)
         blocks = {"drop_rate": config.drop_rate, "recompute": config.recompute, "impl": impl}
-        model = config.architecture.build(channels=data.channels, classes=data.classes, plain=config.plain, **blocks)
+        model = config.architecture.build(channels=data.channels, classes=data.classes, **blocks)
         self.model = model.to(device, dtype)  # whose state_dict has the plain names
         if processes.rank > 0:  # other images, other dropout masks
             torch.manual_seed((config.seed + processes.rank) % 2**63)
@@ -140,10 +139,6 @@ class Run:
         self.kept_bytes = 0  # saved for backward in a step
         self.steps_per_epoch = data.train_count // config.batch_size
         self.last: StepEvent | None = None
-
-    @property
-    def label(self) -> str:
-        return "reference (torch.cat)" if self.name == "reference" else "fastdense"
 
     @property
     def recompute_modes(self) -> dict[str, str]:
@@ -178,11 +173,14 @@ class Run:
         before = [torch.empty_like(buffer) for buffer in buffers]
         _copy(buffers, before)
         self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(device, self.amp):
+        with autocast(device, self.amp):
             loss = F.cross_entropy(self.network(images), labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        value, norm = self._loss_and_norm(loss.detach())
+        # The mean loss of all ranks and the norm of the gradients, which DDP has averaged, in one transfer.
+        mean = self.processes.sum(loss.detach().clone()) / self.processes.count
+        length = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        value, norm = torch.stack([mean, length.to(mean.dtype)]).tolist()
         finite = math.isfinite(value) and math.isfinite(norm)
         overflow = math.isfinite(value) and not finite and self.scaler.is_enabled()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -202,13 +200,6 @@ class Run:
         self.losses.append(value)
         self.seconds.append(seconds)
         self.last = StepEvent(self.name, len(self.losses), epoch, value, seconds, speed, lr, norm, overflow)
-
-    def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
-        """The mean loss over all ranks and the norm of the gradients, which DDP has averaged; in one transfer."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        loss = self.processes.sum(loss.clone()) / self.processes.count
-        value, length = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        return value, length
 
     @property
     def finite(self) -> bool:
@@ -231,7 +222,7 @@ class Run:
         with torch.inference_mode():
             for images, labels in batches:
                 for total, model in zip(totals, models, strict=True):
-                    with _autocast(images.device, self.amp):
+                    with autocast(images.device, self.amp):
                         scores = model(images)
                     loss = F.cross_entropy(scores.float(), labels, reduction="sum")
                     right = (scores.argmax(1) == labels).sum()
