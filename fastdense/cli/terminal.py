@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -53,7 +52,6 @@ class DeferSignals:
 
     def __init__(self) -> None:
         self.signal, self.since = 0, 0.0
-        self.before: dict[int, Any] = {}
 
     def __call__(self, signum: int, frame: object) -> None:
         if not self.signal:
@@ -62,8 +60,7 @@ class DeferSignals:
             raise KeyboardInterrupt
 
     def __enter__(self) -> DeferSignals:
-        if threading.current_thread() is threading.main_thread():  # others cannot
-            self.before = {signum: signal.signal(signum, self) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {signum: signal.signal(signum, self) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -120,9 +119,7 @@ def train(console: Printer, experiment: Experiment, outputs: Outputs) -> None:
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        with suppress(ValueError):  # outside the main thread
-            # torchrun sends it now, and this process has something to say
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now, and this process has something to say
         raise Stopped(outputs.advise(f"another process has ended, {_where(experiment)}")) from error
     finally:
         outputs.warn_of_unreadable()
