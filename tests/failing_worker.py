@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdense.cli.main import main
-from fastdense.data.source import Dataset, UnreadableImage
+from fastdense.data.images import UnreadableImage
+from fastdense.data.source import Dataset
 
 read = Dataset.train
 

@@ -86,19 +86,6 @@ def test_providers_are_listed() -> None:
     assert "efficient-densenet" in result.output and "compile-max-autotune" in result.output
 
 
-def test_a_benchmark_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = bench.benchmark
-
-    def without_depth(name: str) -> Any:
-        if name == "depth":
-            raise ModuleNotFoundError("No module named 'benchmarks.depth'", name="benchmarks.depth")
-        return real(name)
-
-    monkeypatch.setattr(bench, "benchmark", without_depth)
-    result = invoke("depth", "--device", "cpu", "--out", tmp_path)
-    assert result.exit_code == 1 and "no such benchmark" in result.output
-
-
 def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real, given = bench.benchmark, []
 
@@ -121,7 +108,7 @@ def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastdense.cli", "bench", "speed", *TINY[:-1], "100000", *ONE, "--out", tmp_path]
+    command = [sys.executable, "-m", "fastdense", "bench", "speed", *TINY[:-1], "100000", *ONE, "--out", tmp_path]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert process.stdout is not None

@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "changes",
     [
         {"drop_rate": 0.3, "ema": 0.9, "compare": True, "check_steps": 2},
-        {"amp": "fp16", "lr_schedule": "step", "warm_up": 0.3, "drop_rate": 0.1},
+        {"amp": "fp16", "schedule": "step", "warm_up": 0.3, "drop_rate": 0.1},
         {"amp": "bf16", "steps": 3, "nesterov": False},
     ],
     ids=["compare", "fp16", "bf16"],
@@ -82,7 +82,7 @@ def test_a_checkpoint_holds_what_it_says(finished: Path) -> None:
     ]  # fmt: skip
     state = load(finished / "last.pt")
     assert (state["format"], state["step"], state["epoch"], state["processes"]) == (1, 4, 2, 1)
-    assert TrainConfig.from_dict(state["config"]) == dataclasses.replace(TINY, ema=0.5, image_size=8)
+    assert TrainConfig(**state["config"]) == dataclasses.replace(TINY, ema=0.5, image_size=8)
     assert state["versions"]["torch"] == torch.__version__
     run = state["runs"]["fastdense"]
     assert len(run["losses"]) == 4 and [e["step"] for e in run["evaluations"]] == [2, 4]
@@ -241,9 +241,9 @@ def test_verify_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> N
 def test_leftovers_of_a_kill_are_removed(finished: Path, out: Path) -> None:
     out.mkdir()
     (out / "last.pt").write_bytes((finished / "last.pt").read_bytes())
-    (out / "last.pt.partial").write_bytes(b"half a checkpoint")
+    (out / "last.partial.pt").write_bytes(b"half a checkpoint")
     assert command("train", "--out", str(out), "--resume").exit_code == 0
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

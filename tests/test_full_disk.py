@@ -33,7 +33,7 @@ class FullDisk:
         fsync, write = os.fsync, WholeWrites.write
 
         def full_fsync(number: int) -> None:
-            if self.full and what == "checkpoint" and os.readlink(f"/proc/self/fd/{number}").endswith(".partial"):
+            if self.full and what == "checkpoint" and os.readlink(f"/proc/self/fd/{number}").endswith(".partial.pt"):
                 self.failures += 1
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fsync(number)
@@ -93,7 +93,7 @@ def test_a_full_disk_stops_training_and_spoils_nothing(out: Path, monkeypatch: p
     named = "last.pt" if what == "checkpoint" else "metrics.jsonl"
     assert f"Stopped: {named} in {out} cannot be written: No space left on device" in text
     assert f"fastdense train --out {out} --resume" in text
-    assert load(out / "last.pt")["step"] == 2 and not list(out.glob("*.partial"))
+    assert load(out / "last.pt")["step"] == 2 and not list(out.glob("*.partial*"))
     assert records(out)  # each line is whole
     assert command("train", "--out", str(out), "--resume").exit_code == 0
     assert same(load(out / "last.pt")["runs"], load(finished / "last.pt")["runs"]) == ""

@@ -19,8 +19,8 @@ from pictures import smooth, write_folder
 from PIL import Image, ImageOps
 
 from fastdense.data import augment, folders, images
-from fastdense.data.images import read_image
-from fastdense.data.source import Source, UnreadableImage, open_data
+from fastdense.data.images import UnreadableImage, read_image
+from fastdense.data.source import Source, open_data
 
 SIZE = 28
 

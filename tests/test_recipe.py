@@ -44,15 +44,15 @@ def rates(steps: int, **changes: Any) -> list[float]:
 
 def test_the_papers_schedules() -> None:
     """CIFAR: a tenth at 50 % and 75 %; ImageNet: at a third and two thirds."""
-    assert rates(8, lr_schedule="step") == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
-    assert rates(9, lr_schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0) == pytest.approx(
+    assert rates(8, schedule="step") == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates(9, schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0) == pytest.approx(
         [1.0] * 3 + [0.1] * 3 + [0.01] * 3
     )
-    assert rates(4, lr_schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
+    assert rates(4, schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
 
 
 def test_warm_up_comes_before_both_schedules() -> None:
-    assert rates(8, lr_schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(8, schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert rates(10, warm_up=0.0, lr=1.0) == pytest.approx([(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
     assert rates(10) == rates(10, warm_up=0.05)
 
@@ -60,12 +60,12 @@ def test_warm_up_comes_before_both_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
-        ({"lr_schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
-        ({"lr_schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
-        ({"lr_schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
-        ({"lr_schedule": "step", "milestones": ()}, "--milestones must be"),
-        ({"lr_schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
+        ({"schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
+        ({"schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
+        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
+        ({"schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
+        ({"schedule": "step", "milestones": ()}, "--milestones must be"),
+        ({"schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
         ({"warm_up": 1.0}, r"--warm-up must be at least 0 and less than 1, .* got 1\.0"),
         ({"gamma": 0.0}, r"--gamma must be more than 0 .* got 0\.0"),
         ({"amp": "fp8"}, "--amp must be one of 'off', 'bf16', 'fp16', got 'fp8'"),
@@ -184,7 +184,7 @@ def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plain.without_dense_connections = lambda model: model.requires_grad_(False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastdense.analysis.plain", plain)
     for asked in (True, False):
-        model = dataclasses.replace(TINY, plain=asked).architecture.build(channels=1, classes=10, plain=asked)
+        model = dataclasses.replace(TINY, plain=asked).architecture.build(channels=1, classes=10)
         assert any(p.requires_grad for p in model.parameters()) != asked
 
 

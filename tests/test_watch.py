@@ -86,7 +86,7 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
     def fail(*args: object) -> str:
         raise torch.OutOfMemoryError("no memory for a copy")
 
-    monkeypatch.setattr("fastdense.training.diagnose.first_not_finite", fail)
+    monkeypatch.setattr("fastdense.training.experiment.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
         list(experiment(lr=1e30).events())
 

@@ -1,9 +1,8 @@
-"""``fastdense train`` and ``fastdense env``, beside ``fastdense bench`` and ``fastdense inspect``."""
+"""The ``fastdense`` command, with ``train`` and ``env`` beside the groups ``bench`` and ``inspect``."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,37 +10,23 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..environment import environment
-from . import train as train_command
 from .bench import bench
 from .display import environment_tables
 from .inspect import inspect
-from .train_options import given_options, train_options
-
-__all__ = ["app"]
-
-# Whatever the command line raises of its own: click's, or of the copy of click that newer releases of typer bring.
-_CLICK_EXCEPTION: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+from .options import TRAIN_OPTIONS, give_options
+from .train import run
 
 
 class _Unframed(TyperGroup):
-    """Says what is wrong in lines as long as they are: in a frame, a path would be broken and could not be copied."""
+    """Prints errors in lines as long as they are: in a frame, a path would be broken and could not be copied."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
-        """Runs a command; by itself, exits with its status."""
-        try:
-            found = super().main(*arguments, **{**named, "standalone_mode": False})
-        except typer.Abort:
-            if not standalone_mode:
-                raise
-            sys.exit("Aborted.")
-        except Exception as error:
-            if not standalone_mode or not isinstance(error, _CLICK_EXCEPTION):
-                raise
-            error.show()
-            sys.exit(error.exit_code)
-        if standalone_mode:
-            sys.exit(found if isinstance(found, int) else 0)
-        return found
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        self.rich_markup_mode = None
+        return super().main(*arguments, **named)
+
+    def format_help(self, *arguments: Any) -> None:
+        self.rich_markup_mode = "rich"
+        super().format_help(*arguments)
 
 
 app = typer.Typer(
@@ -56,21 +41,12 @@ app.add_typer(bench, name="bench")
 app.add_typer(inspect, name="inspect")
 
 
-@app.command()
-@train_options
-def train(context: typer.Context, **options: Any) -> None:
-    """Train a DenseNet: on scikit-learn's digits, 1,797 real images that need no download, or on a folder of images.
-
-    The network is given by one of --model, --depth and --block-config. At the end: loss, accuracy, step time
-    and the bytes that a step keeps for its backward pass. Under torchrun, all processes train one network.
-    """
-    train_command.run(options, given_options(context))
+give_options(run, TRAIN_OPTIONS)
+app.command("train")(run)
 
 
 @app.command()
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False,
-) -> None:
+def env(as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False) -> None:
     """Show what is installed, which devices there are, and which implementation runs on each, and why."""
     found = environment()
     if as_json:

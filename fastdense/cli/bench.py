@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from typer import Option
 
-__all__ = ["bench"]
+from .options import errors_as_bad_options, give_options
 
 INTERRUPTED = 130
 HEARTBEAT_SECONDS = 10.0  # longest silence in a log
@@ -27,12 +23,9 @@ LOG_WIDTH = 120  # characters of a table where no terminal says how many fit
 QUICK = {"repeats": 5, "processes": 1, "threads": 1}  # small layers are too short to share among threads
 
 Record = dict[str, Any]
-
 bench = typer.Typer(
-    help="This machine's figures against torchvision and its variants: tables, JSON records, pictures.",
-    no_args_is_help=True,
+    help="This machine against torchvision and its variants: tables, JSON records, pictures.", no_args_is_help=True
 )
-
 
 _OUT = "benchmarks/results/DEVICE in a checkout, else ./fastdense-bench"
 _DEPTHS = "CIFAR-style DenseNet-BC of this depth (6*n + 4); repeat it, or name several."
@@ -56,8 +49,6 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default=_OUT)),
     "as_json": (bool, Option(False, "--json", help="The record on standard output; tables on standard error.")),
 }
-
-
 COMMANDS = {
     "speed": (
         "device dtype layout model batch size providers batches repeats processes threads quick out as_json",
@@ -76,63 +67,49 @@ COMMANDS = {
         "Speed with several batches, memory, memory against depth; and, unless --quick, depth.",
     ),
 }
+# What ``all`` runs, each with options of its own.
+ALL_QUICK: list[tuple[str, Record]] = [("speed", {"batches": "4,16"}), ("memory", {})]
+ALL: list[tuple[str, Record]] = [
+    ("speed", {"batches": "1,2,4,16,32"}),
+    ("memory", {}),
+    ("memory", {"depths": (40, 100, 190)}),
+    ("depth", {"budget": "12GB"}),
+]
 
 
 def _command(name: str, options: str, help: str) -> None:
     """Adds ``fastdense bench NAME`` with some of ``OPTIONS``."""
 
-    def command(context: typer.Context, **given: Any) -> None:
-        as_json = given.pop("as_json")
-        with _errors(as_json) as console:
-            if "depths" in given:
-                given["depths"] = _more_depths(given["depths"], context.args)
-            records: list[Record] = []
-            for job, special in _jobs(name, given["quick"]):
+    def command(context: typer.Context, as_json: bool, **given: Any) -> None:
+        console = Console(stderr=as_json, highlight=False, markup=False)
+        if not console.is_terminal:
+            console.width = LOG_WIDTH
+        records: list[Record] = []
+        with errors_as_bad_options():
+            if "depths" in given:  # --depths 40 100 190: what follows the first arrives as arguments
+                if context.args and not given["depths"]:
+                    raise ValueError(f"unknown arguments: {' '.join(context.args)}")
+                more = _numbers("--depths must be whole numbers", " ".join(context.args))
+                given["depths"] = (*(given["depths"] or ()), *more)
+            jobs = [(name, {})] if name != "all" else ALL_QUICK if given["quick"] else ALL
+            for job, special in jobs:
                 records.append(_run(console, job, _options(job, {**given, **special})))
                 if not records[-1].get("complete", True):
                     break
-            _finish(console, records, as_json)
+        if as_json:
+            plain = [benchmark("harness.runner").plain(record) for record in records]
+            typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
+        if not all(record.get("complete", True) for record in records):
+            console.print("Interrupted: what had been measured is in the record.")
+            raise typer.Exit(INTERRUPTED)
 
-    kinds = {"context": (typer.Context, inspect.Parameter.empty), **{key: OPTIONS[key] for key in options.split()}}
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-            for key, (kind, default) in kinds.items()
-        ]
-    )
+    give_options(command, {key: OPTIONS[key] for key in options.split()})
     bench.command(name, help=help, context_settings={"allow_extra_args": "depths" in options})(command)
 
 
-def _jobs(name: str, quick: bool) -> list[tuple[str, Record]]:
-    """The benchmarks that a command runs, each with options of its own."""
-    if name != "all":
-        return [(name, {})]
-    if quick:
-        return [("speed", {"batches": "4,16"}), ("memory", {})]
-    speed = ("speed", {"batches": "1,2,4,16,32"})
-    return [speed, ("memory", {}), ("memory", {"depths": (40, 100, 190)}), ("depth", {"budget": "12GB"})]
-
-
-def benchmark(name: str) -> ModuleType:
-    """A module of the benchmarks, which a wheel holds as ``fastdense.benchmarks`` and a checkout as ``benchmarks``."""
-    try:
-        return importlib.import_module(f"fastdense.benchmarks.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != "fastdense.benchmarks":
-            raise
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "speed.py").is_file():
-        raise ModuleNotFoundError("fastdense was installed without its benchmarks", name="fastdense.benchmarks")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))  # the processes that measure get it too
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-def _more_depths(depths: list[int] | None, rest: list[str]) -> tuple[int, ...]:
-    """``--depths 40 100 190``: what follows the first arrives as arguments that no option has taken."""
-    if rest and not depths:
-        raise ValueError(f"unknown arguments: {' '.join(rest)}")
-    return (*(depths or ()), *_numbers("--depths must be whole numbers", " ".join(rest)))
+def benchmark(name: str) -> Any:
+    """A module of the benchmarks, which take long to import."""
+    return importlib.import_module(f"fastdense.benchmarks.{name}")
 
 
 def _numbers(rule: str, text: str) -> tuple[int, ...]:
@@ -163,62 +140,34 @@ def _options(name: str, given: Mapping[str, Any]) -> Any:
     return module.Options(**found)
 
 
-@contextmanager
-def _errors(as_json: bool) -> Iterator[Console]:
-    """A console for tables; wrong options and missing packages become one line and an exit code."""
-    try:
-        console = Console(stderr=as_json, highlight=False, markup=False)
-        if not console.is_terminal:
-            console.width = LOG_WIDTH
-        yield console
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing != "matplotlib" and not (error.name or "").startswith(("fastdense.benchmarks", "benchmarks")):
-            raise
-        remedy = "pip install 'fastdense[bench]'" if missing == "matplotlib" else "this version has no such benchmark"
-        typer.echo(f"fastdense bench: {error}: {remedy}", err=True)
-        raise typer.Exit(1) from error
-
-
 def _run(console: Console, name: str, options: Any) -> Record:
-    """One benchmark: shown while it runs, its record and pictures written, also after Ctrl-C."""
+    """Runs one benchmark and writes its record and pictures, also after Ctrl-C."""
     module, folder = benchmark(name), options.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if name == "depth":  # prints its own progress
-        stem = folder / "depth"
-        record: Record = module.run(options)
-    else:
-        benchmark("report.plots")  # before minutes of measuring: matplotlib may be missing
-        stem = folder / module.file_name(options)
-        with _live(console, module.table) as watch:
-            record = module.run(options, watch)
+    plots = benchmark("report.plots")  # before minutes of measuring: matplotlib may be missing
+    stem = folder / (name if name == "depth" else module.file_name(options))
+    record: Record = module.run(options) if name == "depth" else _measure(console, module, options)
     path = Path(f"{stem}.json")
     benchmark("harness.runner").write_record(path, record)
     if name == "depth":
         pictures = [Path(f"{stem}.png")]
         module.plot(record, pictures[0])
     else:
-        pictures = benchmark("report.plots").pictures(record, stem)
+        pictures = plots.pictures(record, stem)
     for written in [path, *pictures]:
         console.print(str(written), soft_wrap=True)
     return record
 
 
-@contextmanager
-def _live(console: Console, table: Callable[[Record], Any]) -> Iterator[Callable[[Record], None]]:
-    """Shows a growing record: a table in place on a terminal; in a log some lines, and the table at the end."""
+def _measure(console: Console, module: Any, options: Any) -> Record:
+    """Shows the record while it grows: a table in place on a terminal; in a log some lines, and then the table."""
     if console.is_terminal:
-        with Live("checking: the first figures take some seconds", console=console, refresh_per_second=4) as live:
-            yield lambda record: live.update(table(record))
-        return
-    latest: list[Record] = []
+        with Live("checking: the first results take some seconds", console=console, refresh_per_second=4) as live:
+            return module.run(options, lambda record: live.update(module.table(record)))
     said = time.monotonic()
 
     def watch(record: Record) -> None:
         nonlocal said
-        latest[:] = [record]
         if time.monotonic() - said > HEARTBEAT_SECONDS:
             said = time.monotonic()
             rows = record["results"].values()
@@ -226,19 +175,9 @@ def _live(console: Console, table: Callable[[Record], Any]) -> Iterator[Callable
             extent = f", {min(steps)} to {max(steps)} steps each" if steps else ""
             console.print(f"measuring: {len(rows)} rows{extent}")
 
-    yield watch
-    if latest:
-        console.print(table(latest[0]))
-
-
-def _finish(console: Console, records: list[Record], as_json: bool) -> None:
-    """The records for machines; the exit code of an interrupted run."""
-    if as_json:
-        plain = [benchmark("harness.runner").plain(record) for record in records]
-        typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], indent=1))
-    if not all(record.get("complete", True) for record in records):
-        console.print("Interrupted: what had been measured is in the record.")
-        raise typer.Exit(INTERRUPTED)
+    record: Record = module.run(options, watch)
+    console.print(module.table(record))
+    return record
 
 
 for _name, (_options_of, _help) in COMMANDS.items():

@@ -12,15 +12,13 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..recompute import in_words
 from ..training.events import CheckEvent, EpochEvent, Event, FlowEvent, StepEvent, Summary
 from ..training.experiment import Experiment
 from ..training.run import Run
-
-__all__ = ["LiveDisplay", "PlainDisplay", "curve", "display", "environment_tables", "introduction", "result_table"]
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
@@ -35,12 +33,12 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _accuracy(run: Run) -> float | None:
-    return run.evaluations[-1].test_accuracy if run.evaluations else None
-
-
-def _step_milliseconds(run: Run) -> float | None:
-    return 1e3 * statistics.median(run.seconds[-STEP_TIME_WINDOW:]) if run.seconds else None
+def _newest(run: Run) -> tuple[str, str, str]:
+    """Loss, test accuracy and step time."""
+    accuracy = run.evaluations[-1].test_accuracy if run.evaluations else None
+    milliseconds = 1e3 * statistics.median(run.seconds[-STEP_TIME_WINDOW:]) if run.seconds else None
+    loss = number(run.losses[-1] if run.losses else None, ".4f")
+    return loss, number(accuracy, ".1%"), f"{number(milliseconds, '.0f')} ms"
 
 
 def _speed(experiment: Experiment) -> str:
@@ -59,10 +57,7 @@ def duration(seconds: float) -> str:
 
 
 def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *, width: int, bars: str) -> str:
-    """A curve of one line: each character is the mean of its share of the ``steps``, on a logarithmic scale.
-
-    The first and the last of ``bars`` stand for the ``lowest`` and the ``highest`` loss, the ``width`` for all steps.
-    """
+    """Draws a line, each character the mean of its share of the ``steps``, on a logarithmic scale."""
     span = math.log(highest / lowest) if highest > lowest else 1.0
     shown = []
     for i in range(width):
@@ -79,7 +74,7 @@ def introduction(experiment: Experiment) -> str:
     parameters = sum(parameter.numel() for parameter in experiment.runs[0].model.parameters())
     milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
     unusual = {
-        f", times {config.gamma:g} at {milestones}": config.lr_schedule == "step",
+        f", times {config.gamma:g} at {milestones}": config.schedule == "step",
         f", {config.amp}": config.amp != "off",
         f", weights averaged with decay {config.ema}": config.ema is not None,
         f"; {count} processes" + (" with SyncBatchNorm" if config.sync_bn else ""): count > 1,
@@ -139,21 +134,16 @@ class LiveDisplay:
         losses = [max(loss, 1e-12) for run in runs for loss in run.losses]
         highest = max(losses, default=1.0)
         lowest = max(min(losses, default=1.0), highest / 1e3)
-        table = Table(box=None, expand=True, pad_edge=False)
-        table.add_column("run", no_wrap=True)
-        for heading in ("loss", "test acc.", "step"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("training loss (log scale)", width=CURVE_WIDTH, no_wrap=True)
+        table = Table(
+            Column("run", no_wrap=True),
+            *(Column(heading, justify="right", no_wrap=True) for heading in ("loss", "test acc.", "step")),
+            Column("training loss (log scale)", width=CURVE_WIDTH, no_wrap=True),
+            box=None, expand=True, pad_edge=False,
+        )  # fmt: skip
         bars = ASCII_BARS if self.console.options.ascii_only else BARS
         for run in runs:
             shape = curve(run.losses, self.experiment.steps, lowest, highest, width=CURVE_WIDTH, bars=bars)
-            table.add_row(
-                run.label,
-                number(run.losses[-1] if run.losses else None, ".4f"),
-                number(_accuracy(run), ".1%"),
-                f"{number(_step_milliseconds(run), '.0f')} ms",
-                Text(shape, style="cyan" if run.name == "reference" else "green"),
-            )
+            table.add_row(run.label, *_newest(run), Text(shape, style="cyan" if run.name == "reference" else "green"))
         return table
 
 
@@ -163,48 +153,41 @@ class PlainDisplay:
     def __init__(self, console: Console, experiment: Experiment) -> None:
         self.console, self.experiment = console, experiment
         self.every = -(-experiment.epochs // PLAIN_LINES)
-        self.last_line = time.monotonic()
-        self.first_step, self.start = experiment.step, self.last_line
+        self.first_step, self.start = experiment.step, time.monotonic()  # for what is left
+        self.last_line = self.start
 
     def update(self, events: Sequence[Event]) -> None:
         for event in events:
             if isinstance(event, CheckEvent):
-                self._check(event)
+                self.start = time.monotonic()
+                if event.step == self.experiment.check_steps:
+                    largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
+                    self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
             elif event.run == self.experiment.runs[-1].name:
-                self._line(flow_line(event) if isinstance(event, FlowEvent) else self._progress(event))
+                if isinstance(event, FlowEvent):
+                    self._line(flow_line(event))
+                elif self._due(event):
+                    self._line(self._progress(event))
 
-    def _check(self, event: CheckEvent) -> None:
-        self.start = time.monotonic()  # of the steps that are counted for what is left
-        if event.step == self.experiment.check_steps:
-            largest = max(abs(step.reference - step.fastdense) for step in self.experiment.checked)
-            self._line(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
-
-    def _progress(self, event: StepEvent | EpochEvent) -> str | None:
+    def _due(self, event: StepEvent | EpochEvent) -> bool:
         over = event.step == self.experiment.steps
         if isinstance(event, EpochEvent):
-            due = over or event.epoch % self.every == 0
-        else:
-            due = not over and time.monotonic() - self.last_line > HEARTBEAT_SECONDS
-        if not due:
-            return None
-        where = f"epoch {event.epoch}/{self.experiment.epochs} step {event.step}/{self.experiment.steps}"
-        return "; ".join([where, *map(self._state, self.experiment.runs), self._pace(event.step)])
+            return over or event.epoch % self.every == 0
+        return not over and time.monotonic() - self.last_line > HEARTBEAT_SECONDS
 
-    def _pace(self, step: int) -> str:
-        pace, left = _speed(self.experiment), self.experiment.steps - step
-        if left == 0:
-            return pace
-        seconds = (time.monotonic() - self.start) / max(step - self.first_step, 1) * left
-        return f"{pace}, {duration(seconds)} left"
+    def _progress(self, event: StepEvent | EpochEvent) -> str:
+        experiment, left = self.experiment, self.experiment.steps - event.step
+        parts = [f"epoch {event.epoch}/{experiment.epochs} step {event.step}/{experiment.steps}"]
+        for run in experiment.runs:
+            loss, accuracy, step_time = _newest(run)
+            parts.append(f"{run.label}: loss {loss}, {accuracy} right, {step_time}")
+        pace = (time.monotonic() - self.start) / max(event.step - self.first_step, 1)
+        parts.append(_speed(experiment) + (f", {duration(pace * left)} left" if left else ""))
+        return "; ".join(parts)
 
-    def _state(self, run: Run) -> str:
-        accuracy = f"{number(_accuracy(run), '.1%')} right"
-        return f"{run.label}: loss {run.losses[-1]:.4f}, {accuracy}, {number(_step_milliseconds(run), '.0f')} ms"
-
-    def _line(self, text: str | None) -> None:
-        if text is not None:
-            self.last_line = time.monotonic()
-            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+    def _line(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -212,18 +195,16 @@ def display(console: Console, experiment: Experiment) -> Iterator[PlainDisplay |
     """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
     if console.quiet or not console.is_terminal or console.is_dumb_terminal:
         yield PlainDisplay(console, experiment)
-        return
-    live = LiveDisplay(console, experiment)
-    with Live(live, console=console, refresh_per_second=4):
-        yield live
+    else:
+        live = LiveDisplay(console, experiment)
+        with Live(live, console=console, refresh_per_second=4):
+            yield live
 
 
 def result_table(summaries: Sequence[Summary]) -> Table:
     """One row a run, and one for its average where there is one."""
-    table = Table()
-    table.add_column("run")
-    for heading in ("train\nloss", "test\nloss", "test\naccuracy", "step time\n(median)", "saved for\nbackward"):
-        table.add_column(heading, justify="right")
+    headings = ("train\nloss", "test\nloss", "test\naccuracy", "step time\n(median)", "saved for\nbackward")
+    table = Table("run", *(Column(heading, justify="right") for heading in headings))
     for run in summaries:
         milliseconds = "-" if run.step_seconds is None else f"{1e3 * run.step_seconds:.1f} ms"
         scores = (number(run.train_loss, ".4f"), number(run.test_loss, ".4f"), number(run.test_accuracy, ".2%"))
@@ -245,9 +226,7 @@ def environment_tables(found: dict[str, Any]) -> list[Table]:
     for variable, value in found["variables"].items():
         settings.add_row(variable, "not set" if value is None else value)
 
-    devices = Table()
-    for heading in ("device", "name", "impl='auto'", "why"):
-        devices.add_column(heading, overflow="fold")
+    devices = Table(*(Column(heading, overflow="fold") for heading in ("device", "name", "impl='auto'", "why")))
     for device in found["devices"]:
         name = device["name"]
         if "capability" in device:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -24,10 +23,10 @@ from ..analysis.plain import without_dense_connections
 from ..conversion.blocks import dense_blocks
 from ..environment import versions
 from ..reference import widths
+from ..training.checkpoint import replacing
 from ..training.config import TrainConfig
-from .subject import LARGE_STEM_IMAGE, Batch, Subject, batch, subject
-
-__all__ = ["inspect"]
+from .options import errors_as_bad_options, give_options
+from .subject import LARGE_STEM_IMAGE, Subject, batch, subject
 
 inspect = typer.Typer(
     help="See a DenseNet's gradients flow and its features being used again.",
@@ -47,57 +46,48 @@ _PLAIN = "Draw the same layers without dense connections beside it, freshly init
 _PLAIN_WEIGHTS = "Draw a network of `fastdense train --plain` instead: its checkpoint."
 _EVALUATION = "BatchNorm with its running statistics, not with the batch's as in training."
 _DEVICE = "cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at."
-Model = Annotated[str | None, Option(help=_MODEL, show_default=_OWN_NETWORK)]
-Weights = Annotated[Path | None, Option(help=_WEIGHTS, show_default="none: untrained")]
-Ema = Annotated[bool, Option("--ema", help="Of a checkpoint, the averaged weights.")]
-Depth = Annotated[int | None, Option(help="Three equal blocks, as in `fastdense train`.", show_default="100")]
-Blocks = Annotated[str | None, Option(help="Layers of each block, as 6,12,24.")]
-GrowthRate = Annotated[int | None, Option(help="Channels that each layer adds.", show_default="12")]
-Data = Annotated[str | None, Option(help=_DATA, show_default="what --weights was trained on, or digits")]
-Images = Annotated[int, Option(help="How many of the training images make the batch.", min=2)]
-ImageSize = Annotated[int | None, Option(help="Height and width in pixels.", show_default=_OWN_SIZE)]
-Plain = Annotated[bool, Option(help=_PLAIN)]
-PlainWeights = Annotated[Path | None, Option(help=_PLAIN_WEIGHTS)]
-Evaluation = Annotated[bool, Option("--eval", help=_EVALUATION)]
-Seed = Annotated[int, Option(help="Of initial weights and noise.")]
-Device = Annotated[str, Option(help=_DEVICE)]
-Out = Annotated[Path, Option(help="The picture.")]
-Json = Annotated[Path | None, Option("--json", help="Write the matrices to this file too.")]
+NETWORK = {
+    "model": (str | None, Option(None, help=_MODEL, show_default=_OWN_NETWORK)),
+    "weights": (Path | None, Option(None, help=_WEIGHTS, show_default="none: untrained")),
+    "ema": (bool, Option(False, "--ema", help="Of a checkpoint, the averaged weights.")),
+    "depth": (int | None, Option(None, help="Three equal blocks, as in `fastdense train`.", show_default="100")),
+    "block_config": (str | None, Option(None, help="Layers of each block, as 6,12,24.")),
+    "growth_rate": (int | None, Option(None, help="Channels that each layer adds.", show_default="12")),
+}
+SEEN = {
+    "data": (str | None, Option(None, help=_DATA, show_default="what --weights was trained on, or digits")),
+    "images": (int, Option(64, help="How many of the training images make the batch.", min=2)),
+    "image_size": (int | None, Option(None, help="Height and width in pixels.", show_default=_OWN_SIZE)),
+    "plain": (bool, Option(True, help=_PLAIN)),
+    "plain_weights": (Path | None, Option(None, help=_PLAIN_WEIGHTS)),
+    "evaluation": (bool, Option(False, "--eval", help=_EVALUATION)),
+}
+SEED = {"seed": (int, Option(0, help="Of initial weights and noise."))}
+DEVICE = {"device": (str, Option("cpu", help=_DEVICE))}
+JSON = {"json_file": (Path | None, Option(None, "--json", help="Write the matrices to this file too."))}
 PLAIN = "the same layers without dense connections"
 
 
-@inspect.command()
-def flow(
-    model: Model = None,
-    weights: Weights = None,
-    ema: Ema = False,
-    depth: Depth = None,
-    block_config: Blocks = None,
-    growth_rate: GrowthRate = None,
-    data: Data = None,
-    images: Images = 64,
-    image_size: ImageSize = None,
-    plain: Plain = True,
-    plain_weights: PlainWeights = None,
-    evaluation: Evaluation = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    out: Out = Path("flow.png"),
-    json_file: Json = None,
-) -> None:
+def flow(context: typer.Context, *, out: Path, json_file: Path | None, **options: Any) -> None:
     """Where the gradient of each feature map comes from, and how large it is at every depth, for one batch.
 
     dLoss/dH_i is the sum of what every later layer sends back. Heat maps show the terms, curves the sums.
     """
     from ..analysis.plots import flow_picture  # matplotlib takes long to import, and no other command needs it
 
-    with _errors(out):
-        looked_at = subject(model, weights, ema, seed, depth, block_config, growth_rate)
-        seen = batch(looked_at, data, count=images, image_size=image_size, seed=seed)
-        networks = {f"{looked_at.kind}, {looked_at.state}": looked_at}
-        networks |= _beside(looked_at, plain, plain_weights, ema, seed)
+    seed, evaluation, device = options["seed"], options["evaluation"], options["device"]
+    with errors_as_bad_options():
+        looked_at = _subject(out, options)
+        sizes = {"count": options["images"], "image_size": options["image_size"]}
+        seen = batch(looked_at, options["data"], **sizes, seed=seed)
+        kind = "without dense connections" if looked_at.plain else "DenseNet"
+        networks = {f"{kind}, {looked_at.state}": looked_at, **_beside(looked_at, options)}
+        at = TrainConfig(device=device).resolve_device()
+        curves = {}
         with Console(highlight=False, markup=False).status("one step forward and backward, in float64"):
-            curves = {label: _flows(network, seen, device, evaluation) for label, network in networks.items()}
+            for label, network in networks.items():
+                model = network.model.train(not evaluation).to(at)
+                curves[label] = gradient_flow(model, seen.images.to(at), seen.labels)
     loss = "cross-entropy" + ("" if seen.labels is not None else " against the model's own arg-max")
     caption = (
         f"Loss: {loss}, mean over {len(seen.images)} images of {seen.description}. BatchNorm takes "
@@ -107,55 +97,46 @@ def flow(
     record = {"title": title, "caption": caption, **_facts(looked_at, seed), "device": device, "dtype": "float64"}
     record |= {"loss": loss, "images": len(seen.images), "data": seen.description, "evaluation": evaluation}
     record["flows"] = {label: [_numbers(flow) for flow in flows] for label, flows in curves.items()}
-    draw = partial(flow_picture, curves, title=title, caption=caption)
-    _finish(out, draw, json_file, record, _flow_table(curves))
+    _finish(out, partial(flow_picture, curves, title=title, caption=caption), json_file, record, _flow_table(curves))
 
 
-@inspect.command()
-def reuse(
-    model: Model = None,
-    weights: Weights = None,
-    ema: Ema = False,
-    depth: Depth = None,
-    block_config: Blocks = None,
-    growth_rate: GrowthRate = None,
-    seed: Seed = 0,
-    out: Out = Path("reuse.png"),
-    json_file: Json = None,
-) -> None:
+def reuse(context: typer.Context, *, out: Path, json_file: Path | None, **options: Any) -> None:
     """How strongly each layer reads each earlier feature map: figure 5 of the DenseNet paper, for your model."""
     from ..analysis.plots import reuse_picture
 
-    with _errors(out):
-        looked_at = subject(model, weights, ema, seed, depth, block_config, growth_rate)
+    with errors_as_bad_options():
+        looked_at = _subject(out, options)
         if looked_at.plain:
+            weights = options["weights"]
             raise ValueError(f"--weights {weights} is of a network without dense connections: it uses no feature again")
         found = feature_reuse(looked_at.model)
     title = f"Feature reuse: {looked_at.description}, {looked_at.state}"
-    record = {"title": title, **_facts(looked_at, seed), "blocks": [_numbers(block) for block in found]}
+    record = {"title": title, **_facts(looked_at, options["seed"]), "blocks": [_numbers(block) for block in found]}
     draw = partial(reuse_picture, found, title=title, caption="After arXiv 1608.06993, fig. 5.")
     _finish(out, draw, json_file, record, _reuse_table(found))
 
 
-@contextmanager
-def _errors(out: Path) -> Iterator[None]:
-    """Wrong options become one line and an exit code, also the name of a picture, before anything is computed."""
-    try:
-        if out.suffix.lower() != ".png":
-            raise ValueError(f"--out must name a PNG file, as flow.png, got {out}")
-        yield
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from error
+for _command, _options in ((flow, NETWORK | SEEN | SEED | DEVICE), (reuse, NETWORK | SEED)):
+    _out = {"out": (Path, Option(Path(f"{_command.__name__}.png"), help="The picture."))}
+    give_options(_command, _options | _out | JSON)
+    inspect.command()(_command)
 
 
-def _beside(looked_at: Subject, plain: bool, weights: Path | None, ema: bool, seed: int) -> dict[str, Subject]:
+def _subject(out: Path, options: Mapping[str, Any]) -> Subject:
+    if out.suffix.lower() != ".png":  # before anything is computed
+        raise ValueError(f"--out must name a PNG file, as flow.png, got {out}")
+    return subject(**{name: options[name] for name in NETWORK}, seed=options["seed"])
+
+
+def _beside(looked_at: Subject, options: Mapping[str, Any]) -> dict[str, Subject]:
     """The network without dense connections to draw beside ``looked_at``, by its name in the legend, if any."""
+    weights, seed = options["plain_weights"], options["seed"]
     if weights is None:
-        if looked_at.plain or not plain:
+        if looked_at.plain or not options["plain"]:
             return {}
         torch.manual_seed(seed)
         return {f"{PLAIN}, freshly initialised": replace(looked_at, model=without_dense_connections(looked_at.model))}
-    twin = subject(None, weights, ema, seed)
+    twin = subject(None, weights, options["ema"], seed)
     if not twin.plain:
         raise ValueError(f"--plain-weights {weights} is of a network with dense connections: use --weights")
     if twin.stem.in_channels != looked_at.stem.in_channels:
@@ -164,11 +145,6 @@ def _beside(looked_at: Subject, plain: bool, weights: Path | None, ema: bool, se
             f"{looked_at.stem.in_channels}: train both on the same data"
         )
     return {f"{PLAIN}, {twin.state}": twin}
-
-
-def _flows(of: Subject, seen: Batch, device: str, evaluation: bool) -> list[BlockFlow]:
-    at = TrainConfig(device=device).resolve_device()
-    return gradient_flow(of.model.train(not evaluation).to(at), seen.images.to(at), seen.labels)
 
 
 def _facts(of: Subject, seed: int) -> dict[str, Any]:
@@ -189,22 +165,18 @@ def _finish(
 ) -> None:
     _write(out, draw)
     if json_file is not None:
-        _write(json_file, lambda unfinished: unfinished.write_text(json.dumps(record, indent=1) + "\n"))
+        _write(json_file, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(f"Picture: {out}", soft_wrap=True)
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make ``path``, which is there as a whole or as it was."""
-    unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        unfinished.replace(path)
+        with replacing(path) as partial:
+            write(partial)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise typer.BadParameter(f"{path} cannot be written: {error.strerror or error}") from error
 
 

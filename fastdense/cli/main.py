@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["main"]
-
 EXTRAS = ("typer", "rich", "sklearn", "PIL", "tensorboardX", "matplotlib")
 
 
 def main() -> None:
     """Run the command line; exits with its status, or with 1 and one line where an extra is missing."""
     try:
-        # Not above: whoever installed fastdense without the extras reads how to get them, not a traceback.
+        # Not above: without the extras, a user reads how to get them, not a traceback.
         from .app import app
 
         app(prog_name="fastdense")
@@ -23,7 +21,3 @@ def main() -> None:
         sys.exit(f"fastdense: this command needs {missing}, which is not installed: pip install 'fastdense[train]'")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..conversion.blocks import with_dense_blocks
 from ..data.source import open_data
 from ..training import checkpoint
-from ..training.config import TrainConfig
-
-__all__ = ["Batch", "Subject", "batch", "subject"]
+from ..training.config import TrainConfig, flag, parse
+from .options import FIELDS
 
 LARGE_STEM_IMAGE = 64  # pixels for a model from elsewhere, whose stem divides them by 4
 RANDOM = "random"
@@ -33,11 +32,6 @@ class Subject:
     data: str | None = None  # what a checkpoint was trained on
     image_size: int | None = None
     plain: bool = False  # without dense connections
-
-    @property
-    def kind(self) -> str:
-        """In a legend."""
-        return "without dense connections" if self.plain else "DenseNet"
 
     @property
     def stem(self) -> Any:
@@ -64,27 +58,18 @@ def subject(
     block_config: str | None = None,
     growth_rate: int | None = None,
 ) -> Subject:
-    """The network that the options of ``fastdense inspect`` describe, with its weights.
+    """Builds the network that the options of ``fastdense inspect`` describe, with its weights.
 
-    Args:
-        model: a name in ``NAMED``, ``"package.module:function"``, or ``None``.
-        weights: a checkpoint of ``fastdense train``, which describes its network, or a file with a ``state_dict``.
-        ema: of a checkpoint, take the averaged weights.
-        seed: of the initial weights.
-        depth, block_config, growth_rate: as on the command line of ``fastdense train``; not for a model from elsewhere.
-
-    Raises:
-        ValueError: an option contradicts another, or the file does not fit; the message names it.
+    ``model`` is a name in ``NAMED`` or ``"package.module:function"``, ``weights`` a checkpoint of ``fastdense train``,
+    which describes its network, or a file with a ``state_dict``. Raises ``ValueError`` if an option contradicts
+    another, or the file does not fit.
     """
-    try:
-        blocks = None if block_config is None else tuple(map(int, block_config.split(",")))
-    except ValueError as error:
-        raise ValueError(f"--block-config must be whole numbers, as in 6,12,24, got {block_config!r}") from error
-    stored = None if weights is None else _read(weights)
-    network: dict[str, Any] = {"model": model, "depth": depth, "block_config": blocks, "growth_rate": growth_rate}
-    named = [f"--{name.replace('_', '-')}" for name, value in network.items() if value is not None]
+    blocks = parse(FIELDS["block_config"], block_config)
+    network = {"model": model, "depth": depth, "block_config": blocks, "growth_rate": growth_rate}
+    named = [flag(name) for name, value in network.items() if value is not None]
+    stored = {} if weights is None else _read(weights)
     torch.manual_seed(seed)
-    if stored is not None and "config" in stored and "runs" in stored:
+    if "config" in stored and "runs" in stored:
         if named:
             raise ValueError(f"{named[0]} is not needed: the checkpoint {weights} says which network it is of")
         return _from_checkpoint(stored, weights, ema)
@@ -96,16 +81,19 @@ def subject(
         built, description = with_dense_blocks(_imported(model)), model
     else:
         own = TrainConfig(**network, image_size=None if model is None else LARGE_STEM_IMAGE).architecture
-        channels, classes = _sizes(stored) or ((1, 10) if model is None else (3, 1000))
+        channels, classes = (1, 10) if model is None else (3, 1000)
+        first, last = stored.get("features.conv0.weight"), stored.get("classifier.weight")  # torchvision's names
+        if isinstance(first, Tensor) and isinstance(last, Tensor):
+            channels, classes = first.shape[1], last.shape[0]
         built, description = own.build(channels=channels, classes=classes), own.description
-    if stored is None:
+    if weights is None:
         return Subject(built, description, "freshly initialised")
     _load(built, stored, weights)
-    return Subject(built, description, f"weights of {weights and weights.name}")
+    return Subject(built, description, f"weights of {weights.name}")
 
 
 def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, seed: int) -> Batch:
-    """``count`` images that ``of.model`` can read: the first of the training images, or noise.
+    """Returns ``count`` images that ``of.model`` can read: the first of the training images, or noise.
 
     ``ValueError`` if there is no such data, it has too few images, or the network reads other channels.
     """
@@ -160,9 +148,8 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a file of another kind makes the reader raise anything
-        raise ValueError(
-            f"--weights {path} is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
-        ) from error
+        reason = f"is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
+        raise ValueError(f"--weights {path} {reason}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--weights {path} holds a {type(found).__name__}, not a state_dict")
     return found
@@ -170,26 +157,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Subject:
     """The last of a checkpoint's runs: with ``--compare`` fastdense's, not the reference block's."""
-    config = TrainConfig.from_dict(stored["config"])
+    config = TrainConfig(**stored["config"])
     run = list(stored["runs"].values())[-1]
     if ema and run["ema"] is None:
         raise ValueError(f"--weights {path} has no averaged weights: leave --ema out")
     weights = run["ema"]["model"] if ema else run["model"]
-    if (sizes := _sizes(weights)) is None:
-        raise ValueError(f"--weights {path} holds no network of fastdense train")
-    own = config.architecture
-    model = own.build(channels=sizes[0], classes=sizes[1], plain=config.plain, drop_rate=config.drop_rate)
+    sizes = {name: stored["data"][name] for name in ("channels", "classes")}
+    model = config.architecture.build(**sizes, drop_rate=config.drop_rate)
     _load(model, weights, path)
     state = f"{'averaged weights ' if ema else ''}after {stored['step']:,} steps"
-    return Subject(model, config.network, state, config.data, config.image_size, config.plain)
-
-
-def _sizes(weights: dict[str, Any] | None) -> tuple[int, int] | None:
-    """Input channels and classes of a stored network with torchvision's names."""
-    keys = ("features.conv0.weight", "classifier.weight")
-    if weights is None or not all(isinstance(weights.get(key), Tensor) for key in keys):
-        return None
-    return weights[keys[0]].shape[1], weights[keys[1]].shape[0]
+    return Subject(model, config.architecture.description, state, config.data, config.image_size, config.plain)
 
 
 def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
@@ -201,7 +178,5 @@ def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
     except RuntimeError as error:
         first = [*str(error).splitlines()[1:], str(error)][0].strip()
         first = first if len(first) < 200 else f"{first[:200]} ..."
-        raise ValueError(
-            f"--weights {path} does not fit the network that --model, --depth, --block-config and --growth-rate "
-            f"describe: {first}"
-        ) from error
+        network = "the network that --model, --depth, --block-config and --growth-rate describe"
+        raise ValueError(f"--weights {path} does not fit {network}: {first}") from error

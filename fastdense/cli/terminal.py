@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import threading
 import time
 from contextlib import suppress
-from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
-
-__all__ = ["DeferSignals", "Interrupted", "Printer"]
 
 SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on that its processes have had already, and SIGTERM after it
 
@@ -23,11 +19,9 @@ class Printer(Console):
 
     failure = 0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            super().__exit__(kind, error, trace)  # where rich writes, whatever is shown
+            super().__exit__(*error)  # where rich writes, whatever is shown
         except OSError as reason:
             self._fall_silent(reason.errno or errno.EIO)
 
@@ -58,17 +52,15 @@ class DeferSignals:
 
     def __init__(self) -> None:
         self.signal, self.since = 0, 0.0
-        self.before: dict[int, Any] = {}
 
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
+    def __call__(self, signum: int, frame: object) -> None:
         if not self.signal:
             self.signal, self.since = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.since > SAME_PRESS:
             raise KeyboardInterrupt
 
     def __enter__(self) -> DeferSignals:
-        if threading.current_thread() is threading.main_thread():  # others cannot
-            self.before = {signum: signal.signal(signum, self) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {signum: signal.signal(signum, self) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AUGMENTATIONS", "Box", "Views", "crop_flip", "crop_flip_table", "resized_crop", "standardise"]
-
 AUGMENTATIONS = ("auto", "none", "crop-flip", "resized-crop")
 PAD = 4  # pixels on each side
 TEST_SCALE = 256 / 224  # the short side of the scaled image over the crop's
@@ -27,13 +25,8 @@ TRIES = 10
 Box = tuple[float, float, float, float]
 
 
-def _draws(seed: int, epoch: int, number: int | None = None) -> random.Random:
-    """A generator of its own for each image. Python promises the same ``random()`` for a text in every version."""
-    return random.Random(f"{seed} {epoch} {number}")
-
-
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images - mean) / std`` in contiguous float32; ``mean`` and ``std`` are ``[channels, 1, 1]``, from 0 to 255."""
+    """Computes ``(images - mean) / std`` in contiguous float32, with ``mean`` and ``std`` of ``[channels, 1, 1]``."""
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
@@ -54,14 +47,15 @@ class Views:
     def __call__(self, number: int, width: int, height: int) -> tuple[Box, bool]:
         if self.augment == "none":
             return scaled_box(width, height, self.size), False
-        draw = _draws(self.seed, self.epoch, number)
+        # Of the image's own. Python promises the same ``random()`` for a text in every version.
+        draw = random.Random(f"{self.seed} {self.epoch} {number}")
         flip = draw.random() < 0.5
         cropped = self.augment == "crop-flip"
         return scaled_box(width, height, self.size, draw) if cropped else part_box(width, height, draw), flip
 
 
 def scaled_box(width: int, height: int, size: int, draw: random.Random | None = None) -> Box:
-    """The centre, or with ``draw`` any place, of an image whose short side is scaled to 256/224 of ``size``.
+    """Returns the centre, or with ``draw`` any place, of an image whose short side is scaled to 256/224 of ``size``.
 
     Resized to ``size``, the box has the pixels of ``torchvision.transforms``' ``Resize(round(size * 256 / 224))`` and
     ``CenterCrop(size)``, without the scaled image, which would be huge where one side is much longer than the other.
@@ -81,7 +75,7 @@ def _corner(draw: random.Random, most_left: int, most_top: int) -> tuple[int, in
 
 
 def part_box(width: int, height: int, draw: random.Random) -> Box:
-    """8 to 100 % of the image's area with a ratio of the sides between 3/4 and 4/3 (Szegedy et al., arXiv 1409.4842).
+    """Draws 8 to 100 % of the area with a ratio of the sides between 3/4 and 4/3 (Szegedy et al., arXiv 1409.4842).
 
     As ``torchvision.transforms.RandomResizedCrop``: ten tries, then the largest centre that has such a ratio.
     """
@@ -100,7 +94,7 @@ def part_box(width: int, height: int, draw: random.Random) -> Box:
 
 def crop_flip_table(count: int, seed: int, epoch: int) -> Tensor:
     """What :func:`crop_flip` does to each of ``count`` images: int64 ``[3, count]``, ``top``, ``left`` and ``flip``."""
-    generator = torch.Generator().manual_seed(_draws(seed, epoch).getrandbits(63))
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(63))
     corners = torch.randint(2 * PAD + 1, (2, count), generator=generator)
     return torch.cat([corners, torch.randint(2, (1, count), generator=generator)])
 

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Cifar", "find", "read"]
-
 PIXELS = 3 * 32 * 32
 
 
@@ -45,7 +43,7 @@ CIFARS = (
 
 
 def find(root: Path) -> tuple[Path, Cifar] | None:
-    """The folder of CIFAR files that ``root`` is or contains, ``None`` if there is none; ``ValueError`` if several."""
+    """Returns the folder of CIFAR files that ``root`` is or contains, if any; raises ``ValueError`` if several."""
     found = [(root / cifar.folder, cifar) for cifar in CIFARS if (root / cifar.folder).is_dir()]
     found = found or [
         (root, cifar) for cifar in CIFARS if any((root / f).is_file() for f in (*cifar.train, cifar.test))
@@ -57,7 +55,7 @@ def find(root: Path) -> tuple[Path, Cifar] | None:
 
 
 def read(folder: Path, cifar: Cifar) -> tuple[list[Tensor], tuple[str, ...]]:
-    """All images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
+    """Reads all images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
 
     Returns:
         Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing; the names of

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["EXTENSIONS", "Files", "find"]
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 TRAIN, TESTS = "train", ("val", "validation", "test")
 TEST_SHARE = 5  # one in five
@@ -40,15 +38,13 @@ class Files:
 
 
 def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
-    """The images to train on, those to test on, and the names of the classes.
+    """Lists the images to train on, those to test on, and the names of the classes.
 
     Classes are the sorted names of the subfolders, and their images are sorted too, those in deeper folders included.
     ``root`` holds ``train`` and the first there is of ``val``, ``validation`` and ``test``. If it holds the classes
     themselves, about a fifth of each class's images are for testing: a hash of the image's path decides, so that no
-    image ever changes sides when others come or go. Hidden files and folders are passed over.
-
-    Raises:
-        ValueError: there are no such folders, a class is empty or the only one, or testing has one that training lacks.
+    image ever changes sides when others come or go. Hidden files and folders are passed over. Raises ``ValueError`` if
+    there are no such folders, a class is empty or the only one, or testing has one that training lacks.
     """
     tests = [name for name in TESTS if (root / name).is_dir()]
     divided = (root / TRAIN).is_dir() and bool(tests or _subfolders(root / TRAIN))  # a class may be called "train"

@@ -19,8 +19,6 @@ from torch.utils.data import Dataset as MapDataset
 from .augment import Views, standardise
 from .folders import Files
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "UnreadableImage"]
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue within 0 to 1: what published networks were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow knows more, and starts programs for some
@@ -37,13 +35,11 @@ class UnreadableImage(RuntimeError):
 
 
 def read_image(path: Path, number: int, views: Views) -> Pixels:
-    """The box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
+    """Reads the box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
 
     Pillow resizes bilinearly over all pixels that fall on one. JPEG files are decoded at a half, a quarter or an eighth
-    of their size where that leaves twice as many pixels as are needed.
-
-    Raises:
-        UnreadableImage: the file is not there, may not be read, or is damaged, cut short or enormous.
+    of their size where that leaves twice as many pixels as are needed. Raises ``UnreadableImage`` if the file is not
+    there, may not be read, or is damaged, cut short or enormous.
     """
     try:
         with warnings.catch_warnings():
@@ -139,21 +135,13 @@ class _Reader(MapDataset[_Batch]):
                 if self.replace:
                     images, chosen, unreadable = [], [], unreadable[:1]  # one of perhaps a million tells why
                     break
-        shape = (len(images), self.views.size, self.views.size, 3)
-        stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(shape, dtype=torch.uint8)
-        return _Batch(stacked, self.files.labels[chosen], unreadable)
+        stacked = np.stack(images) if images else np.empty((0, self.views.size, self.views.size, 3), np.uint8)
+        return _Batch(torch.from_numpy(stacked), self.files.labels[chosen], unreadable)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder, with the methods of :class:`fastdense.data.Dataset`, standardised with ImageNet's statistics.
-
-    Attributes:
-        augment, seed, workers, on_error: as in :func:`fastdense.data.open_data`.
-        device: where batches shall be.
-        unreadable: one line for each image that could not be read and was skipped, ``"PATH: reason"``, in the order
-            found.
-    """
+    """Images in a folder, with the methods of :class:`~.source.Dataset`, standardised with ImageNet's statistics."""
 
     train_files: Files
     test_files: Files
@@ -164,7 +152,7 @@ class ImageFolder:
     augment: str = "none"
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # "PATH: reason" of what was skipped, in the order found
     channels: int = 3
 
     @property
@@ -184,11 +172,11 @@ class ImageFolder:
         return len(self.test_files)
 
     def to(self, device: torch.device | str) -> ImageFolder:
-        """The same images, with batches on ``device`` and the same list of what is unreadable."""
+        """Returns the same images, with batches on ``device`` and the same list of what is unreadable."""
         return replace(self, device=torch.device(device))
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to train on, as in :class:`fastdense.data.Dataset`; with workers, ``batches`` is read ahead.
+        """Yields batches to train on, as :meth:`.source.Dataset.train`; with workers, ``batches`` is read ahead.
 
         With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all. Otherwise, and
         where none can be read, it raises ``UnreadableImage``; and ``RuntimeError`` if a worker process died.
@@ -201,7 +189,7 @@ class ImageFolder:
             yield images, labels
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, as :meth:`train`; with ``"skip"``, unreadable images are left out."""
+        """Yields batches to test on; with ``"skip"``, unreadable images are left out."""
         reader = _Reader(self.test_files, Views("none", self.image_size), replace=False)
         count = 0
         for images, labels in self._load(reader, numbers.split(batch_size)):

@@ -12,50 +12,34 @@ from torch import Tensor
 
 from . import cifar, folders
 from .augment import AUGMENTATIONS, Views, crop_flip, crop_flip_table, resized_crop, standardise
-from .images import ImageFolder, UnreadableImage
-
-__all__ = ["Dataset", "Source", "UnreadableImage", "batches", "digits", "open_data"]
+from .images import ImageFolder
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed, so that accuracies of different --seed values are about the same test images
-ON_ERROR = ("stop", "skip")
 FOLDER_IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images to train and to test on, all in memory. They have numbers, counted from 0 on each side.
-
-    Attributes:
-        name: what to call it in a report.
-        train_images, test_images: ``[n, channels, height, width]``, standardised float32, or uint8 as stored.
-        train_labels, test_labels: int64 ``[n]``, each in ``[0, classes)``.
-        class_names: the numbers of the classes if left out.
-        mean, std: ``[channels, 1, 1]``, from 0 to 255: what uint8 images are standardised with.
-        augment: ``"none"``, ``"crop-flip"`` or ``"resized-crop"``.
-        seed: of the augmentation.
-        size: batches are resized to it bilinearly; ``None`` leaves the images their own.
-        unreadable: one line for each image that could not be read and was skipped: always empty.
-    """
+    """Labelled images to train and to test on, all in memory. They have numbers, counted from 0 on each side."""
 
     name: str
-    train_images: Tensor
-    train_labels: Tensor
+    train_images: Tensor  # [n, channels, height, width], standardised float32, or uint8 as stored
+    train_labels: Tensor  # int64 [n], each in [0, classes)
     test_images: Tensor
     test_labels: Tensor
     _: KW_ONLY
-    classes: int
-    class_names: tuple[str, ...] = ()
-    mean: Tensor | None = None
+    class_names: tuple[str, ...]
+    mean: Tensor | None = None  # [channels, 1, 1], from 0 to 255: what uint8 images are standardised with
     std: Tensor | None = None
-    augment: str = "none"
-    seed: int = 0
-    size: int | None = None
-    unreadable: list[str] = field(default_factory=list)
+    augment: str = "none"  # or crop-flip, resized-crop
+    seed: int = 0  # of the augmentation
+    size: int | None = None  # batches are resized to it bilinearly
+    unreadable: list[str] = field(default_factory=list)  # as an ImageFolder has it: always empty
 
-    def __post_init__(self) -> None:
-        if not self.class_names:
-            object.__setattr__(self, "class_names", tuple(map(str, range(self.classes))))
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def channels(self) -> int:
@@ -74,21 +58,16 @@ class Dataset:
         return len(self.test_labels)
 
     def to(self, device: torch.device) -> Dataset:
-        """The same images on ``device``."""
+        """Returns the same images on ``device``."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for each batch of numbers, standardised and augmented.
+        """Yields images and labels for each batch of numbers, standardised and augmented.
 
         The augmentation is a pure function of (seed, epoch, image number), whatever the batches, processes and resumes.
-
-        Args:
-            batches: each a vector of int64 in ``[0, train_count)``.
-            epoch: of the augmentation.
-
-        Yields:
-            float32 ``[n, channels, image_size, image_size]`` and int64 ``[n]``.
+        ``batches`` are vectors of int64 in ``[0, train_count)``. Images are float32 ``[n, channels, image_size,
+        image_size]``, labels int64 ``[n]``.
         """
         device = self.train_images.device
         views = Views(self.augment, self.image_size, self.seed, epoch)
@@ -105,7 +84,7 @@ class Dataset:
             yield self._resized(images), self.train_labels[on_device]
 
     def test(self, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels for a vector of int64 in ``[0, test_count)``, standardised, ``batch_size`` at a time."""
+        """Yields images and labels for a vector of int64 in ``[0, test_count)``, ``batch_size`` at a time."""
         for part in numbers.to(self.test_images.device).split(batch_size):
             yield self._resized(self._standardised(self.test_images[part])), self.test_labels[part]
 
@@ -132,14 +111,12 @@ def open_data(
     workers: int = 0,
     on_error: str = "stop",
 ) -> Source:
-    """The images that ``--data`` names.
+    """Opens the images that ``--data`` names.
 
     Args:
         data: ``"digits"`` (a folder of that name is ``"./digits"``); a folder that is or holds CIFAR-10 or CIFAR-100 as
-            published, in the Python or the binary version; or a folder of images laid out as
-            :func:`fastdense.data.folders.find` says.
-        image_size: height and width of the images in a batch; ``None`` is 8 for digits, 32 for CIFAR and 224 for a
-            folder.
+            published, in the Python or the binary version; or one of images laid out as :func:`.folders.find` says.
+        image_size: height and width in a batch; ``None`` is 8 for digits, 32 for CIFAR and 224 for a folder.
         augment: how images to train on are varied. ``"crop-flip"``: shifted by up to 4 pixels (in a folder: a random
             part of the scaled image) and half of them mirrored; ``"resized-crop"``: a random part of 8 to 100 % of the
             area, and half of them mirrored; ``"none"``. ``"auto"`` is ``"none"`` for digits, ``"crop-flip"`` for
@@ -150,39 +127,32 @@ def open_data(
             ``"skip"`` trains on the next one in its place, leaves it out of tests, and notes it in ``unreadable``.
 
     Raises:
-        ValueError: an argument is out of its range, or there are no images where ``data`` points.
+        ValueError: ``image_size`` or ``augment`` is wrong, or there are no images where ``data`` points.
         ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {image_size}")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    if workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {workers}")
-    if on_error not in ON_ERROR:
-        raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
-    found, usual = _open(data, image_size, workers, on_error)
-    return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
-
-
-def _open(data: str, image_size: int | None, workers: int, on_error: str) -> tuple[Source, str]:
-    """The images that ``data`` names, and how they are usually augmented."""
+    found: Source
+    root = Path(data).expanduser()
     if data == "digits":
         if image_size is not None and image_size < 8:
             raise ValueError(f"--image-size must be at least 8, the size of the digits, got {image_size}")
-        return digits(image_size or 8), "none"
-    root = Path(data).expanduser()
-    if not root.is_dir():
+        found, usual = digits(image_size or 8), "none"
+    elif not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
         raise ValueError(f"--data {data} {what}: {remedy}")
-    if version := cifar.find(root):
+    elif version := cifar.find(root):
         tensors, names = cifar.read(*version)
         mean, std = _mean_and_std(tensors[0])
-        classes, name = len(names), version[1].name
-        found = Dataset(name, *tensors, classes=classes, class_names=names, mean=mean, std=std, size=image_size)
-        return found, "crop-flip"
-    return ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error), "resized-crop"
+        found = Dataset(version[1].name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
+        usual = "crop-flip"
+    else:
+        found = ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error)
+        usual = "resized-crop"
+    return replace(found, augment=usual if augment == "auto" else augment, seed=seed)
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +166,7 @@ def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def digits(image_size: int = 8) -> Dataset:
-    """The 1,797 grey 8x8 digits that ship with scikit-learn: 1,437 to train on and 360 to test on.
+    """Loads the 1,797 grey 8x8 digits that ship with scikit-learn: 1,437 to train on and 360 to test on.
 
     The split is the same every time and holds equally many of each digit. Images are enlarged bilinearly to
     ``image_size``, at least 8, then standardised with the mean and standard deviation of the training pixels.
@@ -215,10 +185,11 @@ def digits(image_size: int = 8) -> Dataset:
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     name = f"scikit-learn's digits, {image_size}x{image_size}"
-    return Dataset(name, images[train], labels[train], images[test], labels[test], classes=10)
+    tensors = (images[train], labels[train], images[test], labels[test])
+    return Dataset(name, *tensors, class_names=tuple("0123456789"))
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """One epoch: the numbers ``0 .. count-1`` shuffled, in batches of exactly ``batch_size``; the rest is dropped."""
+    """Shuffles ``0 .. count-1`` for an epoch, in batches of exactly ``batch_size``; the rest is dropped."""
     order = torch.randperm(count, generator=generator)
     return iter(order[: count // batch_size * batch_size].split(batch_size))

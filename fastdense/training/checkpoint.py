@@ -6,50 +6,43 @@ plain ``state_dict`` of a network. The rest is what training is resumed from bit
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastdense
-
 from ..environment import versions
-from .config import MACHINE_OPTIONS, TrainConfig
+from .config import MACHINE_OPTIONS, TrainConfig, flag, shown
 from .experiment import Experiment
-from .option_fields import flag, shown
-
-__all__ = ["FORMAT", "contents", "link", "load", "remove_leftovers", "restore", "resumed", "save", "verify"]
 
 FORMAT = 1
 KIND = "fastdense train"
-PARTIAL = ".partial"  # a file that was not finished: what a killed process leaves is never taken for a checkpoint
+OTHER = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
 
 
 def contents(experiment: Experiment) -> dict[str, Any]:
-    """Everything that a checkpoint holds of ``experiment``; every process must call it.
+    """Returns everything that a checkpoint holds of ``experiment``; every process must call it.
 
     ``config`` and ``data``: what is trained, on what. ``processes``: how many. ``step``, ``epoch``, ``checked``. In
     ``runs``, for each run: ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``ema``, ``rng`` (states of every
-    process), ``losses``, ``seconds``, ``evaluations``. ``format``, ``kind``, ``versions``, ``commit`` and ``time``.
+    process), ``losses``, ``seconds``, ``evaluations``. ``format``, ``kind``, ``versions`` and ``time``.
     """
     return {
         "format": FORMAT,
         "kind": KIND,
-        "config": experiment.config.as_dict(),
+        "config": asdict(experiment.config),
         "data": _facts(experiment),
         "processes": experiment.processes.count,
         # PyTorch's own is no plain str, which weights_only would refuse.
         "versions": {package: found and str(found) for package, found in versions().items()},
-        "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **experiment.state_dict(),
     }
@@ -61,17 +54,6 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     return {name: getattr(experiment.data, name) for name in names}
 
 
-@functools.cache
-def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to; where it is installed, what ``FASTDENSE_COMMIT`` says."""
-    root = Path(fastdense.__file__).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        with suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ.get("FASTDENSE_COMMIT")
-
-
 def _sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
@@ -81,9 +63,9 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file that takes the place of ``path`` at the end, for good, or is gone after an error."""
-    partial = path.with_name(path.name + PARTIAL)
+def replacing(path: Path) -> Iterator[Path]:
+    """A file that takes the place of ``path`` at the end, for good, or is gone after an ``OSError``."""
+    partial = path.with_suffix(f".partial{path.suffix}")
     partial.unlink(missing_ok=True)
     try:
         yield partial
@@ -101,7 +83,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
     torch.save(dict(state), buffer)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_bytes(buffer.getbuffer())
         _sync(partial)
 
@@ -110,7 +92,7 @@ def link(path: Path, name: Path) -> None:
     """Lets ``name`` be what ``path`` is now, also after ``path`` is replaced. Raises ``OSError`` as :func:`save`."""
     if name.exists() and name.samefile(path):
         return  # os.replace would do nothing, and leave the other name behind
-    with _replacing(name) as partial:
+    with replacing(name) as partial:
         try:
             os.link(path, partial)
         except OSError:  # not every file system can
@@ -120,7 +102,7 @@ def link(path: Path, name: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed while it wrote has left."""
-    for partial in folder.glob(f"*.pt{PARTIAL}"):
+    for partial in folder.glob("*.partial.*"):
         partial.unlink(missing_ok=True)
 
 
@@ -137,6 +119,23 @@ def _compare_checksums(path: Path) -> None:
         raise ValueError(f"checksum of {damaged} is wrong")
 
 
+def load(path: Path) -> dict[str, Any]:
+    """Returns the checkpoint in ``path``, its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
+    with _reading(path, f": {OTHER}"):
+        _compare_checksums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise ValueError(f"{path} is not a checkpoint of fastdense train: {OTHER}")
+    if state["format"] != FORMAT:
+        version = state.get("versions", {}).get("fastdense")
+        raise ValueError(
+            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, its writer"
+        )
+    return state
+
+
 @contextmanager
 def _reading(path: Path, remedy: str = "") -> Iterator[None]:
     """Turns any error into a ``ValueError``: ``path`` cannot be read, or is damaged, with the ``remedy`` for that."""
@@ -150,53 +149,27 @@ def _reading(path: Path, remedy: str = "") -> Iterator[None]:
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}){remedy}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The checkpoint in ``path``, with its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
-    other = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
-    with _reading(path, f": {other}"):
-        try:
-            _compare_checksums(path)
-        except FileNotFoundError:
-            state = None
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    if state is None:
-        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
-    if not isinstance(state, dict) or state.get("kind") != KIND:
-        raise ValueError(f"{path} is not a checkpoint of fastdense train: {other}")
-    if state["format"] != FORMAT:
-        version = state.get("versions", {}).get("fastdense")
-        raise ValueError(
-            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, its writer"
-        )
-    return state
-
-
 def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration to resume with: that of the checkpoint ``state``, but for ``given`` options of the machine.
+    """Returns the configuration to resume with: that of the checkpoint ``state``, but for ``given`` machine options.
 
-    Raises:
-        ValueError: a given option contradicts the checkpoint, or that was written by another fastdense.
+    Raises ``ValueError`` if a given option contradicts the checkpoint, or another fastdense has written that.
     """
     try:
-        config = TrainConfig.from_dict(state["config"]).as_dict()
+        config = asdict(TrainConfig(**state["config"]))
     except TypeError as error:
         version = state["versions"]["fastdense"]
         raise ValueError(f"{path} was written by fastdense {version}, with other options: {error}") from error
     for name, value in given.items():
         was = config[name]
-        if name in MACHINE_OPTIONS or value == was:
-            continue
-        begun = f"with {shown(was)}"
-        if was is None or was is False:
-            begun = "without it"
-        elif was is True:
-            begun = f"with {_as_written(name, was)}"
-        raise ValueError(
-            f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to go on, or start "
-            "again in another --out"
-        )
-    return TrainConfig.from_dict(config | {name: value for name, value in given.items() if name in MACHINE_OPTIONS})
+        if name not in MACHINE_OPTIONS and value != was:
+            begun = f"with {_as_written(name, was) if was is True else shown(was)}"
+            if was is None or was is False:
+                begun = "without it"
+            raise ValueError(
+                f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to go on, or "
+                "start again in another --out"
+            )
+    return TrainConfig(**config | dict(given))
 
 
 def _as_written(name: str, value: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +19,6 @@ import fastdense
 
 from ..core import checks
 from ..environment import choose_impl
-from . import option_fields as opt
-from .option_fields import Parser, Rule, one_of
-
-__all__ = ["AMP", "MACHINE_OPTIONS", "NAMED", "Architecture", "TrainConfig", "layers_per_block"]
 
 NAMED = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 NAMED_BLOCKS = 4
@@ -32,27 +30,98 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between the start of a run and its resumption: where it runs, and what it tells.
 MACHINE_OPTIONS = frozenset({"data", "device", "threads", "workers", "on_error", "watch_flow"})
 SMALL_IMAGES = 32  # pixels from which on ImageNet's stem, which divides by 4, and three transitions leave one
+PANELS = ("Network", "Data", "Training", "Machine", "Output")  # of --help, in this order
+
+
+class Rule(NamedTuple):
+    """What an option must be, in words, and a function: true of allowed values, or from a text to its value."""
+
+    words: str
+    function: Callable[[Any], Any]
+
+
+def one_of(allowed: Iterable[str]) -> Rule:
+    """The rule that a value is one of ``allowed``."""
+    return Rule(f"one of {', '.join(map(repr, allowed))}", lambda value: value in allowed)
+
+
+AT_LEAST_0 = Rule("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+BELOW_1 = Rule("at least 0 and less than 1", lambda value: 0 <= value < 1)
+POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("0 or a positive number", lambda value: 0 <= value < math.inf)
+
+
+def option(
+    panel: str,
+    default: Any,
+    help: str,
+    must: Rule | None = None,
+    *,
+    parser: Rule | None = None,
+    shown: str | None = None,
+) -> Any:
+    """Returns a field of a dataclass that is an option of ``fastdense train``, too.
+
+    ``must`` says what values are allowed, besides ``None``; ``parser`` is for values that are more than text, a number
+    or a flag; ``shown`` is what ``--help`` says of the default.
+    """
+    told = {"panel": panel, "help": help, "must": must, "parser": parser, "default": shown}
+    return field(default=default, metadata=told)
+
+
+def flag(name: str) -> str:
+    """The option called ``name``, as on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def shown(value: Any) -> str:
+    """``value`` as on the command line."""
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(option: Field[Any], text: Any) -> Any:
+    """The value that ``text`` stands for; raises ``ValueError`` where it stands for none."""
+    parser: Rule | None = option.metadata["parser"]
+    if parser is None or text is None:
+        return text
+    try:
+        return parser.function(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{flag(option.name)} must be {parser.words}, got {text!r}") from error
+
+
+def check_options(options: Any) -> None:
+    """Raises ``ValueError`` for a field of the dataclass ``options`` whose value its rule does not allow."""
+    for each in fields(options):
+        value, rule = getattr(options, each.name), each.metadata["must"]
+        if value is not None and rule is not None and not rule.function(value):
+            got = shown(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{flag(each.name)} must be {rule.words}, got {got!r}")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A network, ready to be built as often as needed."""
 
-    description: str  # for a human
+    description: str  # in words
     constructor: str  # name of the function or class in ``fastdense``
     arguments: dict[str, Any]
     blocks: int
+    plain: bool = False  # without dense connections
 
     def last_resolution(self, image_size: int) -> int:
         """Height and width in the last dense block."""
         stem = 1 if self.arguments["small_inputs"] else 4
         return image_size // (stem * 2 ** (self.blocks - 1))
 
-    def build(self, *, channels: int, classes: int, plain: bool = False, **keywords: Any) -> nn.Module:
-        """A fresh network; ``keywords`` are those of :class:`fastdense.DenseNet`, ``plain`` takes its connections."""
+    def build(self, *, channels: int, classes: int, **keywords: Any) -> nn.Module:
+        """Builds a fresh network; ``keywords`` are those of :class:`fastdense.DenseNet`."""
         construct = getattr(fastdense, self.constructor)
         model: nn.Module = construct(in_channels=channels, num_classes=classes, **self.arguments, **keywords)
-        if plain:
+        if self.plain:
             model = importlib.import_module("fastdense.analysis.plain").without_dense_connections(model)
         return model
 
@@ -74,21 +143,19 @@ def layers_per_block(depth: int, *, bottleneck: bool) -> int:
     )
 
 
-_INTEGERS = Parser("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
-_FRACTIONS = Parser("fractions of all steps, as in 1/3,2/3", lambda text: tuple(map(_fraction, text.split(","))))
-_BN_SIZE = Parser("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
+_INTEGERS = Rule("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
+_FRACTIONS = Rule(
+    "fractions of all steps, as in 1/3,2/3", lambda text: tuple(float(Fraction(part)) for part in text.split(","))
+)
+_BN_SIZE = Rule("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
 _A_MODEL = Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED)
 _LAYERS = Rule("layers per block, each at least 1, as in 6,12,24", lambda layers: min(layers, default=0) >= 1)
 _BOTTLENECK = Rule("at least 1, or 0 or none for layers without bottleneck", lambda size: size >= 1)
 _GAMMA = Rule("more than 0 and at most 1", lambda gamma: 0 < gamma <= 1)
 _DECAY = Rule("more than 0 and less than 1, as 0.999", lambda decay: 0 < decay < 1)
-_WARM_UP = Rule(f"{opt.BELOW_1.words}, a fraction of all steps", opt.BELOW_1.holds)
+_WARM_UP = Rule(f"{BELOW_1.words}, a fraction of all steps", BELOW_1.function)
 _SEED = Rule("at least 0 and less than 2**63", lambda seed: 0 <= seed < 2**63)
-_network, _data, _training, _machine, _output = (partial(opt.option, panel) for panel in opt.PANELS)
-
-
-def _fraction(text: str) -> float:
-    return float(Fraction(text))
+_net, _data, _train, _machine, _output = (partial(option, panel) for panel in PANELS)
 
 
 @dataclass(frozen=True)
@@ -96,135 +163,113 @@ class TrainConfig:
     """Everything that decides what a training run computes; each field says what it is in its help.
 
     The network is given by at most one of ``model``, ``depth`` and ``block_config``. Without ``image_size``, images
-    have the data's own. ``impl`` and ``recompute`` are those of :class:`fastdense.DenseNet`.
-
-    Raises:
-        ValueError: a value is not allowed; the message names it, its command-line option and what is allowed.
+    have the data's own. Raises ``ValueError``, which names the option and what is allowed, for a wrong value.
     """
 
-    model: str | None = _network(
+    model: str | None = _net(
         None,
         "densenet121, 161, 169, 201 or 264, named in full. From --image-size 32 on it keeps its ImageNet stem, which "
         "divides the resolution by 4; below, it starts with one 3x3 convolution like the others.",
         _A_MODEL,
     )
-    depth: int | None = _network(
-        None, "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.", default_shown=str(DEFAULT_DEPTH)
+    depth: int | None = _net(
+        None, "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.", shown=str(DEFAULT_DEPTH)
     )
-    block_config: tuple[int, ...] | None = _network(
-        None, "Layers of each block, as 6,12,24.", _LAYERS, parser=_INTEGERS
-    )
-    growth_rate: int | None = _network(
-        None, "Channels that each layer adds.", opt.AT_LEAST_1, default_shown="12, or the model's own"
-    )
-    bn_size: int | None = _network(
+    block_config: tuple[int, ...] | None = _net(None, "Layers of each block, as 6,12,24.", _LAYERS, parser=_INTEGERS)
+    growth_rate: int | None = _net(None, "Channels that each layer adds.", AT_LEAST_1, shown="12, or the model's own")
+    bn_size: int | None = _net(
         4, "Bottleneck channels over the growth rate; 0 or none: no bottleneck.", _BOTTLENECK, parser=_BN_SIZE
     )
-    plain: bool = _network(False, "The same layers without dense connections.")
-    drop_rate: float = _network(0.0, "Dropout after each layer.", opt.BELOW_1)
+    plain: bool = _net(False, "The same layers without dense connections.")
+    drop_rate: float = _net(0.0, "Dropout after each layer.", BELOW_1)
 
     data: str = _data("digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
-    image_size: int | None = _data(
-        None, "Scale images to this many pixels.", default_shown="digits 8, CIFAR 32, a folder 224"
-    )
+    image_size: int | None = _data(None, "Scale images to this many pixels.", shown="digits 8, CIFAR 32, a folder 224")
     augment: str = _data("auto", "How training images are varied; auto: as suits the data.")
-    workers: int = _data(0, "Processes that read images.", opt.AT_LEAST_0)
+    workers: int = _data(0, "Processes that read images.", AT_LEAST_0)
     on_error: str = _data(
         "stop",
         "An image that cannot be read, or a file of --out that cannot be written: stop, or skip and warn.",
         one_of(("stop", "skip")),
     )
 
-    compare: bool = _training(
+    compare: bool = _train(
         False,
         "Train the reference torch.cat network too, from the same weights on the same batches, step by step beside the "
         "other.",
     )
-    check_steps: int = _training(
-        10,
-        "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.",
-        opt.AT_LEAST_0,
+    check_steps: int = _train(
+        10, "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.", AT_LEAST_0
     )
-    epochs: int = _training(6, "Passes over the training images.", opt.AT_LEAST_1)
-    steps: int | None = _training(
-        None, "Stop after so many steps; the learning rate's schedule ends there too.", opt.AT_LEAST_1
+    epochs: int = _train(6, "Passes over the training images.", AT_LEAST_1)
+    steps: int | None = _train(
+        None, "Stop after so many steps; the learning rate's schedule ends there too.", AT_LEAST_1
     )
-    batch_size: int = _training(64, "Images a step, over all processes.", opt.AT_LEAST_1)
-    lr: float = _training(0.1, "Highest learning rate, reached after the warm-up.", opt.POSITIVE)
-    lr_schedule: str = _training(
+    batch_size: int = _train(64, "Images a step, over all processes.", AT_LEAST_1)
+    lr: float = _train(0.1, "Highest learning rate, reached after the warm-up.", POSITIVE)
+    schedule: str = _train(
         "cosine",
         "cosine: down to 0 at the end; step: times --gamma at each of --milestones.",
         one_of(("cosine", "step")),
-        name="schedule",
     )
-    milestones: tuple[float, ...] = _training(
+    milestones: tuple[float, ...] = _train(
         (0.5, 0.75), "With --schedule step: fractions of all steps, as 1/3,2/3.", parser=_FRACTIONS
     )
-    gamma: float = _training(0.1, "What a milestone multiplies the rate by.", _GAMMA)
-    warm_up: float | None = _training(
+    gamma: float = _train(0.1, "What a milestone multiplies the rate by.", _GAMMA)
+    warm_up: float | None = _train(
         None,
         "Fraction of all steps in which the learning rate rises from a tenth.",
         _WARM_UP,
-        default_shown=f"{WARM_UP} for cosine, 0 for step",
+        shown=f"{WARM_UP} for cosine, 0 for step",
     )
-    momentum: float = _training(0.9, "Momentum of SGD.", opt.BELOW_1)
-    nesterov: bool = _training(True, "Nesterov's momentum.")
-    weight_decay: float = _training(1e-4, "Weight decay of SGD.", opt.NOT_NEGATIVE)
-    amp: str = _training("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(AMP))
-    ema: float | None = _training(
+    momentum: float = _train(0.9, "Momentum of SGD.", BELOW_1)
+    nesterov: bool = _train(True, "Nesterov's momentum.")
+    weight_decay: float = _train(1e-4, "Weight decay of SGD.", NOT_NEGATIVE)
+    amp: str = _train("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(AMP))
+    ema: float | None = _train(
         None, "Decay a step of an average of the weights, as 0.999: evaluated and saved too.", _DECAY
     )
-    sync_bn: bool = _training(False, "BatchNorm over the images of all processes.")
-    seed: int = _training(0, "Of weights, order of images and dropout.", _SEED)
+    sync_bn: bool = _train(False, "BatchNorm over the images of all processes.")
+    seed: int = _train(0, "Of weights, order of images and dropout.", _SEED)
 
-    device: str | None = _machine(None, "cpu, cuda, cuda:1.", default_shown="cuda where there is one, else cpu")
+    device: str | None = _machine(None, "cpu, cuda, cuda:1.", shown="cuda where there is one, else cpu")
     impl: str = _machine("auto", "auto, triton, torch, or reference: the plain torch.cat.", one_of(checks.IMPL))
     recompute: str | None = _machine(
         None,
         "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
         one_of(checks.RECOMPUTE),
-        default_shown="activations",
+        shown="activations",
     )
     threads: int | None = _machine(
         None,
         "CPU threads. Layers of small images are too short to share.",
-        opt.AT_LEAST_1,
-        default_shown=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
+        AT_LEAST_1,
+        shown=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
     )
 
-    watch_flow: int | None = _output(None, "Look at what flows through the layers every so many steps.", opt.AT_LEAST_1)
+    watch_flow: int | None = _output(None, "Look at what flows through the layers every so many steps.", AT_LEAST_1)
 
     def __post_init__(self) -> None:
-        opt.check_options(self)
+        check_options(self)
         least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
         if self.image_size is not None and self.image_size < least:
             raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
         marks = (self.warm_up_fraction, *self.milestones, 1.0)
         rising = all(a < b for a, b in itertools.pairwise(marks))
-        if self.lr_schedule == "step" and not (self.milestones and rising):
+        if self.schedule == "step" and not (self.milestones and rising):
             raise ValueError(
                 "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
-                f"0.5,0.75; got {opt.shown(self.milestones)!r}"
+                f"0.5,0.75; got {shown(self.milestones)!r}"
             )
         if self.compare and checks.impl_name(self.impl) == "reference":
             raise ValueError(
-                "--compare trains the reference block beside another one: --impl and "
-                "FASTDENSE_IMPL must be auto, triton or torch, not reference"
+                "--compare trains the reference block beside another one: --impl and FASTDENSE_IMPL must be auto, "
+                "triton or torch, not reference"
             )
         if self.compare and self.plain:
             raise ValueError("--plain leaves no dense block for --compare to compare: leave one of them out")
         if self._pixels is not None:
             self.check_batch(self.batch_size)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The configuration whose options have these ``values`` by name, as :meth:`as_dict` returns them."""
-        names = {opt.option_name(field): field.name for field in fields(cls)}
-        return cls(**{names.get(name, name): value for name, value in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """All values by the options' names, as they are in checkpoints and in files of measurements."""
-        return {opt.option_name(field): getattr(self, field.name) for field in fields(self)}
 
     def check_batch(self, images: int) -> None:
         """Raises ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
@@ -243,27 +288,18 @@ class TrainConfig:
     @property
     def warm_up_fraction(self) -> float:
         """Of all steps."""
-        if self.warm_up is None:
-            return WARM_UP if self.lr_schedule == "cosine" else 0.0
-        return self.warm_up
-
-    @property
-    def network(self) -> str:
-        """The network in words."""
-        return self.architecture.description + (", without dense connections" if self.plain else "")
+        usual = WARM_UP if self.schedule == "cosine" else 0.0
+        return usual if self.warm_up is None else self.warm_up
 
     @property
     def architecture(self) -> Architecture:
-        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it.
-
-        For images in a folder, ``image_size`` must be given: :class:`~.experiment.Experiment` fills it in.
-        """
+        """The network; raises ``ValueError`` where options contradict each other or the images are too small for it."""
         given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
         named = [option for option, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
         size = self._pixels
-        assert size is not None
+        assert size is not None  # filled in by the experiment where only the data know it
         if self.model is None:
             found = self._for_small_images()
         else:  # its first convolution, which is for ImageNet, is its own from 32 pixels on
@@ -276,6 +312,8 @@ class TrainConfig:
                 f"--image-size {size} is too small for {found.blocks} dense blocks, between which the "
                 f"resolution is halved: use at least {2 ** (found.blocks - 1)}"
             )
+        if self.plain:
+            return replace(found, description=f"{found.description}, without dense connections", plain=True)
         return found
 
     def _for_small_images(self) -> Architecture:
@@ -302,10 +340,9 @@ class TrainConfig:
         return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
     def resolve_device(self, process: int | None = None) -> torch.device:
-        """The device to train on; raises ``ValueError`` if it is not there.
+        """Returns the device to train on, of several processes on a machine each its own GPU.
 
-        Args:
-            process: which one on this machine, where there are several: each takes a GPU of its own.
+        Raises ``ValueError`` if it is not there.
         """
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and process is not None:
@@ -319,7 +356,7 @@ class TrainConfig:
         return device
 
     def resolve_impl(self, device: torch.device) -> str:
-        """``triton``, ``torch`` or ``reference``, whichever runs there; raises ``ValueError`` where ``impl`` cannot."""
+        """Returns ``triton``, ``torch`` or ``reference``; raises ``ValueError`` where ``impl`` cannot run."""
         try:
             return choose_impl(self.impl, device)[0]
         except RuntimeError as error:

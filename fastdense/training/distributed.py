@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "lost_process", "processes"]
-
 T = TypeVar("T")
 
 
@@ -34,22 +32,17 @@ def lost_process(error: BaseException) -> bool:
 class Processes:
     """All processes, as one of them sees them."""
 
-    rank: int = 0
+    rank: int = 0  # 0 prints and writes
     count: int = 1
     local: int | None = None  # number of this process on its machine; None where it is alone
     store: Any = None  # what the processes know in common, also while one of them fails
 
-    @property
-    def first(self) -> bool:
-        """Whether this one prints and writes."""
-        return self.rank == 0
-
     def share(self, numbers: Tensor) -> Tensor:
-        """The part of ``numbers`` that is for this process."""
+        """Returns the part of ``numbers`` that is for this process."""
         return numbers[self.rank :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Computes the sum over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
@@ -62,7 +55,7 @@ class Processes:
         return [int(number) for number in shared.tolist()]
 
     def gather(self, mine: T) -> list[T]:
-        """``mine`` of all ranks, in their order."""
+        """Returns ``mine`` of all ranks, in their order."""
         if self.count == 1:
             return [mine]
         gathered: list[Any] = [None] * self.count
@@ -70,7 +63,7 @@ class Processes:
         return gathered
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_bn: bool) -> nn.Module:
-        """``model``, to be called in training; ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place."""
+        """Returns ``model`` as called in training; ``sync_bn`` turns its norms into ``nn.SyncBatchNorm``, in place."""
         if self.count == 1:
             return model
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -92,7 +85,7 @@ class Processes:
             return True
         try:
             return int(self.store.add("fastdense/failed", 1)) == 1
-        except RuntimeError:  # the store went down with the process that kept it, which has said why
+        except RuntimeError:  # the store went down with the process that held it, which has said why
             return False
 
 

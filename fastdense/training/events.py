@@ -5,20 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-__all__ = [
-    "CheckEvent",
-    "Comparison",
-    "EpochEvent",
-    "Event",
-    "FlowEvent",
-    "NonFiniteLoss",
-    "Note",
-    "Record",
-    "StepEvent",
-    "Stopped",
-    "Summary",
-    "record",
-]
+SCORES = ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -65,18 +52,13 @@ class EpochEvent:
 
 @dataclass(frozen=True)
 class FlowEvent:
-    """The gradient flow of one run after a step, see :func:`fastdense.gradient_flow`; norms of six digits.
-
-    Attributes:
-        total: by block, ``||dLoss/dH_i||`` for ``i = 0 .. L``.
-        contributions: by block, row ``i``, column ``j``: what layer ``j`` sends back to ``H_i``.
-    """
+    """The gradient flow of one run after a step, see :func:`fastdense.gradient_flow`; norms of six digits."""
 
     run: str
     step: int
     epoch: int
-    total: dict[str, list[float]]
-    contributions: dict[str, list[list[float]]]
+    total: dict[str, list[float]]  # by block, ||dLoss/dH_i|| for i = 0 .. L
+    contributions: dict[str, list[list[float]]]  # by block, row i, column j: what layer j sends back to H_i
     event: ClassVar[str] = "flow"
 
 
@@ -125,10 +107,8 @@ class Comparison:
             first = f"over the first {self.check_steps} steps in float64: {self.check_difference:.1e}"
             where = f"{first}; {over_all}, where rounding errors grow"
         curve = f"{verdict} (largest difference of the training loss {where}: {self.difference:.1e})"
-        fewer = f"{self.kept_ratio:.1f} times fewer"
-        if self.kept_ratio < 1:
-            fewer = f"{1 / self.kept_ratio:.1f} times MORE"
-        return f"{curve}, {fewer} bytes saved for backward, step time {self.time_ratio:.2f} times"
+        ratio, word = (self.kept_ratio, "fewer") if self.kept_ratio >= 1 else (1 / self.kept_ratio, "MORE")
+        return f"{curve}, {ratio:.1f} times {word} bytes saved for backward, step time {self.time_ratio:.2f} times"
 
 
 @dataclass(frozen=True)
@@ -144,7 +124,7 @@ Record = Event | Summary | Comparison | Note
 
 
 def record(event: Record) -> dict[str, Any]:
-    """``event`` as a line of measurements."""
+    """Returns ``event`` as a line of measurements."""
     return {"event": event.event, **(event.fields if isinstance(event, Note) else asdict(event))}
 
 

@@ -9,51 +9,50 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.gradient_flow import first_not_finite, gradient_flow
 from ..data.source import Source, batches
 from .config import TrainConfig
-from .diagnose import diagnose, flow
 from .distributed import Processes
-from .events import CheckEvent, Comparison, EpochEvent, Event, NonFiniteLoss
-from .run import Run, saved_for_backward
-
-__all__ = ["Experiment"]
+from .events import SCORES, CheckEvent, Comparison, EpochEvent, Event, FlowEvent, NonFiniteLoss
+from .run import Run, autocast, saved_for_backward
 
 EVALUATION_BATCH = 256  # images, of each process
 SAME_CURVE = 1e-9  # relative, in float64, whose rounding errors are of the order of 1e-16
+FLOW_IMAGES = 32  # at most, of a step's batch: float64 takes twice the memory, and a GPU many times the time
 
 
 class Experiment:
     """One network, or with ``config.compare`` two that start from the same weights and see the same batches.
 
-    Args:
-        config: what to train; the images' size comes from ``data``.
-        data: what to train on.
-        processes: who else trains the same network.
-
-    Attributes:
-        step: steps made so far.
-
-    Raises:
-        ValueError: the device is not there, ``impl`` cannot run on it, or a batch is too large or cannot be shared.
+    The images' size comes from ``data``. Raises ``ValueError`` if the device is not there, ``impl`` cannot run on it,
+    or a batch is too large or cannot be shared by the ``processes``.
     """
 
     def __init__(self, config: TrainConfig, data: Source, processes: Processes | None = None) -> None:
         self.processes = processes or Processes()
         self.config = config = dataclasses.replace(config, image_size=data.image_size)
         self.device = config.resolve_device(self.processes.local)
-        self._check_batch_size(data.train_count)
+        size, count = config.batch_size, self.processes.count
+        if size > data.train_count:
+            raise ValueError(f"--batch-size must be at most {data.train_count}, the training images, got {size}")
+        if size % count:
+            near = max(size // count, 1) * count
+            raise ValueError(f"--batch-size must be divisible by the {count} processes, as {near} is; got {size}")
+        if not config.sync_bn:
+            config.check_batch(size // count)
         self.data = data.to(self.device)
-        self.step = 0
+        self.step = 0  # made so far
         self.steps_per_epoch = data.train_count // config.batch_size
-        self.steps = config.epochs * self.steps_per_epoch
-        if config.steps is not None:
-            self.steps = min(self.steps, config.steps)
+        self.steps = min(config.epochs * self.steps_per_epoch, config.steps or sys.maxsize)
         self.runs = self._runs(torch.float32)
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
@@ -86,36 +85,22 @@ class Experiment:
 
     @property
     def evaluated(self) -> bool:
-        """Whether no evaluation is due any more at the newest step."""
+        """Whether no evaluation is due at the newest step."""
         due = self.step > 0 and (self.step % self.steps_per_epoch == 0 or self.step == self.steps)
         return not due or all(run.evaluations and run.evaluations[-1].step == self.step for run in self.runs)
 
-    def _check_batch_size(self, images: int) -> None:
-        size, count = self.config.batch_size, self.processes.count
-        if size > images:
-            raise ValueError(f"--batch-size must be at most {images}, the training images, got {size}")
-        if size % count:
-            near = max(size // count, 1) * count
-            raise ValueError(f"--batch-size must be divisible by the {count} processes, as {near} is; got {size}")
-        if not self.config.sync_bn:
-            self.config.check_batch(size // count)
-
     def _runs(self, dtype: torch.dtype) -> list[Run]:
-        impl = self.config.resolve_impl(self.device)
-        chosen = self._run("reference" if impl == "reference" else "fastdense", impl, dtype)
-        if not self.config.compare:
-            return [chosen]
-        reference = self._run("reference", "reference", dtype)
-        chosen.model.load_state_dict(reference.model.state_dict())
-        return [reference, chosen]
-
-    def _run(self, name: str, impl: str, dtype: torch.dtype) -> Run:
-        config, processes = self.config, self.processes
-        if impl == "reference" and config.sync_bn and processes.count > 1 and self.device.type == "cpu":
+        config, impl = self.config, self.config.resolve_impl(self.device)
+        impls = {"reference": "reference"} if config.compare else {}
+        impls["reference" if impl == "reference" else "fastdense"] = impl
+        if "reference" in impls and config.sync_bn and self.processes.count > 1 and self.device.type == "cpu":
             raise ValueError(
                 "--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
             )
-        return Run(name, impl, config, self.data, processes, steps=self.steps, device=self.device, dtype=dtype)
+        where: dict[str, Any] = {"steps": self.steps, "device": self.device, "dtype": dtype}
+        runs = [Run(name, impls[name], config, self.data, self.processes, **where) for name in impls]
+        runs[-1].model.load_state_dict(runs[0].model.state_dict())
+        return runs
 
     def _epochs(self, start: int, end: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
         """Each epoch and this process's image numbers of its steps, from the one after ``start`` to ``end``."""
@@ -128,19 +113,16 @@ class Experiment:
                 yield epoch, map(self.processes.share, left)
 
     def events(self) -> Iterator[Event]:
-        """Trains, handing out what happens; see :meth:`rounds`."""
+        """Trains, and yields what happens; see :meth:`rounds`."""
         for events in self.rounds():
             yield from events
 
     def rounds(self) -> Iterator[list[Event]]:
-        """Trains from the current step on, handing out what happened in each step and in each evaluation.
+        """Trains from the current step on, and yields what happened in each step and in each evaluation.
 
-        With ``compare``, the first steps are made in float64 beforehand, where a difference is no rounding
-        but a defect. Then each run makes a step before any makes the next, in alternating order, so that a
-        machine whose speed changes meanwhile favours neither.
-
-        Raises:
-            NonFiniteLoss: a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
+        With ``compare``, the first steps are made in float64 beforehand, where a difference is a defect, not rounding.
+        Then the runs take turns at going first, so that a machine whose speed changes meanwhile favours neither. Raises
+        ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
         """
         if self.step == 0:
             yield from self._check()
@@ -156,34 +138,30 @@ class Experiment:
     def _check(self) -> Iterator[list[Event]]:
         if self.check_steps == 0:
             return
-        self.checked = []
-        runs = self._runs(torch.float64)
+        self.checked, runs = [], self._runs(torch.float64)
         for epoch, numbers in self._epochs(0, self.check_steps):
             for images, labels in self.data.train(numbers, epoch=epoch):
                 for run in runs:
                     run.step(images.double(), labels)
-                step = len(self.checked) + 1
-                losses = [run.losses[-1] for run in runs]
+                step, losses = len(self.checked) + 1, [run.losses[-1] for run in runs]
                 self._require_finite("training loss (in float64)", losses, step, epoch)
-                self.checked.append(CheckEvent(step, reference=losses[0], fastdense=losses[1]))
+                self.checked.append(CheckEvent(step, *losses))
                 yield [self.checked[-1]]
 
     def _step(self, images: Tensor, labels: Tensor) -> list[Event]:
         step, epoch = self.step, self.epoch
         for run in self.runs if step % 2 else reversed(self.runs):
             run.step(images, labels)
-        self._require_finite_steps(images, labels)
+        for run in self.runs:
+            if not run.finite:
+                self._stop(run, diagnose(run, images, labels))
         events: list[Event] = [run.last for run in self.runs if run.last is not None]
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
             events += [flow(run, images, labels, step=step, epoch=epoch) for run in self.runs]
         return events
 
-    def _require_finite_steps(self, images: Tensor, labels: Tensor) -> None:
-        bad = next((run for run in self.runs if not run.finite), None)
-        if bad is None:
-            return
+    def _stop(self, bad: Run, because: str | None) -> None:
         assert bad.last is not None
-        because = diagnose(bad, images, labels)
         self._require_finite("training loss", [run.losses[-1] for run in self.runs], self.step, self.epoch, because)
         what, remedy = "gradient of run {} is not finite", self._smaller_lr
         if bad.last.skipped:
@@ -211,15 +189,12 @@ class Experiment:
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         for run, result in zip(self.runs, results, strict=True):
             assert run.train_loss is not None
-            loss, accuracy, *averaged = result
-            event = EpochEvent(run.name, self.epoch, self.step, run.train_loss, loss, accuracy, peak_bytes=peak)
-            if averaged:
-                event = dataclasses.replace(event, ema_test_loss=averaged[0], ema_test_accuracy=averaged[1])
-            run.evaluations.append(event)
+            scores: dict[str, Any] = {"peak_bytes": peak, **dict(zip(SCORES, result, strict=False))}
+            run.evaluations.append(EpochEvent(run.name, self.epoch, self.step, run.train_loss, **scores))
         return [run.evaluations[-1] for run in self.runs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of training between two rounds; every process must call it."""
+        """Returns the state of training between two rounds; every process must call it."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -235,7 +210,7 @@ class Experiment:
             run.load_state_dict(state["runs"][run.name])
 
     def comparison(self) -> Comparison | None:
-        """The two runs beside each other; ``None`` without ``compare`` or before the first step."""
+        """Compares the two runs; ``None`` without ``compare`` or before the first step."""
         if len(self.runs) < 2 or not all(run.losses for run in self.runs):
             return None
         (reference, chosen), checked = self.runs, self.checked
@@ -252,3 +227,33 @@ class Experiment:
             kept_ratio=reference.kept_bytes / chosen.kept_bytes,
             time_ratio=statistics.median(chosen.seconds) / statistics.median(reference.seconds),
         )
+
+
+def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> FlowEvent:
+    """Measures the gradient flow of ``run`` as it is now, on the first of ``images``; never changes the run."""
+    blocks = gradient_flow(run.model, images[:FLOW_IMAGES], labels[:FLOW_IMAGES])
+    total = {block.name: _six_digits(block.total.tolist()) for block in blocks}
+    contributions = {block.name: [_six_digits(row) for row in block.contributions.tolist()] for block in blocks}
+    return FlowEvent(run.name, step, epoch, total, contributions)
+
+
+def _six_digits(numbers: list[float]) -> list[float]:
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
+    """Returns which layer's values or gradient went first on this batch, in words; never changes the run.
+
+    It repeats the step on a copy, in the arithmetic of the step. ``None`` where that is finite or cannot be done.
+    """
+    scale = run.scaler.get_scale()
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return scale * F.cross_entropy(output, target)
+
+    try:
+        with autocast(images.device, run.amp), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return first_not_finite(run.model, images, labels, loss_fn)
+    except Exception:  # it explains another error, and must not hide that one: out of memory, say
+        return None

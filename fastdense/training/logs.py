@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .diagnose import flows
-from .events import EpochEvent, FlowEvent, Record, StepEvent, record
+import torch
 
-__all__ = ["FlowPictures", "JsonLines", "Log", "TensorBoard", "WholeWrites"]
+from ..analysis.gradient_flow import BlockFlow
+from .checkpoint import replacing
+from .events import SCORES, EpochEvent, FlowEvent, Record, StepEvent, record
 
 # What TensorBoard shows: fields of the events to its tags, which get the run's name.
 STEP_SCALARS = {
@@ -24,50 +25,28 @@ STEP_SCALARS = {
     "seconds": "step_seconds",
     "images_per_second": "images_per_second",
 }
-EPOCH_SCALARS = {
-    name: name for name in ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy", "peak_bytes")
-}
+EPOCH_SCALARS = {name: name for name in (*SCORES, "peak_bytes")}
 
 
-class Log:
-    """Where events are written; every method may raise ``OSError``."""
+class WholeWrites:
+    """A file, cut to its first ``length`` bytes and appended to; each write goes as a whole or not at all.
 
-    def update(self, event: Record) -> None:
-        """Writes what concerns this log of ``event``."""
-        raise NotImplementedError
-
-    def sync(self) -> int:
-        """Lets what was written survive a power failure, and returns the file's length."""
-        return 0
-
-    def close(self) -> None:
-        """Closes the file."""
-
-
-class WholeWrites(Log):
-    """A file to which each write goes as a whole or not at all.
-
-    Unbuffered: what has been written is in the file, and a full disk shows here and not on closing.
-
-    Args:
-        path: the file, appended to.
-        length: bytes of it to keep, from its start; ``None`` for all.
+    Every method may raise ``OSError``. Unbuffered, so that a full disk shows at once and not on closing.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
         self.file = path.open("ab", buffering=0)
         self.regular = stat.S_ISREG(os.fstat(self.file.fileno()).st_mode)  # a pipe or a device keeps what it got
         if length is not None:
-            self._cut(min(length, self.length))
+            self._cut(min(length, self._length()))
 
-    @property
-    def length(self) -> int:
-        """Bytes in the file."""
-        return os.fstat(self.file.fileno()).st_size
+    def update(self, event: Record) -> None:
+        """Writes what concerns this file of ``event``."""
+        raise NotImplementedError
 
     def write(self, data: bytes) -> None:
         """Appends ``data``, or raises ``OSError`` with the file as it was."""
-        before = self.length
+        before = self._length()
         view = memoryview(data)
         try:
             while view:
@@ -76,17 +55,22 @@ class WholeWrites(Log):
             self._cut(before)
             raise
 
+    def sync(self) -> int:
+        """Lets what was written survive a power failure, and returns the file's length."""
+        if self.regular:
+            os.fsync(self.file.fileno())
+        return self._length()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+    def _length(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
     def _cut(self, length: int) -> None:
         if self.regular:
             os.ftruncate(self.file.fileno(), length)
-
-    def sync(self) -> int:
-        if self.regular:
-            os.fsync(self.file.fileno())
-        return self.length
-
-    def close(self) -> None:
-        self.file.close()
 
 
 class JsonLines(WholeWrites):
@@ -143,24 +127,17 @@ class TensorBoard(WholeWrites):
         self.write(b"".join(framed))
 
 
-class FlowPictures(Log):
-    """``flow-RUN-N.png`` in ``folder`` for each look at the gradient flow of ``network`` on ``data``."""
+def draw_flow(folder: Path, network: str, data: str, event: Record) -> None:
+    """Draws ``flow-RUN-N.png`` in ``folder`` for a look at the gradient flow of ``network`` on ``data``."""
+    if not isinstance(event, FlowEvent):
+        return
+    from ..analysis.plots import flow_picture  # matplotlib takes long to import
 
-    def __init__(self, folder: Path, network: str, data: str) -> None:
-        from ..analysis.plots import flow_picture  # matplotlib takes long to import
-
-        self._draw, self._folder, self._network, self._data = flow_picture, folder, network, data
-
-    def update(self, event: Record) -> None:
-        if not isinstance(event, FlowEvent):
-            return
-        path = self._folder / f"flow-{event.run}-{event.step:08d}.png"
-        title = f"Gradient flow: {self._network}, after {event.step:,} steps"
-        caption = f"Loss: cross-entropy, on images of the newest batch of {self._data}; float64."
-        unfinished = path.with_suffix(".partial.png")
-        try:
-            self._draw({event.run: flows(event)}, unfinished, title=title, caption=caption)
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+    flows = [
+        BlockFlow(name, torch.tensor(total).double(), torch.tensor(event.contributions[name]).double())
+        for name, total in event.total.items()
+    ]
+    title = f"Gradient flow: {network}, after {event.step:,} steps"
+    caption = f"Loss: cross-entropy, on images of the newest batch of {data}; float64."
+    with replacing(folder / f"flow-{event.run}-{event.step:08d}.png") as partial:
+        flow_picture({event.run: flows}, partial, title=title, caption=caption)

@@ -11,60 +11,48 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .events import Event, Record, Stopped
+from .config import AT_LEAST_0, Rule, check_options, option
+from .events import Event, Note, Record, Stopped
 from .experiment import Experiment
-from .logs import FlowPictures, JsonLines, Log, TensorBoard
-from .option_fields import AT_LEAST_0, Rule, check_options, option
-
-__all__ = ["LAST", "OutputOptions", "Outputs", "prepare"]
+from .logs import JsonLines, TensorBoard, WholeWrites, draw_flow
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 BEFORE = "metrics.before.jsonl"
 FIRST_RECORD = b'{"event": "header"'  # by which a log is known to be ours
 FIRST_TENSORBOARD = "events.out.tfevents." + 10 * "[0-9]" + ".0"  # the files of runs that began in their folder
 EVERY = re.compile(r"([1-9]\d*) ?(epochs?|steps?)?")
+_EVERY = Rule("a number of epochs or steps, as in 2epochs or 500steps", EVERY.fullmatch)
+_output = partial(option, "Output")
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written besides what is printed; each field says what it is in its ``help``.
+    """What is written besides what is printed, as each field's help says; raises ``ValueError`` for a wrong value."""
 
-    Raises:
-        ValueError: a value is not allowed.
-    """
-
-    out: Path | None = option(  # noqa: RUF009 (a field)
-        "Output", None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
+    out: Path | None = _output(  # noqa: RUF009 (a field)
+        None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
     )
-    resume: bool = option("Output", False, "Go on from last.pt in --out, bit for bit; its options hold.")
-    save_every: str = option(
-        "Output",
-        "1epoch",
-        "How often last.pt is written: 2epochs, 500steps.",
-        Rule("a number of epochs or steps, as in 2epochs or 500steps", lambda text: EVERY.fullmatch(text) is not None),
-    )
-    keep: int = option("Output", 0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
-    tensorboard: bool = option("Output", True, "Write TensorBoard's files to --out.")
-    metrics: Path | None = option(  # noqa: RUF009
-        "Output", None, "Write every step, epoch and result to this file, as JSON lines."
-    )
+    resume: bool = _output(False, "Go on from last.pt in --out, bit for bit; its options hold.")
+    save_every: str = _output("1epoch", "How often last.pt is written: 2epochs, 500steps.", _EVERY)
+    keep: int = _output(0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
+    tensorboard: bool = _output(True, "Write TensorBoard's files to --out.")
+    metrics: Path | None = _output(None, "Write every step, epoch and result to this file, as JSON lines.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return {name: getattr(self, name) for name in ("save_every", "keep", "tensorboard")}
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out, the folder of the run to go on with")
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Steps from one checkpoint to the next."""
+        """Returns how many steps there are from one checkpoint to the next."""
         found = EVERY.fullmatch(self.save_every)
         assert found is not None
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
@@ -74,11 +62,8 @@ def prepare(options: OutputOptions) -> None:
     """Makes the folder ready for a run, or for resuming one.
 
     A run that never came to a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
-    measured stays as ``metrics.before.jsonl``.
-
-    Raises:
-        ValueError: it cannot be written, or holds a run already.
-        ModuleNotFoundError: tensorboardX is not installed.
+    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run,
+    ``ModuleNotFoundError`` without tensorboardX.
     """
     out = options.out
     if out is None:
@@ -103,29 +88,12 @@ def prepare(options: OutputOptions) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
 
-def _metrics_file(path: Path) -> JsonLines:
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-        return JsonLines(path, 0)
-    except OSError as error:
-        raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
-
-
 class Outputs(ExitStack):
-    """Checkpoints and logs of one experiment, in this process.
+    """Checkpoints and logs of one experiment; every process calls the same methods, and only the first one writes.
 
-    Every process has one and calls the same methods; only the first one writes.
-
-    Args:
-        options: what to write.
-        experiment: of what.
-        warn: told what could not be written and was skipped.
-        resumed: the checkpoint that the experiment resumes from.
-
-    Raises:
-        Stopped: a log or the first checkpoint cannot be written, and ``on_error`` is ``"stop"``.
-        ValueError: the file of ``--metrics`` cannot be opened.
+    ``warn`` is told what could not be written and was skipped; ``resumed`` is the checkpoint that ``experiment``
+    resumes from. Raises ``Stopped`` if a log or the first checkpoint cannot be written and ``on_error`` is ``"stop"``,
+    ``ValueError`` if the file of ``--metrics`` cannot be opened.
     """
 
     def __init__(
@@ -137,13 +105,15 @@ class Outputs(ExitStack):
     ) -> None:
         super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
-        self.writing = experiment.processes.first
-        self.logs: dict[str, Log] = {}  # by their names in messages
+        self.writing = experiment.processes.rank == 0
+        self.files: dict[str, WholeWrites] = {}  # by their names in messages
+        self.logs: dict[str, Callable[[Record], None]] = {}  # what is told of each event: the files, and more
         self.saved: tuple[int, bool] | None = None  # step and whether it was evaluated
         self.failing: set[str] = set()  # what could not be written when that was last tried
-        self.stopped = False  # by one of them
+        self.warned = 0  # of so many images that this process could not read
+        self.unreadable: list[str] = []  # the images that were skipped by any process
         if options.metrics is not None and self.writing:
-            self._open_log(f"--metrics {options.metrics}", partial(_metrics_file, options.metrics))
+            self._open_metrics(options.metrics)
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
@@ -153,30 +123,35 @@ class Outputs(ExitStack):
                 self._attempt(LAST, "", self._link)
             self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
-    def _open_logs(self, out: Path, length: int) -> None:
-        config, step = self.experiment.config, self.experiment.step
-        logs: dict[str, Callable[[], Log]] = {
-            METRICS: partial(JsonLines, out / METRICS, length, "resumed" if step else "header")
-        }
-        if config.watch_flow is not None:
-            pictures = partial(FlowPictures, out, config.network, self.experiment.data.name)
-            logs["a picture of the gradient flow"] = pictures
-        if self.options.tensorboard:
-            logs["TensorBoard's file"] = partial(TensorBoard, out, step)
-        for what, make in logs.items():
-            self._attempt(what, "Training goes on without it.", self._open_log, what, make)
+    def _open_metrics(self, path: Path) -> None:
+        try:
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True)
+            self._open(f"--metrics {path}", JsonLines, path, 0)
+        except OSError as error:
+            raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
 
-    def _open_log(self, what: str, make: Callable[[], Log]) -> None:
-        self.logs[what] = make()
-        self.callback(self.logs[what].close)
+    def _open_logs(self, out: Path, length: int) -> None:
+        config, step, later = self.experiment.config, self.experiment.step, "Training goes on without it."
+        header = "resumed" if step else "header"
+        self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
+        if config.watch_flow is not None:
+            importlib.import_module("matplotlib")  # before the first picture
+            draw = partial(draw_flow, out, config.architecture.description, self.experiment.data.name)
+            self.logs["a picture of the gradient flow"] = draw
+        if self.options.tensorboard:
+            name = "TensorBoard's file"
+            self._attempt(name, later, self._open, name, TensorBoard, out, step)
+
+    def _open(self, what: str, kind: Callable[..., WholeWrites], *arguments: Any) -> None:
+        self.files[what] = file = self.enter_context(closing(kind(*arguments)))
+        self.logs[what] = file.update
 
     def log(self, *events: Record) -> None:
         """Appends ``events`` to the logs."""
         for event in events:
-            for what, log in self.logs.items():
-                if not self.stopped:
-                    later = "Training goes on, and so does the log once there is space."
-                    self._attempt(what, later, log.update, event)
+            for what, update in self.logs.items():
+                self._attempt(what, "Training goes on, and so does the log once there is space.", update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
@@ -186,6 +161,21 @@ class Outputs(ExitStack):
         due = experiment.step % every == 0 or experiment.step == experiment.steps
         if experiment.step and experiment.evaluated and (due or self._best()):
             self.save()
+
+    def warn_of_unreadable(self) -> list[str]:
+        """Warns of the images that were skipped since the last call, and returns them."""
+        new = self.experiment.data.unreadable[self.warned :]
+        for line in new:
+            self.warn(f"Skipped an image that cannot be read: {line}")
+        self.warned += len(new)
+        return new
+
+    def record_unreadable(self, new: list[str]) -> None:
+        """Records the ``new`` ones of all processes, each once; every process must call it."""
+        for line in chain(*self.experiment.processes.gather(new)):
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+                self.log(Note("unreadable", {"message": line}))
 
     def _best(self) -> bool:
         """Whether the newest step has the best test accuracy so far: the average's, where there is one."""
@@ -205,7 +195,8 @@ class Outputs(ExitStack):
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
             return
-        contents = checkpoint.contents(self.experiment) | {"output": self.options.as_dict()}
+        options = {name: getattr(self.options, name) for name in ("save_every", "keep", "tensorboard")}
+        contents = checkpoint.contents(self.experiment) | {"output": options}
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
             later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
@@ -213,7 +204,7 @@ class Outputs(ExitStack):
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
-        lengths = {what: log.sync() for what, log in self.logs.items()}
+        lengths = {what: file.sync() for what, file in self.files.items()}
         checkpoint.save({**contents, "metrics_bytes": lengths.get(METRICS, 0)}, path)
         self._link()
 
@@ -229,12 +220,10 @@ class Outputs(ExitStack):
                 old.unlink()
 
     def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
-        """Calls ``write(*arguments)``; an error is the end, or a warning that says what comes ``later``.
-
-        A disk that stays full is worth one warning for each file, until that can be written again.
-        """
+        """Calls ``write(*arguments)``; an error is the end, or a warning, one for each file until it can be written."""
         try:
             write(*arguments)
+            self.failing.discard(what)
         except OSError as error:
             if what.startswith("--metrics"):
                 reason = f"{what} cannot be written: {error.strerror}."
@@ -242,14 +231,12 @@ class Outputs(ExitStack):
             assert self.out is not None
             reason = f"{what} in {self.out} cannot be written: {error.strerror or error}."
             if self.experiment.config.on_error == "stop":
-                self.stopped = True
+                self.logs.clear()  # nothing is written any more
                 whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
                 raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:
                 self.warn(f"{reason} {later}".rstrip())
             self.failing.add(what)
-        else:
-            self.failing.discard(what)
 
     def require_last(self) -> None:
         """Raises ``Stopped`` if the last checkpoint could not be written."""
@@ -257,7 +244,7 @@ class Outputs(ExitStack):
             raise Stopped(f"the last checkpoint could not be written to {self.out}. {self._remedy}")
 
     def advise(self, message: str) -> str:
-        """``message``, and how to resume this run if it has a folder."""
+        """Returns ``message``, and how to resume this run if it has a folder."""
         over = f"Training is over, and {self.out} holds what came of it"
         advice = "" if self.out is None else over if self.experiment.over else self._remedy
         return f"{message}. {advice}".rstrip()

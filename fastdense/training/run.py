@@ -1,7 +1,7 @@
 """One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
 
 The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
-1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``lr_schedule="step"``); the default
+1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``schedule="step"``); the default
 is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
 """
 
@@ -11,8 +11,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -27,9 +26,7 @@ from ..data.source import Source
 from ..nn import DenseBlock
 from .config import AMP, TrainConfig
 from .distributed import Processes
-from .events import EpochEvent, StepEvent, Summary
-
-__all__ = ["Run", "lr_scheduler", "saved_for_backward"]
+from .events import SCORES, EpochEvent, StepEvent, Summary
 
 WARM_UP_START = 0.1  # of the learning rate
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # parts of a run that a checkpoint holds under their names
@@ -41,21 +38,15 @@ def _rng_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_rng_states(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state, device)
-
-
 def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
-    """A linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
+    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
 
     A milestone comes after its fraction of all ``steps``, rounded. A single step has no warm-up.
     """
     config = config or TrainConfig()
     warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
     rest: LRScheduler
-    if config.lr_schedule == "step":
+    if config.schedule == "step":
         falls = [round(fraction * steps) - warm_up for fraction in config.milestones]
         rest = MultiStepLR(optimizer, milestones=falls, gamma=config.gamma)
     else:
@@ -67,23 +58,23 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConf
 
 
 def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Bytes that one training forward saves for backward, parameters and buffers left out.
+    """Measures the bytes that one training forward saves for backward, parameters and buffers left out.
 
     It runs on a copy of the model and forks the generators, so that it does not change the training.
     """
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, _autocast(images.device, amp):
-        loss = F.cross_entropy(probe(images), labels)
-    del loss
+    with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, autocast(images.device, amp):
+        F.cross_entropy(probe(images), labels)
     for block, probed in zip(model.modules(), probe.modules(), strict=True):
         if isinstance(block, DenseBlock) and isinstance(probed, DenseBlock):
             block.resolved_recompute = probed.resolved_recompute
     return saved.bytes
 
 
-def _autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if amp is None else torch.autocast(device.type, dtype=amp)
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    """Computes in ``amp`` where PyTorch finds it safe; ``None`` leaves everything as it is."""
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
 def _copy(tensors: list[Tensor], to: list[Tensor]) -> None:
@@ -103,14 +94,6 @@ class Run:
 
     Everything is built from the seed, so that a run does not depend on whether another runs beside it. With ``dtype``
     float64 there is no autocast.
-
-    Attributes:
-        name: ``"reference"`` or ``"fastdense"``, as in the files of measurements.
-        model: the network; ``state_dict`` has its plain names.
-        network: what is called in training: ``model``, or DDP round it.
-        rng: states of the random generators that belong to this run.
-        ema: the averaged network; ``None`` without one.
-        kept_bytes: saved for backward in a step.
     """
 
     def __init__(
@@ -125,16 +108,17 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.name, self.impl, self.processes = name, impl, processes
+        self.name, self.impl, self.processes = name, impl, processes  # name: reference or fastdense
+        self.label = "reference (torch.cat)" if name == "reference" else name
         amp = "off" if dtype is torch.float64 else config.amp
         self.amp, self.scaler = AMP[amp], torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         torch.manual_seed(config.seed)
         blocks = {"drop_rate": config.drop_rate, "recompute": config.recompute, "impl": impl}
-        model = config.architecture.build(channels=data.channels, classes=data.classes, plain=config.plain, **blocks)
-        self.model = model.to(device, dtype)
+        model = config.architecture.build(channels=data.channels, classes=data.classes, **blocks)
+        self.model = model.to(device, dtype)  # whose state_dict has the plain names
         if processes.rank > 0:  # other images, other dropout masks
             torch.manual_seed((config.seed + processes.rank) % 2**63)
-        self.rng = _rng_states(device)
+        self.rng = _rng_states(device)  # of this run alone
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -148,16 +132,13 @@ class Run:
             # Running statistics are averaged like the weights: those of the newest weights would not fit the average.
             average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.network = processes.wrap(self.model, device, sync_bn=config.sync_bn)
+        self.network = processes.wrap(self.model, device, sync_bn=config.sync_bn)  # what is called in training
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.evaluations: list[EpochEvent] = []
-        self.kept_bytes, self.steps_per_epoch = 0, data.train_count // config.batch_size
+        self.kept_bytes = 0  # saved for backward in a step
+        self.steps_per_epoch = data.train_count // config.batch_size
         self.last: StepEvent | None = None
-
-    @property
-    def label(self) -> str:
-        return "reference (torch.cat)" if self.name == "reference" else "fastdense"
 
     @property
     def recompute_modes(self) -> dict[str, str]:
@@ -175,14 +156,16 @@ class Run:
         return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
+        """Makes one optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
 
         A loss or a gradient that is not finite changes nothing else: weights, optimizer, running statistics and
         generators stay as they were. Where float16 overflows in the gradients alone, the scale falls and the step is
         skipped, as far as weights, schedule and average are concerned.
         """
         device = images.device
-        _set_rng_states(self.rng, device)
+        torch.set_rng_state(self.rng[0])
+        for state in self.rng[1:]:
+            torch.cuda.set_rng_state(state, device)
         self.model.train()
         _finish(device)
         start = time.perf_counter()
@@ -190,11 +173,14 @@ class Run:
         before = [torch.empty_like(buffer) for buffer in buffers]
         _copy(buffers, before)
         self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(device, self.amp):
+        with autocast(device, self.amp):
             loss = F.cross_entropy(self.network(images), labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        value, norm = self._loss_and_norm(loss.detach())
+        # The mean loss of all ranks and the norm of the gradients, which DDP has averaged, in one transfer.
+        mean = self.processes.sum(loss.detach().clone()) / self.processes.count
+        length = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        value, norm = torch.stack([mean, length.to(mean.dtype)]).tolist()
         finite = math.isfinite(value) and math.isfinite(norm)
         overflow = math.isfinite(value) and not finite and self.scaler.is_enabled()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -215,13 +201,6 @@ class Run:
         self.seconds.append(seconds)
         self.last = StepEvent(self.name, len(self.losses), epoch, value, seconds, speed, lr, norm, overflow)
 
-    def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
-        """The mean loss over all ranks and the norm of the gradients, which DDP has averaged; in one transfer."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        loss = self.processes.sum(loss.clone()) / self.processes.count
-        value, length = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        return value, length
-
     @property
     def finite(self) -> bool:
         """Whether the newest step could be made, or its like may succeed with a smaller scale of the loss."""
@@ -231,7 +210,7 @@ class Run:
         return math.isfinite(self.last.loss) and math.isfinite(self.last.grad_norm)
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
-        """Mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
+        """Computes mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
 
         ``batches`` are this process's share of the test images; the results are those of all processes.
         """
@@ -239,31 +218,21 @@ class Run:
         for model in models:
             self.processes.broadcast_buffers(model)
             model.eval()
-        # All logits at once, so that the mean is PyTorch's own, whatever the batches: 4 bytes a class and image.
-        logits: list[list[Tensor]] = [[] for _ in models]
-        labels: list[Tensor] = []
+        totals = torch.zeros(len(models), 3, dtype=torch.float64)  # of each: loss, right answers, images
         with torch.inference_mode():
-            for images, right in batches:
-                labels.append(right)
-                with _autocast(images.device, self.amp):
-                    for model, seen in zip(models, logits, strict=True):
-                        seen.append(model(images))
-            return tuple(number for seen in logits for number in self._score(seen, labels))
-
-    def _score(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[float, float]:
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images
-        if labels:  # fewer test images than processes leave some without any
-            scores, truth = torch.cat(list(logits)).float(), torch.cat(list(labels))
-            loss, right = F.cross_entropy(scores, truth, reduction="sum"), (scores.argmax(1) == truth).sum()
-            totals = torch.stack([loss.double(), right.double()]).cpu()
-            totals = torch.cat([totals, totals.new_full((1,), len(truth))])
-        loss, right, count = self.processes.sum(totals)
-        return (loss / count).float().item(), (right / count).item()
+            for images, labels in batches:
+                for total, model in zip(totals, models, strict=True):
+                    with autocast(images.device, self.amp):
+                        scores = model(images)
+                    loss = F.cross_entropy(scores.float(), labels, reduction="sum")
+                    right = (scores.argmax(1) == labels).sum()
+                    total += torch.tensor([loss.item(), right.item(), len(labels)])
+        self.processes.sum(totals)
+        return tuple((totals[:, :2] / totals[:, 2:]).flatten().tolist())
 
     def summary(self) -> Summary:
-        """The results so far."""
-        last = asdict(self.evaluations[-1]) if self.evaluations else {}
-        scores = ("test_loss", "test_accuracy", "ema_test_loss", "ema_test_accuracy")
+        """Returns the results so far."""
+        last = self.evaluations[-1] if self.evaluations else None
         return Summary(
             run=self.name,
             label=self.label,
@@ -272,11 +241,11 @@ class Run:
             train_loss=self.train_loss,
             step_seconds=statistics.median(self.seconds) if self.seconds else None,
             kept_bytes=self.kept_bytes,
-            **{score: last.get(score) for score in scores},
+            **{score: getattr(last, score, None) for score in SCORES},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training is resumed from, for ``torch.load(weights_only=True)``; every process must call it."""
+        """Returns all that training is resumed from; every process must call it."""
         ema = self.ema
         return {
             **{part: getattr(self, part).state_dict() for part in STATEFUL},
