@@ -60,9 +60,9 @@ def for_block(x: Tensor, layers: Sequence[Any], on_resolved: Callable[[str], Non
     return mode
 
 
-def _say(choice: str, figures: str) -> None:
+def _say(choice: str, sizes: str) -> None:
     """Once for each choice: the numbers vary from step to step."""
-    say_once(f"fastdense: recompute='auto' resolved to {choice}: {figures}", key=choice)
+    say_once(f"fastdense: recompute='auto' resolved to {choice}: {sizes}", key=choice)
 
 
 def plan(network: Any, x: Any) -> dict[str, str]:

@@ -102,7 +102,7 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     made = {
         "right": replace(right, name="right", label="right"),
         "wrong": replace(right, name="wrong", label="wrong", network=lambda spec: Wrong(right.network(spec))),
-        "absent": replace(right, name="absent", label="absent", obstacle=lambda device: "not here"),
+        "absent": replace(right, name="absent", label="absent", unsupported_reason=lambda device: "not here"),
         "fails": replace(right, name="fails", label="fails", network=fails),
     }
     for name, provider in made.items():

@@ -143,7 +143,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished: Path, tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("somebody else's")
     assert "(metrics.jsonl): name another folder" in words(command(*COMMAND, "--out", str(tmp_path)).output)
     result = command("train", "--out", str(tmp_path / "nothing"), "--resume")
-    assert result.exit_code == 2 and "holds no last.pt to go on from" in words(result.output)
+    assert result.exit_code == 2 and "holds no last.pt to resume from" in words(result.output)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -190,8 +190,8 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (lambda path: path.write_text("hello"), "is damaged or no checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of fastdense train"),
         (lambda path: torch.save(torch.zeros(2), path), "is not a checkpoint of fastdense train"),
-        (_edit(format=2), "has format 2, not 1: go on with fastdense"),
-        (_edit(processes=2), "was trained by 2 processes, not 1: go on with torchrun --nproc-per-node 2"),
+        (_edit(format=2), "has format 2, not 1: resume with fastdense"),
+        (_edit(processes=2), "was trained by 2 processes, not 1: resume with torchrun --nproc-per-node 2"),
         (_edit(data={"classes": 7}), "data: classes was 7, and in --data is 10. Name its own data with"),
         (_edit(config={"colour": 1}), "with other options"),
         (_edit(runs={"fastdense": {"model": {}}}), "does not fit the network that it describes"),
@@ -264,7 +264,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
         result = command(*COMMAND, "--out", str(out), "--keep", "2", "--ema", "0.5")
     assert signal.getsignal(signum) is handler
     assert result.exit_code == code, result.output
-    assert f"Interrupted after step 2 of 4. Go on with: fastdense train --out {out} --resume" in words(result.output)
+    assert f"Interrupted after step 2 of 4. Resume with: fastdense train --out {out} --resume" in words(result.output)
     state = load(out / "last.pt")
     assert state["step"] == 2 and state["runs"]["fastdense"]["evaluations"] == [], "the evaluation can wait"
     assert command("train", "--out", str(out), "--resume").exit_code == 0

@@ -183,7 +183,7 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
             "--milestones must be fractions of all steps, as in 1/3,2/3, got 'half'",
         ),
         (["--save-every", "soon"], "--save-every must be a number of epochs or steps, as in 2epochs or 500steps"),
-        (["--resume"], "--resume needs --out, the folder of the run to go on with"),
+        (["--resume"], "--resume needs --out, the folder of the run to resume"),
         (["--lr", "0"], "--lr must be a positive number, got 0"),
         (["--compare", "--impl", "reference"], "must be auto, triton or torch, not reference"),
         (["--metrics", "/dev/null/x"], "--metrics /dev/null/x cannot be written: Not a directory. Name another file"),

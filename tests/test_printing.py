@@ -48,8 +48,8 @@ class Lost(io.StringIO):
 @pytest.mark.parametrize(
     ("writes", "step", "told"),
     [
-        (0, 1, "Go on with: fastdense train --out"),
-        (1, 2, "Go on with"),
+        (0, 1, "Resume with: fastdense train --out"),
+        (1, 2, "Resume with"),
         (3, 6, "Training is over, and"),
         (4, 6, "over"),
     ],
@@ -106,4 +106,4 @@ def test_a_full_standard_output_is_one_line_and_status_1(tmp_path: Path) -> None
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("Stopped: standard output cannot be written: No space left on device, after step 1 of ")
-    assert line.endswith(f"Go on with: fastdense train --out {tmp_path / 'run'} --resume.")
+    assert line.endswith(f"Resume with: fastdense train --out {tmp_path / 'run'} --resume.")

@@ -52,7 +52,7 @@ def test_a_killed_process_is_one_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "Stopped" in line]
     start = f"torchrun --nproc-per-node 2 -m fastdense train --out {tmp_path / 'run'} --resume."
-    assert line.endswith(f"Stopped: another process has ended, after step 3 of 132. Go on with: {start}"), line
+    assert line.endswith(f"Stopped: another process has ended, after step 3 of 132. Resume with: {start}"), line
     assert "commands.py" not in done.stderr and "gloo" not in done.stderr, "a traceback of ours"
 
 

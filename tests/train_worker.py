@@ -169,7 +169,7 @@ def lost_output_of_rank_0_ends_both(ranks: Processes) -> None:
         printer.on_broken_pipe()
     with (
         Outputs(OutputOptions(out=folder), experiment, print) as outputs,
-        pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Go on with: torchrun --nproc-per-node 2"),
+        pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Resume with: torchrun --nproc-per-node 2"),
     ):
         train.train(printer, experiment, outputs)
     if ranks.rank == 0:

@@ -288,31 +288,31 @@ def profile_layers(job: Job) -> None:
 def _profile(step: Step, job: Job) -> dict[str, Any]:
     for _ in range(1 if job.rehearsal else 3):
         step()
-    with launches_noted() as noted:
+    with launches_recorded() as recorded:
         if job.rehearsal:  # the launches stand for what would have been traced
             step()
-            kernels = [(launch.kernel.__name__, 1e-6) for launch in noted]
+            kernels = [(launch.kernel.__name__, 1e-6) for launch in recorded]
         else:
             kernels = traced(step)
-    names = {launch.kernel.__name__ for launch in noted}
+    names = {launch.kernel.__name__ for launch in recorded}
     ours = [seconds for name, seconds in kernels if name in names]
     others: defaultdict[str, float] = defaultdict(float)
     for name, seconds in kernels:
         if name not in names:
             others[name[:NAME_CHARACTERS]] += seconds
-    matched = len(ours) == len(noted)
+    matched = len(ours) == len(recorded)
     return {
         "kernels": len(kernels),
         "device_seconds": sum(seconds for _, seconds in kernels),
         "ours_seconds": sum(ours),
         "matched": matched,
-        "rows": _rows(noted, ours, job) if matched else [],
+        "rows": _rows(recorded, ours, job) if matched else [],
         "others": dict(sorted(others.items(), key=lambda pair: -pair[1])[:OTHERS]),
     }
 
 
 @contextmanager
-def launches_noted() -> Iterator[list[launches.Launch]]:
+def launches_recorded() -> Iterator[list[launches.Launch]]:
     """Notes the launches that are made within the ``with``, in order, without their tensors."""
     found: list[launches.Launch] = []
     make = TritonBackend.launch
@@ -339,11 +339,11 @@ def traced(step: Step) -> list[tuple[str, float]]:
     return [(event["name"], event["dur"] / 1e6) for event in kernels]
 
 
-def _rows(noted: list[launches.Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
+def _rows(recorded: list[launches.Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
     """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
     rates = measured_rates(job)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for launch, seconds in zip(noted, kernels, strict=True):
+    for launch, seconds in zip(recorded, kernels, strict=True):
         operation, tile = launches.name_of(launch), launch.config
         moved, shape = traffic_of(launch, DTYPE.itemsize)
         config = f"{tile.block_m}x{tile.block_c}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"

@@ -73,13 +73,13 @@ class Provider:
     name: str  # what a command line calls it
     label: str  # what tables and records call it
     network: Callable[[NetworkSpec], nn.Module]
-    obstacle: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run on a device
+    unsupported_reason: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run on a device
     compile_mode: str | None = None  # of torch.compile
     exact: bool = True  # whether it can be checked in float64: plain PyTorch operators, run as they are written
 
     def require(self, device: torch.device) -> None:
         """Raises :class:`Unavailable` where this provider cannot run on ``device``."""
-        if (reason := self.obstacle(device)) is not None:
+        if (reason := self.unsupported_reason(device)) is not None:
             raise Unavailable(reason)
 
     def build(self, spec: NetworkSpec) -> nn.Module:
@@ -177,7 +177,7 @@ def _ours(recompute: str, impl: str) -> Provider:
 
 
 _MEMORY_EFFICIENT = partial(_torchvision, memory_efficient=True)
-_COMPILED: dict[str, Any] = {"network": _torchvision, "obstacle": _no_compiler, "exact": False}
+_COMPILED: dict[str, Any] = {"network": _torchvision, "unsupported_reason": _no_compiler, "exact": False}
 _LISTED = (
     Provider(BASE, "torchvision", _torchvision, _no_torchvision),
     Provider("memory-efficient", "torchvision memory_efficient", _MEMORY_EFFICIENT, _no_torchvision),

@@ -133,7 +133,7 @@ class Check:
         self.spec, self.options = spec, options
         small = batch * size**2 <= CHECKED_PIXELS
         self.batch, self.size = (batch, size) if small else SMALL_CHECK
-        self.base = REFERENCE if PROVIDERS[BASE].obstacle(options.torch_device) else PROVIDERS[BASE]
+        self.base = REFERENCE if PROVIDERS[BASE].unsupported_reason(options.torch_device) else PROVIDERS[BASE]
         self.truth = self._outcome(self.base, "float64")
         self.theirs: dict[str, float] = {}
 

@@ -1,1 +1,1 @@
-"""What the host does in little time and often, one pytest-benchmark each: ``make micro``, ``make micro-baseline``."""
+"""CPU overhead: what is short and runs often, one pytest-benchmark each: ``make micro``, ``make micro-baseline``."""

@@ -329,7 +329,7 @@ class TorchBackend:
         needs_weight, needs_norm = conv.needs[2], conv.needs[0] or conv.needs[1]
         bn = self._bn(conv.norm, source)
         kernel = Convolution(conv.weight, self.dtype)
-        # The first channel whose dy anybody wants.
+        # The first channel whose dy is needed.
         lo = 0 if needs_norm or into is None else into.start
         wanted = needs_norm or into is not None
         d_weight: Tensor | None = None

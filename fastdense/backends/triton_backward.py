@@ -51,7 +51,7 @@ class ConvBackward(NamedTuple):
             self.into.D.zero_()
         blocks = -(-writes // config.block_k)
         together = weight.taps == 1 and config.group >= blocks
-        # The first column tile whose dy anybody wants.
+        # The first column tile whose dy is needed.
         first = 0 if needs_gamma or needs_beta or (needs_weight and together) else self.start // config.block_c
         columns = -(-reads // config.block_c) - first
         data, weights = self._share(config, columns, weight.taps * blocks, together)

@@ -24,7 +24,7 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
 CURVE_WIDTH = 30
 PLAIN_LINES = 20  # epochs that a log reports, however many there are
-HEARTBEAT_SECONDS = 30.0  # longest silence in a log while steps go on
+HEARTBEAT_SECONDS = 30.0  # longest silence in a log while it trains
 STEP_TIME_WINDOW = 20  # steps whose median is shown while training
 
 
@@ -91,7 +91,7 @@ def introduction(experiment: Experiment) -> str:
         f"SGD, learning rate {config.lr:g}, seed {config.seed}{recipe}.",
         f"On {where}, implementation {experiment.runs[-1].impl}.",
         f"recompute='auto' resolved to {in_words(modes)}." if modes else "",
-        f"Going on after step {experiment.step:,}." if experiment.step else "",
+        f"Resuming after step {experiment.step:,}." if experiment.step else "",
     ]
     return "\n".join(filter(None, lines))
 

@@ -25,7 +25,7 @@ from .experiment import Experiment
 
 FORMAT = 1
 KIND = "fastdense train"
-OTHER = "copy another one over it (best.pt, or one of --keep) to go on from there, or start again elsewhere"
+OTHER = "copy another one over it (best.pt, or one of --keep) to resume from there, or start again elsewhere"
 
 
 def contents(experiment: Experiment) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _compare_checksums(path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Returns the checkpoint in ``path``, its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
     if not path.exists():
-        raise ValueError(f"{path.parent} holds no {path.name} to go on from: leave --resume out to start there")
+        raise ValueError(f"{path.parent} holds no {path.name} to resume from: leave --resume out to start there")
     with _reading(path, f": {OTHER}"):
         _compare_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,7 +131,7 @@ def load(path: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         version = state.get("versions", {}).get("fastdense")
         raise ValueError(
-            f"{path} has format {state['format']}, not {FORMAT}: go on with fastdense {version}, its writer"
+            f"{path} has format {state['format']}, not {FORMAT}: resume with fastdense {version}, its writer"
         )
     return state
 
@@ -166,7 +166,7 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
             if was is None or was is False:
                 begun = "without it"
             raise ValueError(
-                f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to go on, or "
+                f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to resume, or "
                 "start again in another --out"
             )
     return TrainConfig(**config | dict(given))
@@ -190,7 +190,7 @@ def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> Non
             )
     if count != experiment.processes.count:
         raise ValueError(
-            f"{path} was trained by {count} processes, not {experiment.processes.count}: go on with "
+            f"{path} was trained by {count} processes, not {experiment.processes.count}: resume with "
             + (f"torchrun --nproc-per-node {count}" if count > 1 else "fastdense train, without torchrun")
         )
     try:

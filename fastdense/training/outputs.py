@@ -40,7 +40,7 @@ class OutputOptions:
     out: Path | None = _output(  # noqa: RUF009 (a field)
         None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
     )
-    resume: bool = _output(False, "Go on from last.pt in --out, bit for bit; its options hold.")
+    resume: bool = _output(False, "Resume from last.pt in --out, bit for bit; its options hold.")
     save_every: str = _output("1epoch", "How often last.pt is written: 2epochs, 500steps.", _EVERY)
     keep: int = _output(0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
     tensorboard: bool = _output(True, "Write TensorBoard's files to --out.")
@@ -49,7 +49,7 @@ class OutputOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.resume and self.out is None:
-            raise ValueError("--resume needs --out, the folder of the run to go on with")
+            raise ValueError("--resume needs --out, the folder of the run to resume")
 
     def steps(self, steps_per_epoch: int) -> int:
         """Returns how many steps there are from one checkpoint to the next."""
@@ -61,7 +61,7 @@ class OutputOptions:
 def prepare(options: OutputOptions) -> None:
     """Makes the folder ready for a run, or for resuming one.
 
-    A run that never came to a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
+    A run that never wrote a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
     measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run,
     ``ModuleNotFoundError`` without tensorboardX.
     """
@@ -80,7 +80,7 @@ def prepare(options: OutputOptions) -> None:
                 log.unlink()
             held = []
         if held and not options.resume:
-            remedy = "go on with --resume, or name another folder" if LAST in held else "name another folder"
+            remedy = "resume it with --resume, or name another folder" if LAST in held else "name another folder"
             raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(out)
@@ -132,7 +132,7 @@ class Outputs(ExitStack):
             raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
 
     def _open_logs(self, out: Path, length: int) -> None:
-        config, step, later = self.experiment.config, self.experiment.step, "Training goes on without it."
+        config, step, later = self.experiment.config, self.experiment.step, "Training continues without it."
         header = "resumed" if step else "header"
         self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
         if config.watch_flow is not None:
@@ -151,7 +151,7 @@ class Outputs(ExitStack):
         """Appends ``events`` to the logs."""
         for event in events:
             for what, update in self.logs.items():
-                self._attempt(what, "Training goes on, and so does the log once there is space.", update, event)
+                self._attempt(what, "Training continues, and so does the log once there is space.", update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
@@ -199,7 +199,7 @@ class Outputs(ExitStack):
         contents = checkpoint.contents(self.experiment) | {"output": options}
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
-            later = "" if last or self.experiment.over else "Training goes on; the next save tries again."
+            later = "" if last or self.experiment.over else "Training continues; the next save tries again."
             self._attempt(LAST, later, self._save, self.out / LAST, contents)
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Outputs(ExitStack):
     def _remedy(self) -> str:
         assert self.out is not None
         if not (self.out / LAST).exists():
-            return "There is no checkpoint to go on from: once --out can be written, start again with the same command"
+            return "There is no checkpoint to resume from: once --out can be written, start again with the same command"
         count = self.experiment.processes.count
         start = f"torchrun --nproc-per-node {count} -m fastdense" if count > 1 else "fastdense"
-        return f"Go on with: {start} train --out {shlex.quote(str(self.out))} --resume"
+        return f"Resume with: {start} train --out {shlex.quote(str(self.out))} --resume"
