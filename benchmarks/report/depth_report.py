@@ -106,8 +106,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def _style(name: str) -> dict[str, Any]:
     """A colour for each provider; dashes, because some lines lie on others."""
+    from .plots import colours
+
     place = list(PROVIDERS).index(name)
-    return {"color": f"C{place}", "linestyle": "-" if place % 2 else "--"}
+    shades = colours(provider.label for provider in PROVIDERS.values())
+    return {"color": shades[place], "linestyle": "-" if place % 2 else "--"}
 
 
 def _curves(axis: Any, answers: dict[str, Any], budget: float) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,27 +17,39 @@ from .tables import made, speed_conditions
 
 Record = dict[str, Any]
 CAPTION_CHARACTERS = 120
+OURS = ("#0b6e4f", "#2a9d5c", "#66bb6a", "#1b4332", "#95d5b2")
+THEIRS = ("#555555", "#c1666b", "#d4a017", "#4a6fa5", "#7b5ea7")
+
+
+def colours(labels: Iterable[str]) -> list[str]:
+    """A colour for each provider: greens are fastdense's."""
+    ours, theirs = cycle(OURS), cycle(THEIRS)
+    return [next(ours if label.startswith("fastdense") else theirs) for label in labels]
 
 
 def step_against_memory(record: Record, path: Path) -> None:
     """A record of speed: step time against bytes saved, each provider a point; the lower left corner is best."""
-    axes = _axes()
-    for label, row in measured(record, "step", "bytes_kept").items():
+    rows = measured(record, "step", "bytes_kept")
+    axes = _axes(rows)
+    for label, row in rows.items():
         median, p20, p80 = (row["step"][name] * 1e3 for name in ("median", "p20", "p80"))
         spread = [[median - p20], [p80 - median]]
         axes.errorbar(row["bytes_kept"] / 1e6, median, spread, capsize=3, label=label, linestyle="none")
     axes.set(xlabel="saved for backward [MB]", ylabel="training step [ms], bars: 20 % to 80 %", xlim=(0, None))
+    arrow = {"arrowstyle": "->", "color": "#777777"}
+    axes.annotate("better", (0.02, 0.03), (0.12, 0.13), xycoords="axes fraction", color="#777777", arrowprops=arrow)
     _save(axes, f"One training step of {record['settings']['model']}", speed_conditions(record), path)
 
 
 def images_against_batch(record: Record, path: Path) -> None:
     """A record of speed with several batches: images a second against the batch size."""
-    batch, axes = record["settings"]["batch"], _axes()
-    for label, row in measured(record, "step").items():
+    batch, rows = record["settings"]["batch"], measured(record, "step")
+    axes = _axes(rows)
+    for label, row in rows.items():
         points = {batch: row["images_per_second"]}
         points |= {size: found["images_per_second"] for size, found in _sweep(row).items()}
         axes.plot(*zip(*sorted(points.items()), strict=True), label=label)
-    swept = [(size, found) for row in measured(record, "step").values() for size, found in _sweep(row).items()]
+    swept = [(size, found) for row in rows.values() for size, found in _sweep(row).items()]
     axes.set_xscale("log", base=2)
     sizes = sorted({batch, *(size for size, _ in swept)})
     axes.set_xticks(sizes, list(map(str, sizes)))
@@ -47,9 +61,10 @@ def images_against_batch(record: Record, path: Path) -> None:
 
 def memory_against_depth(record: Record, path: Path) -> None:
     """A record of memory with depths: bytes saved for an image against the number of layers."""
-    settings, results, axes = record["settings"], record["results"], _axes()
-    depths = settings["depths"]
-    for label in dict.fromkeys(label for name in depths["of"] for label in results.get(name, {})):
+    settings, results, depths = record["settings"], record["results"], record["settings"]["depths"]
+    labels = list(dict.fromkeys(label for name in depths["of"] for label in results.get(name, {})))
+    axes = _axes(labels)
+    for label in labels:
         rows = {depth: results.get(name, {}).get(label, {}) for name, depth in sorted(depths["of"].items())}
         saved = {depth: row["bytes_kept"] for depth, row in rows.items() if "bytes_kept" in row}
         megabytes = [saved[depth] / settings["batch"] / 1e6 for depth in sorted(saved)]
@@ -92,19 +107,23 @@ def _sweep(row: Record) -> dict[int, Record]:
     return {int(size): found for size, found in row.get("batches", {}).items() if "step" in found}
 
 
-def _axes() -> Axes:
+def _axes(labels: Iterable[str]) -> Axes:
+    """Axes on which each of ``labels`` gets a colour and a marker, smaller and smaller: points may coincide."""
     axes = Figure(figsize=(9, 5), dpi=150, layout="constrained").add_subplot()
-    colours = matplotlib.color_sequences["tab10"]
-    axes.set_prop_cycle(color=colours, marker=list("osD^vP*Xh<"), markersize=range(11, 1, -1))  # points may coincide
-    axes.grid(alpha=0.4)
+    shades = colours(labels)
+    markers = ("osD^vP*Xh<" * len(shades))[: len(shades)]
+    axes.set_prop_cycle(color=shades, marker=list(markers), markersize=np.linspace(12, 6, len(shades)))
+    axes.grid(color="#e3e3e3")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     return axes
 
 
 def _save(axes: Axes, title: str, caption: str, path: Path) -> None:
     axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", fontweight="bold")
     figure: Any = axes.figure
-    figure.legend(loc="outside right upper", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
     figure.supxlabel(textwrap.fill(caption, CAPTION_CHARACTERS), fontsize=7.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
