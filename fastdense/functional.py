@@ -189,7 +189,7 @@ def run_transition(
     if support.runs_by_modules(impl, "transition", reason):
         x = norm(x) if relu is None else relu(norm(x))
         return (conv(pool(x)) if support.pools_first(conv, pool) else pool(conv(x))), None
-    return fused_transition(x, norm, conv, pool, impl, moments, want_moments)
+    return fused_pool(x, norm, conv.weight, validate.windows("average", pool), impl, moments, want_moments)
 
 
 def run_stem(
@@ -200,26 +200,14 @@ def run_stem(
         impl, "stem", support.norm_unsupported_reason(norm, relu) or support.maximum_unsupported_reason(pool)
     ):
         return pool(norm(x) if relu is None else relu(norm(x))), None
-    return fused_stem(x, norm, pool, impl, want_moments)
+    return fused_pool(x, norm, None, validate.windows("maximum", pool), impl, None, want_moments)
 
 
 def run_head(x: Tensor, norm: Any, impl: str, moments: Moments | None = None) -> Tensor:
     """:func:`bn_relu_mean_pool`; ``moments`` are those of ``x``."""
     if support.runs_by_modules(impl, "head", support.norm_unsupported_reason(norm, None)):
         return F.relu(norm(x)).flatten(2).mean(2)
-    return _fused_pool(x, norm, None, Pool("mean"), impl, moments)[0]
-
-
-def fused_transition(
-    x: Tensor, norm: Any, conv: Any, pool: Any, impl: str, moments: Moments | None = None, want_moments: bool = False
-) -> tuple[Tensor, Moments | None]:
-    """:func:`run_transition` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
-    return _fused_pool(x, norm, conv.weight, validate.windows("average", pool), impl, moments, want_moments)
-
-
-def fused_stem(x: Tensor, norm: Any, pool: Any, impl: str, want_moments: bool = False) -> tuple[Tensor, Moments | None]:
-    """:func:`run_stem` of modules that are known to run fused; a ReLU follows ``norm`` or is part of it."""
-    return _fused_pool(x, norm, None, validate.windows("maximum", pool), impl, None, want_moments)
+    return fused_pool(x, norm, None, Pool("mean"), impl, moments)[0]
 
 
 class _Call(NamedTuple):
@@ -286,7 +274,7 @@ def fused_block(
     return X, (mean, var) if want_moments else None
 
 
-def _fused_pool(
+def fused_pool(
     x: Tensor,
     norm: Any,
     weight: Tensor | None,
@@ -295,6 +283,7 @@ def _fused_pool(
     moments: Moments | None = None,
     want_moments: bool = False,
 ) -> tuple[Tensor, Moments | None]:
+    """What stands round the blocks, of modules known to run fused; a ReLU follows ``norm`` or is part of it."""
     validate.pool_input(x, norm, weight, pool)
     x, moments, (frozen,), group, m, backend = _Call.of(x, moments, [norm], impl, casts=weight is not None)
     moments = None if frozen else moments

@@ -51,11 +51,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     from fastdense import functional
 
     seen: list[tuple[int, ...]] = []
-    original = functional.fused_stem
+    original = functional.fused_pool
 
-    def spy(x: torch.Tensor, *rest: Any) -> Any:
-        seen.append(tuple(x.shape))
-        return original(x, *rest)
+    def spy(x: torch.Tensor, norm: Any, weight: Any, pool: Any, *rest: Any) -> Any:
+        if pool.kind == "maximum":
+            seen.append(tuple(x.shape))
+        return original(x, norm, weight, pool, *rest)
 
-    monkeypatch.setattr(functional, "fused_stem", spy)
+    monkeypatch.setattr(functional, "fused_pool", spy)
     return seen

@@ -68,22 +68,18 @@ class SyncBackend:
         return getattr(self.inner, name)
 
     def moments(self, of: Features) -> None:
-        """As ``inner``, with the moments of all ranks."""
         self.inner.moments(of)
         self._share_moments(of)
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
-        """As ``inner``, with the moments of all ranks."""
         self.inner.copy_with_moments(x, out)
         self._share_moments(out)
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """As ``inner``, with the moments of all ranks."""
         self.inner.bn_relu_conv(source, conv, out, dropout)
         self._share_moments(out)
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
-        """As ``inner``, with the moments of all ranks."""
         self.inner.bn_relu_pool(source, norm, pool, out)
         self._share_moments(out)
 
@@ -117,7 +113,6 @@ class SyncBackend:
         *,
         accumulate: bool,
     ) -> Gradients:
-        """As ``inner``; ``into.a`` and ``into.b`` get the share of all ranks."""
         gradients: Gradients = []
 
         def inner(mine: LazyGradient | None) -> None:
@@ -131,7 +126,6 @@ class SyncBackend:
     def bn_relu_pool_backward(
         self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
     ) -> Gradients:
-        """As ``inner``; ``into.a`` and ``into.b`` get the share of all ranks."""
         gradients: Gradients = []
 
         def inner(mine: LazyGradient | None) -> None:

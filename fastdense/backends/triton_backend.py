@@ -1,6 +1,7 @@
 """The primitives as Triton kernels, on a CUDA GPU or, under ``TRITON_INTERPRET=1``, on the CPU.
 
-This is the host side: the arguments of each launch. How one is launched is ``triton_launcher.py``'s.
+This is the host side: the arguments of each launch. What each primitive computes, ``Backend`` says; how one is
+launched is ``triton_launcher.py``'s.
 """
 
 from __future__ import annotations
@@ -68,13 +69,11 @@ class TritonBackend(Launcher):
         return True
 
     def moments(self, of: Features) -> None:
-        """The batch moments of ``of``, from its rows."""
         if not self.no_pixels(of):
             rows = of.rows
             self._copy(None, rows, of, (1, 1, 1), (rows.stride(0), 1, 0, 0, 0))
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
-        """``out.rows = x``, with moments if ``out`` is tracked."""
         if self.no_pixels(out):
             return
         if x.stride(1) != 1:  # PyTorch transposes fast
@@ -105,7 +104,6 @@ class TritonBackend(Launcher):
         )  # fmt: skip
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """``out.rows = dropout(conv(pool(relu(bn(source)))))`` with the moments of the stored values."""
         if self.no_pixels(out):
             return
         weight = Weight.of(conv)
@@ -137,14 +135,12 @@ class TritonBackend(Launcher):
         )  # fmt: skip
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
-        """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
         if not self.no_pixels(out):
             pool_forward(self, source, norm, pool, out)
 
     def bn_relu_pool_backward(
         self, grad: Tensor, norm: Norm, pool: Pool, source: Features, into: LazyGradient | None
     ) -> Gradients:
-        """With ``dy = pool^T(grad) * (relu's mask)``: ``into.D = gamma*r*dy``, and what ``Backend`` says."""
         if not self.m:
             return [torch.zeros(source.rows.shape[1], dtype=torch.float32, device=self.device) for _ in range(2)]
         return pool_backward(self, grad, norm, pool, source, into)
@@ -196,7 +192,6 @@ class TritonBackend(Launcher):
         return out
 
     def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
-        """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]`` in the feature dtype."""
         shape = (self.images, of.rows.shape[1], *self.spatial)
         if out is None:
             out = empty_features(shape, dtype=self.dtype, device=self.device)
@@ -214,7 +209,6 @@ class TritonBackend(Launcher):
         *,
         accumulate: bool,
     ) -> Gradients:
-        """With ``dy = pool^T(conv^T(grad)) * (relu's mask)``: ``into.D (+)= gamma*r*dy``, and what ``Backend`` says."""
         reads, writes = source.rows.shape[1], conv.weight.shape[0]
         needs_dy = into is not None or any(conv.needs[:2])
         if not (conv.needs[2] or needs_dy):

@@ -25,7 +25,7 @@ from ..ops.support import (
     refusal,
     sync_unsupported_reason,
 )
-from ..ops.validate import block_input
+from ..ops.validate import block_input, windows
 from ..reference import NORMS
 
 __all__ = [
@@ -96,7 +96,6 @@ class BlockSpec(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The kind of candidate that it describes."""
         return "block"
 
 
@@ -113,7 +112,6 @@ class TransitionSpec(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The kind of candidate that it describes."""
         return "transition"
 
 
@@ -132,7 +130,6 @@ class StemSpec(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The kind of candidate that it describes."""
         return "stem"
 
 
@@ -313,7 +310,7 @@ def _run_transition(found: list[Any], spec: TransitionSpec, impl: str, x: Tensor
     if not pools_first(conv, pool):
         return "its pooling and its convolution cannot change places any more", None
     if average_unsupported_reason(conv, pool) is None:
-        return None, functional.fused_transition(x, norm, conv, pool, impl)[0]
+        return None, functional.fused_pool(x, norm, conv.weight, windows("average", pool), impl)[0]
     x = norm(x)
     return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
 
@@ -329,7 +326,7 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
         return f"stem: {reason}", None
     for name, child in module._modules.items():
         if name == run[0]:
-            x = functional.fused_stem(x, found[spec.norm], found[spec.pool], impl)[0]
+            x = functional.fused_pool(x, found[spec.norm], None, windows("maximum", found[spec.pool]), impl)[0]
         elif name not in run:
             x = child(x)
     return None, x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..backends.philox import keep_mask
-from .converted import BlockSpec, Converted, Spec, converted_class
+from .converted import BlockSpec, Converted, Spec, converted_class, resolve
 from .trace import Unsupported, clone_with, eval_sync_batchnorm, isolated, kind_of, summary
 
 __all__ = ["disagreement"]
@@ -104,17 +104,10 @@ def _disagreement(
 
 def _raise_dropout(copy: nn.Module, spec: BlockSpec) -> None:
     """Every rate above 0, also where it is 0 today."""
-    owners = list(_owners(copy, spec))
+    owners, _ = resolve(copy, spec.nodes)
     for layer in spec.layers:
         if layer.dropout is not None and layer.dropout.attribute is not None:
             setattr(owners[layer.dropout.owner], layer.dropout.attribute, 0.3)
-
-
-def _owners(copy: nn.Module, spec: BlockSpec) -> Iterator[Any]:
-    found: list[Any] = [copy]
-    for node in spec.nodes[1:]:
-        found.append(found[node.parent]._modules[node.name])
-    return iter(found)
 
 
 def _results(copy: nn.Module, spec: Spec, x: Tensor, initial: dict[str, Tensor]) -> dict[str, Tensor | None]:
