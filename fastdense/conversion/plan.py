@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,18 +161,17 @@ def _saved_bytes(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tupl
 
 
 def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int] | None) -> None:
-    title = f"fastdense.plan: {type(model).__name__}"
-    header = ["module", "kind", "class", "action"]
+    title, header = f"fastdense.plan: {type(model).__name__}", ["module", "kind", "class", "action"]
     rows = [
         [e.name or "(the model)", e.kind, e.type, f"{e.action}: {e.reason}" if e.reason else e.action] for e in entries
     ]
     if input_shape is not None:
         title += f", input {tuple(input_shape)}"
         header += ["saved before", "saved after", "less"]
-        sums = [_total([getattr(e, f"bytes_{what}") for e in entries]) for what in ("before", "after", "saved")]
-        for row, e in zip(rows, entries, strict=True):
-            row += [_megabytes(e.bytes_before), _megabytes(e.bytes_after), _megabytes(e.bytes_saved)]
-        rows.append(["together", "", "", "", *map(_megabytes, sums)])
+        sizes = [(e.bytes_before, e.bytes_after, e.bytes_saved) for e in entries]
+        rows.append(["together", "", "", ""])
+        for row, cells in zip(rows, [*sizes, map(_total, zip(*sizes, strict=True))], strict=True):
+            row += ["?" if size is None else f"{size / 1e6:.1f} MB" for size in cells]
     if not entries:
         print(f"{title}: no dense blocks found")
         return
@@ -180,7 +179,9 @@ def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        _print_plain(title, header, rows)
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows))
+        print(title, *lines, sep="\n")
         return
     table = Table(title=title)
     for i, name in enumerate(header):
@@ -190,17 +191,6 @@ def _print(model: nn.Module, entries: list[PlanEntry], input_shape: Sequence[int
     Console(width=max(120, shutil.get_terminal_size().columns)).print(table)
 
 
-def _print_plain(title: str, header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    print(title)
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _total(values: list[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
+def _total(sizes: Iterable[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
     return sum(known) if known else None
-
-
-def _megabytes(size: int | None) -> str:
-    return "?" if size is None else f"{size / 1e6:.1f} MB"
