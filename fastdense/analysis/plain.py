@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ..conversion.blocks import dense_blocks, with_dense_blocks
 from ..reference import BATCH_NORM, CONV, stages, widths
 
-__all__ = ["PlainBlock", "without_dense_connections"]
-
 
 class PlainBlock(nn.ModuleDict):
     """A dense block's layers as a chain: layer ``l`` reads ``H_l`` alone, and the last output alone leaves the block.

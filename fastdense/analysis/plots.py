@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 
 from .gradient_flow import BlockFlow, BlockReuse
 
-__all__ = ["flow_picture", "reuse_picture"]
-
 DPI = 150
 MAX_WIDTH = 16.0  # inches
 CAPTION_CHARACTERS_PER_INCH = 15.5

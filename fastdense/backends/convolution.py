@@ -10,8 +10,6 @@ from ..core.features import CHANNELS_LAST, as_images, as_rows
 from ..core.primitives import Pool
 from .tiling import Piece
 
-__all__ = ["Convolution", "MaxPool"]
-
 
 class Convolution:
     """A convolution over rows: stride 1, odd kernel, "same" zero padding.

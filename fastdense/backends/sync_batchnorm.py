@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ..core.features import Features, LazyGradient
 from ..core.primitives import Backend, Conv, Dropout, Gradients, Norm, Pool
 
-__all__ = ["SyncBackend", "group_of"]
-
 
 def group_of(norms: Iterable[Any]) -> str | None:
     """The name of the process group that ``norms`` share their batch statistics with: ``""`` if they do not.

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from ..core.primitives import Pool
 
-__all__ = ["Piece", "of_images", "of_rows"]
-
 
 class Piece(NamedTuple):
     """What is worked on at a time.

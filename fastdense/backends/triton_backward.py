@@ -14,8 +14,6 @@ from ..kernels.launch import LaunchConfig, Split, Work
 from .triton_launcher import Launcher, Pending
 from .triton_operands import Weight, dense_like, norm_vectors, readable, tap_stride, unit_of, weight_unit
 
-__all__ = ["ConvBackward"]
-
 
 class ConvBackward(NamedTuple):
     """One convolution's backward."""

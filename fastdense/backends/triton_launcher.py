@@ -20,8 +20,6 @@ from ..kernels import bn_relu_conv, bn_relu_conv_backward, bn_relu_pool, common,
 from ..kernels.launch import LaunchConfig, Shape, Split, Work
 from .triton_operands import three
 
-__all__ = ["Launcher", "Pending"]
-
 COUNTERS = 1024
 # What is called comes before what calls it, as within each module.
 MODULES: tuple[Any, ...] = (common, reductions, bn_relu_conv, bn_relu_conv_backward, bn_relu_pool)

@@ -14,8 +14,6 @@ from ..kernels.launch import Work
 from .triton_launcher import Launcher
 from .triton_operands import norm_vectors, three, unit_of
 
-__all__ = ["pool_backward", "pool_forward"]
-
 _ONES, _ZEROS = (1, 1, 1), (0, 0, 0)
 
 

@@ -13,8 +13,6 @@ from ..nn import DenseBlock
 from .api import convert
 from .converted import BlockSpec, Converted, block_layers
 
-__all__ = ["dense_blocks", "with_dense_blocks"]
-
 
 def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
     """Every dense block of ``model``, own or converted: its name, itself, and its layers.

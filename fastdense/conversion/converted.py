@@ -28,22 +28,6 @@ from ..ops.support import (
 from ..ops.validate import block_input, windows
 from ..reference import NORMS
 
-__all__ = [
-    "BlockSpec",
-    "Converted",
-    "DropoutSource",
-    "LayerSpec",
-    "Node",
-    "Spec",
-    "Stage",
-    "StemSpec",
-    "TransitionSpec",
-    "block_layers",
-    "children_as_module",
-    "converted_class",
-    "part_of",
-]
-
 _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"))
 
 

@@ -37,8 +37,6 @@ from .converted import (
 )
 from .trace import INPUT, Label, Operation, Trace, Unsupported, trace
 
-__all__ = ["candidates", "probe_shape", "read", "without_flags"]
-
 FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")  # of torchvision, timm, efficient_densenet_pytorch
 
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

@@ -22,20 +22,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = [
-    "INPUT",
-    "Label",
-    "Operation",
-    "Trace",
-    "Unsupported",
-    "clone_with",
-    "eval_sync_batchnorm",
-    "isolated",
-    "kind_of",
-    "summary",
-    "trace",
-]
-
 Label = tuple[int, ...]  # values concatenated along the channels; a single value for anything else
 INPUT = 0  # the value that enters the module
 

@@ -13,8 +13,6 @@ from ..backends.philox import keep_mask
 from .converted import BlockSpec, Converted, Spec, converted_class, resolve
 from .trace import Unsupported, clone_with, eval_sync_batchnorm, isolated, kind_of, summary
 
-__all__ = ["disagreement"]
-
 TOLERANCE = 1e-9
 _SEED = 20
 

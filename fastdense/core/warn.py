@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["say_once", "while_tracing"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _said: set[str] = set()
 

@@ -24,8 +24,6 @@ from ..core.features import CHANNELS_LAST, Features, LazyGradient, accumulation_
 from ..core.primitives import Backend, Conv, Gradients, Norm, Pool
 from .common import backend_of, gradients_like, plain_arithmetic, raise_not_twice
 
-__all__ = ["backward", "bn_relu_pool", "bn_relu_pool_backward", "channels_last", "forward"]
-
 
 def channels_last(x: Tensor) -> Tensor:
     """``x [N, C, *spatial]`` with its channels side by side: itself if they are, else a differentiable copy."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["update_running_statistics"]
-
 
 @torch.no_grad()
 def update_running_statistics(batch: Iterable[tuple[Any, Tensor, Tensor]], m: int | Tensor) -> None:

@@ -15,16 +15,6 @@ from ..core.primitives import Pool
 from ..reference import stages
 from .common import NOT_TWICE, autocasts
 
-__all__ = [
-    "block_input",
-    "block_layers",
-    "differentiable_once",
-    "moments",
-    "pool_input",
-    "values_per_channel",
-    "windows",
-]
-
 _RANKS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # nn.SyncBatchNorm takes any
 _POOLED_DIMS: dict[type[nn.Module], int] = {
     nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3, nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3
