@@ -15,17 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import functional
 from ..core import checks
 from ..core.warn import say_once
-from ..ops.support import (
-    average_unsupported_reason,
-    changed,
-    convolution_unsupported_reason,
-    maximum_unsupported_reason,
-    pools_first,
-    process_unsupported_reason,
-    refusal,
-    sync_unsupported_reason,
-)
-from ..ops.validate import block_input, windows
+from ..ops import support, validate
 from ..reference import NORMS
 
 _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"))
@@ -186,7 +176,7 @@ def _resolve_children(root: Any, nodes: tuple[Node, ...]) -> tuple[list[Any], st
             continue
         if (children or child._modules) and not _same_children(child, children):
             return found, f"its child {name!r} has other children than when it was converted"
-        if reason := changed(child) or (_changed_attribute(child, attributes) if attributes else None):
+        if reason := support.changed(child) or (_changed_attribute(child, attributes) if attributes else None):
             return found, f"its child {name!r} {reason}"
         found.append(child)
     return found, None
@@ -206,7 +196,9 @@ def _layers(found: list[Any], spec: BlockSpec) -> tuple[list[Layer], str | None]
         stages = []
         for stage in layer.stages:
             conv = found[stage.conv]
-            if geometry(conv) != stage.geometry and (reason := convolution_unsupported_reason(conv, "a convolution")):
+            if geometry(conv) != stage.geometry and (
+                reason := support.convolution_unsupported_reason(conv, "a convolution")
+            ):
                 return layers, f"layer {i}: {reason}"
             stages.append((found[stage.norm], conv))
         rate: Any = 0.0
@@ -237,14 +229,14 @@ class Converted:
         spec = vars(self).get("_fastdense")
         impl = "reference" if spec is None else checks.impl_name(spec.impl)  # None: a slice of a converted Sequential
         if spec is not None and impl != "reference":
-            if (reason := process_unsupported_reason()) is None:
+            if (reason := support.process_unsupported_reason()) is None:
                 if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
                     reason = "it was called with something else than one tensor (or torch.fx traces the model)"
                 else:
                     reason, output = _run(self, spec, impl, args[0])
                     if reason is None:
                         return output
-            _say_once(self, refusal(impl, reason))
+            _say_once(self, support.refusal(impl, reason))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
@@ -254,7 +246,7 @@ class Converted:
     def __prepare_scriptable__(self) -> nn.Module:
         """``torch.jit.script`` compiles the original class, on the same parameters."""
         reason = "torch.jit.script compiles the model and puts its original modules back: convert it again afterwards"
-        _say_once(self, refusal("auto", reason))
+        _say_once(self, support.refusal("auto", reason))
         original = self._fastdense_original
         module = original.__new__(original)
         module.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in OWN)
@@ -278,10 +270,12 @@ def _run(module: Any, spec: Spec, impl: str, x: Tensor) -> tuple[str | None, Any
     if isinstance(spec, TransitionSpec):
         return _run_transition(found, spec, impl, x)
     layers, reason = _layers(found, spec)
-    reason = reason or sync_unsupported_reason([found[stage.norm] for layer in spec.layers for stage in layer.stages])
+    reason = reason or support.sync_unsupported_reason(
+        [found[stage.norm] for layer in spec.layers for stage in layer.stages]
+    )
     if reason is not None:
         return reason, None
-    block_input(x, layers)
+    validate.block_input(x, layers)
     recompute = spec.recompute
     if recompute is None:
         asked = any(getattr(found[node], flag, False) for node, flag in spec.flags)
@@ -291,10 +285,10 @@ def _run(module: Any, spec: Spec, impl: str, x: Tensor) -> tuple[str | None, Any
 
 def _run_transition(found: list[Any], spec: TransitionSpec, impl: str, x: Tensor) -> tuple[str | None, Any]:
     norm, conv, pool = found[spec.norm], found[spec.conv], found[spec.pool]
-    if not pools_first(conv, pool):
+    if not support.pools_first(conv, pool):
         return "its pooling and its convolution cannot change places any more", None
-    if average_unsupported_reason(conv, pool) is None:
-        return None, functional.fused_pool(x, norm, conv.weight, windows("average", pool), impl)[0]
+    if support.average_unsupported_reason(conv, pool) is None:
+        return None, functional.fused_pool(x, norm, conv.weight, validate.windows("average", pool), impl)[0]
     x = norm(x)
     return None, conv(pool(x if spec.relu is None else found[spec.relu](x)))
 
@@ -305,12 +299,12 @@ def _run_stem(module: Any, spec: StemSpec, impl: str, x: Any) -> tuple[str | Non
     if names[start : start + len(run)] != run:
         return f"stem: the children {', '.join(map(repr, run))} do not follow one another any more", None
     found, reason = _resolve_children(module, spec.nodes)
-    reason = reason or maximum_unsupported_reason(found[spec.pool])
+    reason = reason or support.maximum_unsupported_reason(found[spec.pool])
     if reason is not None:
         return f"stem: {reason}", None
     for name, child in module._modules.items():
         if name == run[0]:
-            x = functional.fused_pool(x, found[spec.norm], None, windows("maximum", found[spec.pool]), impl)[0]
+            x = functional.fused_pool(x, found[spec.norm], None, validate.windows("maximum", found[spec.pool]), impl)[0]
         elif name not in run:
             x = child(x)
     return None, x

@@ -22,15 +22,7 @@ from torch import Tensor
 from ..core import schedule
 from ..core.features import Features, LazyGradient, accumulation_dtype, as_images, as_rows, empty_features, row_stride
 from ..core.primitives import Backend, Conv, Dropout, Layer, Norm
-from .common import (
-    backend_of,
-    empty_like_where,
-    generator_state,
-    gradients_like,
-    plain_arithmetic,
-    raise_not_twice,
-    restore_generator,
-)
+from . import common
 
 Watcher = Callable[[Backend, LazyGradient, Features, Sequence[Layer]], Backend]
 # What watches a block's gradients come about, as analysis does, puts a backend of its own between.
@@ -144,12 +136,12 @@ def call(
 ) -> Any:
     """``dense_block`` with a fresh seed where anything drops; a call that fails leaves the generator as it was."""
     dropping = any(settings.drop_rates)
-    state = generator_state(x.device) if dropping else None
+    state = common.generator_state(x.device) if dropping else None
     try:
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropping else None
         return torch.ops.fastdense.dense_block(x, *(moments or (None, None)), params, frozen_stats, seed, *settings)
     except BaseException:
-        restore_generator(x.device, state)
+        common.restore_generator(x.device, state)
         raise
 
 
@@ -184,8 +176,8 @@ def dense_block(
         var[: x.shape[1]] = x_var
     features = Features(as_rows(X), *((mean, var) if settings.tracked else (None, None)))
     Z = _bottlenecks(layers, rows, settings.first, x, z_mean, z_var)
-    with plain_arithmetic(x):
-        be = backend_of(settings.impl, x, settings.group, z_var, X.shape[1] - layers[-1].writes)
+    with common.plain_arithmetic(x):
+        be = common.backend_of(settings.impl, x, settings.group, z_var, X.shape[1] - layers[-1].writes)
         schedule.forward(be, x, layers, features, Z, given_moments=x_mean is not None)
     return X, mean, var, rows, z_mean, z_var
 
@@ -226,8 +218,8 @@ def dense_block_backward(
     features = Features(as_rows(X), *((mean, var) if settings.tracked else (None, None)))
     entering, first = layers[0].reads, settings.first
     start = 0 if needs_x else layers[first].reads
-    with plain_arithmetic(X):
-        be = backend_of(settings.impl, X, settings.group, z_var)
+    with common.plain_arithmetic(X):
+        be = common.backend_of(settings.impl, X, settings.group, z_var)
         Z = _bottlenecks(layers, rows, first, X, z_mean, z_var)
         G = _incoming_gradient(grad_X, grad_mean, grad_var, features, X, start)
         if (watch := watcher.get()) is not None:
@@ -241,7 +233,7 @@ def dense_block_backward(
         elif needs_x:
             grad_x = be.resolve(G[:entering], features[:entering])
     flat = [gradient for layer in gradients for gradient in layer or [None] * (6 if settings.bottleneck else 3)]
-    return grad_x, grad_x_mean, grad_x_var, gradients_like(params, flat, needs)
+    return grad_x, grad_x_mean, grad_x_var, common.gradients_like(params, flat, needs)
 
 
 def _incoming_gradient(
@@ -279,7 +271,7 @@ def _(
     grad_x = X.new_empty(0)
     if needs_x:
         grad_x = empty_features((X.shape[0], entering, *X.shape[2:]), dtype=X.dtype, device=X.device)
-    return grad_x, mean.new_empty(x_moments), var.new_empty(x_moments), empty_like_where(params, needs)
+    return grad_x, mean.new_empty(x_moments), var.new_empty(x_moments), common.empty_like_where(params, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -314,4 +306,4 @@ def _backward(ctx: Any, grad_X: Tensor | None, grad_mean: Tensor | None, grad_va
 
 
 dense_block.register_autograd(_backward, setup_context=_setup_context)
-dense_block_backward.register_autograd(raise_not_twice)
+dense_block_backward.register_autograd(common.raise_not_twice)
