@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,15 +140,10 @@ def _imported(spec: str) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):  # as torch has saved since 2020
-        checkpoint.verify(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a file of another kind makes the reader raise anything
-        reason = f"is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
-        raise ValueError(f"--weights {path} {reason}") from error
+        found = checkpoint.read(path, ": save a state_dict with torch.save")
+    except ValueError as error:
+        raise ValueError(f"--weights {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--weights {path} holds a {type(found).__name__}, not a state_dict")
     return found

@@ -83,7 +83,8 @@ def prepare(options: OutputOptions) -> None:
             remedy = "resume it with --resume, or name another folder" if LAST in held else "name another folder"
             raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(out)
+        for partial_file in out.glob("*.partial.*"):  # of a process that was killed while it wrote
+            partial_file.unlink()
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
