@@ -122,7 +122,7 @@ def test_resumed_options_hold_and_contradictions_are_named(finished: Path, tmp_p
     text = words(command("train", "--out", str(finished), "--resume", "--steps", "3").output)
     assert "--steps 3 contradicts" in text and "which was begun without it" in text, text
     text = words(command("train", "--out", str(finished), "--resume", "--bn-size", "0").output)
-    assert "--bn-size none contradicts" in text and "which was begun with 4" in text, text
+    assert "--bn-size none contradicts" in text and "which was begun with --bn-size 4" in text, text
     for flag, begun in (("--no-nesterov", "with --nesterov"), ("--plain", "without it"), ("--compare", "without it")):
         text = words(command("train", "--out", str(finished), "--resume", flag).output)
         assert f"{flag} contradicts" in text and f"which was begun {begun}: leave it out" in text, text

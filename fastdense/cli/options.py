@@ -50,7 +50,7 @@ def _option(name: str, field: dataclasses.Field[Any]) -> tuple[Any, Any]:
     if field.metadata["parser"] is not None:
         kind, default = (str | None, None) if default is None else (str, shown(default))
     told = {"help": field.metadata["help"], "rich_help_panel": field.metadata["panel"]}
-    return kind, typer.Option(default, *names, **told, show_default=field.metadata["default"] or True)
+    return kind, typer.Option(default, *names, **told, show_default=field.metadata["shown"] or True)
 
 
 TRAIN_OPTIONS = {name: _option(name, field) for name, field in FIELDS.items()}

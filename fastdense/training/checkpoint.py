@@ -6,6 +6,7 @@ plain ``state_dict`` of a network. The rest is what training is resumed from bit
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -111,9 +112,9 @@ def read(path: Path, remedy: str = "") -> Any:
                 if damaged := archive.testzip():
                     raise ValueError(f"checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch gets in a file that was cut
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
         # The readers of archives and of pickles raise anything at all on bytes that are not theirs.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}){remedy}") from error
