@@ -339,7 +339,6 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
         ({"check_steps": -1}, "--check-steps must be at least 0, got -1"),
         ({"seed": -1}, "--seed .*got -1"),
         ({"threads": 0}, "--threads must be at least 1, got 0"),
-        ({"image_size": 7}, "--image-size must be at least 8.*got 7"),
         ({"image_size": 0, "data": "a folder"}, "--image-size must be at least 1, got 0"),
         ({"watch_flow": 0}, "--watch-flow must be at least 1, got 0"),
         ({"plain": True, "compare": True}, "--plain leaves no dense block for --compare"),

@@ -161,7 +161,7 @@ class TrainConfig:
     drop_rate: float = _net(0.0, "Dropout after each layer.", BELOW_1)
 
     data: str = _data("digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
-    image_size: int | None = _data(None, "Scale images to this many pixels.", shown="digits 8, CIFAR 32, a folder 224")
+    image_size: int | None = _data(None, "Height and width.", AT_LEAST_1, shown="digits 8, CIFAR 32, a folder 224")
     augment: str = _data("auto", "How training images are varied; auto: as suits the data.")
     workers: int = _data(0, "Processes that read images.", AT_LEAST_0)
     on_error: str = _data(
@@ -199,9 +199,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
-        if self.image_size is not None and self.image_size < least:
-            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
         marks = (self.warm_up_fraction, *self.milestones, 1.0)
         rising = self.milestones and all(a < b for a, b in itertools.pairwise(marks))
         if self.schedule == "step" and not rising:
