@@ -71,10 +71,10 @@ class Summary:
     impl: str
     steps: int
     train_loss: float | None  # mean over the steps of the last epoch
-    test_loss: float | None
-    test_accuracy: float | None  # in [0, 1]
     step_seconds: float | None  # median
     kept_bytes: int  # saved for backward in a step
+    test_loss: float | None = None
+    test_accuracy: float | None = None  # in [0, 1]
     ema_test_loss: float | None = None
     ema_test_accuracy: float | None = None
     event: ClassVar[str] = "summary"
@@ -138,9 +138,6 @@ class NonFiniteLoss(Stopped):
     Weights, running statistics, optimizer and random generators of that run are still those of the step before.
     """
 
-    def __init__(
-        self, run: str, epoch: int, step: int, what: str, values: str, remedy: str, because: str | None = None
-    ) -> None:
-        message = f"the {what.format(run)} at epoch {epoch}, step {step} ({values}): {remedy}"
-        super().__init__(f"{message}. {because}" if because else message)
+    def __init__(self, run: str, epoch: int, step: int, what: str, values: str, advice: str) -> None:
+        super().__init__(f"the {what} at epoch {epoch}, step {step} ({values}): {advice}")
         self.run, self.epoch, self.step = run, epoch, step
