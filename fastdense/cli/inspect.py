@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,10 @@ from typer import Option
 from ..analysis.gradient_flow import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from ..analysis.plain import without_dense_connections
 from ..conversion.blocks import dense_blocks
-from ..environment import versions
 from ..reference import widths
 from ..training.checkpoint import replacing
 from ..training.config import TrainConfig
-from .options import errors_as_bad_options, give_options
+from .options import errors_as_bad_options, give_options, provenance
 from .subject import LARGE_STEM_IMAGE, Subject, batch, subject
 
 inspect = typer.Typer(
@@ -149,15 +145,8 @@ def _beside(looked_at: Subject, options: Mapping[str, Any]) -> dict[str, Subject
 
 def _facts(of: Subject, seed: int) -> dict[str, Any]:
     """What it takes to reproduce the numbers, and each block's ``C_0 .. C_L``: the channels that its layers read."""
-    return {
-        "command": shlex.join(["fastdense", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "network": of.description,
-        "state": of.state,
-        "seed": seed,
-        "channels": {name: widths(layers) for name, _, layers in dense_blocks(of.model)},
-    }
+    channels = {name: widths(layers) for name, _, layers in dense_blocks(of.model)}
+    return provenance("date") | {"network": of.description, "state": of.state, "seed": seed, "channels": channels}
 
 
 def _finish(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any, get_type_hints
 
 import typer
 
+from ..environment import versions
 from ..training.config import PANELS, TrainConfig, flag, parse, shown
 from ..training.outputs import OutputOptions
 
@@ -41,6 +45,12 @@ def errors_as_bad_options() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def provenance(time: str) -> dict[str, Any]:
+    """Where a result comes from: the command, when (under the key ``time``), and versions."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": shlex.join(["fastdense", *sys.argv[1:]]), time: now, "versions": versions()}
 
 
 def _option(name: str, field: dataclasses.Field[Any]) -> tuple[Any, Any]:

@@ -37,9 +37,7 @@ _output = partial(option, "Output")
 class OutputOptions:
     """What is written besides what is printed, as each field's help says; raises ``ValueError`` for a wrong value."""
 
-    out: Path | None = _output(  # noqa: RUF009 (a field)
-        None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
-    )
+    out: Path | None = _output(None, "Folder for checkpoints, metrics.jsonl and TensorBoard's files.")  # noqa: RUF009
     resume: bool = _output(False, "Resume from last.pt in --out, bit for bit; its options hold.")
     save_every: str = _output("1epoch", "How often last.pt is written: 2epochs, 500steps.", _EVERY)
     keep: int = _output(0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
@@ -113,36 +111,33 @@ class Outputs(ExitStack):
         self.failing: set[str] = set()  # what could not be written when that was last tried
         self.warned = 0  # of so many images that this process could not read
         self.unreadable: list[str] = []  # the images that were skipped by any process
-        if options.metrics is not None and self.writing:
-            self._open_metrics(options.metrics)
+        if (path := options.metrics) is not None and self.writing:
+            try:
+                if not path.parent.exists():
+                    path.parent.mkdir(parents=True)
+                self._open(f"--metrics {path}", JsonLines, path, 0)
+            except OSError as error:
+                raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
             self.saved = (experiment.step, experiment.evaluated)
         if self.out is not None and self.writing:
             if resumed is not None:  # after a kill between last.pt and its other names
-                self._attempt(LAST, "", self._link)
+                self._attempt(LAST, self._link)
             self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
-    def _open_metrics(self, path: Path) -> None:
-        try:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True)
-            self._open(f"--metrics {path}", JsonLines, path, 0)
-        except OSError as error:
-            raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
-
     def _open_logs(self, out: Path, length: int) -> None:
-        config, step, later = self.experiment.config, self.experiment.step, "Training continues without it."
+        config, step = self.experiment.config, self.experiment.step
         header = "resumed" if step else "header"
-        self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
+        self._attempt(METRICS, self._open, METRICS, JsonLines, out / METRICS, length, header)
         if config.watch_flow is not None:
             importlib.import_module("matplotlib")  # before the first picture
             draw = partial(draw_flow, out, config.architecture.description, self.experiment.data.name)
             self.logs["a picture of the gradient flow"] = draw
         if self.options.tensorboard:
             name = "TensorBoard's file"
-            self._attempt(name, later, self._open, name, TensorBoard, out, step)
+            self._attempt(name, self._open, name, TensorBoard, out, step)
 
     def _open(self, what: str, kind: Callable[..., WholeWrites], *arguments: Any) -> None:
         self.files[what] = file = self.enter_context(closing(kind(*arguments)))
@@ -152,15 +147,14 @@ class Outputs(ExitStack):
         """Appends ``events`` to the logs."""
         for event in events:
             for what, update in self.logs.items():
-                self._attempt(what, "Training continues, and so does the log once there is space.", update, event)
+                self._attempt(what, update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
         self.log(*events)
         experiment = self.experiment
-        every = self.options.steps(experiment.steps_per_epoch)
-        due = experiment.step % every == 0 or experiment.step == experiment.steps
-        if experiment.step and experiment.evaluated and (due or self._best()):
+        due = experiment.step % self.options.steps(experiment.steps_per_epoch) == 0
+        if experiment.step and experiment.evaluated and (due or experiment.over or self._best()):
             self.save()
 
     def warn_of_unreadable(self) -> list[str]:
@@ -183,16 +177,12 @@ class Outputs(ExitStack):
         evaluations = self.experiment.runs[-1].evaluations
         if not evaluations or evaluations[-1].step != self.experiment.step:
             return False
-        *earlier, newest = [
-            e.test_accuracy if e.ema_test_accuracy is None else e.ema_test_accuracy for e in evaluations
-        ]
-        return newest > max(earlier, default=-1.0)
+        score = "test_accuracy" if self.experiment.config.ema is None else "ema_test_accuracy"
+        *earlier, newest = [getattr(evaluation, score) for evaluation in evaluations]
+        return bool(newest > max(earlier, default=-1.0))
 
-    def save(self, *, last: bool = False) -> None:
-        """Writes a checkpoint, unless this very state has been written; every process must call it.
-
-        ``last`` says that training ends here, so that no later save makes good for a failing one.
-        """
+    def save(self) -> None:
+        """Writes a checkpoint, unless this very state has been written; every process must call it."""
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
             return
@@ -200,8 +190,7 @@ class Outputs(ExitStack):
         contents = checkpoint.contents(self.experiment) | {"output": options}
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
-            later = "" if last or self.experiment.over else "Training continues; the next save tries again."
-            self._attempt(LAST, later, self._save, self.out / LAST, contents)
+            self._attempt(LAST, self._save, self.out / LAST, contents)
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
@@ -220,7 +209,7 @@ class Outputs(ExitStack):
             for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
                 old.unlink()
 
-    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
+    def _attempt(self, what: str, write: Callable[..., None], *arguments: Any) -> None:
         """Calls ``write(*arguments)``; an error is the end, or a warning, one for each file until it can be written."""
         try:
             write(*arguments)
@@ -236,7 +225,7 @@ class Outputs(ExitStack):
                 whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
                 raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:
-                self.warn(f"{reason} {later}".rstrip())
+                self.warn(reason)
             self.failing.add(what)
 
     def require_last(self) -> None:
@@ -246,9 +235,10 @@ class Outputs(ExitStack):
 
     def advise(self, message: str) -> str:
         """Returns ``message``, and how to resume this run if it has a folder."""
+        if self.out is None:
+            return f"{message}."
         over = f"Training is over, and {self.out} holds what came of it"
-        advice = "" if self.out is None else over if self.experiment.over else self._remedy
-        return f"{message}. {advice}".rstrip()
+        return f"{message}. {over if self.experiment.over else self._remedy}"
 
     @property
     def _remedy(self) -> str:
