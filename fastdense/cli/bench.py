@@ -27,9 +27,6 @@ bench = typer.Typer(
     help="This machine against torchvision and its variants: tables, JSON records, pictures.", no_args_is_help=True
 )
 
-_OUT = "benchmarks/results/DEVICE in a checkout, else ./fastdense-bench"
-_DEPTHS = "CIFAR-style DenseNet-BC of this depth (6*n + 4); repeat it, or name several."
-_PROVIDERS = "Names with commas, as compile,fastdense-activations; 'list' shows them."
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "device": (str | None, Option(None, help="cpu, cuda, cuda:1.", show_default="cuda where there is one")),
     "dtype": (str, Option("fp32", help="fp32, tf32, or fp16 and bf16 under autocast.")),
@@ -38,15 +35,15 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "models": (str | None, Option(None, help="Networks, with commas.", show_default="densenet121,densenet201")),
     "batch": (int | None, Option(None, help="Images a step.", show_default="8; on a GPU 64")),
     "size": (int | None, Option(None, help="Height and width in pixels.", show_default="128; memory, GPU: 224")),
-    "depths": (list[int] | None, Option(None, "--depths", help=_DEPTHS)),
+    "depths": (list[int] | None, Option(None, "--depths", help="CIFAR-style DenseNet-BC of these depths.")),
     "budget": (str, Option("12GB", help="Bytes that a training step may take, as 12GB.")),
-    "providers": (str | None, Option(None, help=_PROVIDERS, show_default="usual")),
+    "providers": (str | None, Option(None, help="With commas; 'list' shows them.", show_default="usual")),
     "batches": (str | None, Option(None, help="Further batch sizes, as 1,2,4,16: images a second against them.")),
     "repeats": (int | None, Option(None, help="Timed steps of each provider in a process.", show_default="7")),
     "processes": (int | None, Option(None, help="Fresh processes, one after another.", show_default="5")),
     "threads": (int | None, Option(None, help="CPU threads.", show_default="PyTorch's choice")),
     "quick": (bool, Option(False, "--quick", help="Small networks and few steps: under two minutes for all.")),
-    "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default=_OUT)),
+    "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default="./fastdense-bench")),
     "as_json": (bool, Option(False, "--json", help="The record on standard output; tables on standard error.")),
 }
 COMMANDS = {

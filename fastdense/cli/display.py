@@ -56,7 +56,6 @@ def curve(losses: Sequence[float], steps: int, lowest: float, highest: float, *,
 def introduction(experiment: Experiment) -> str:
     """What is about to be trained, on what and how."""
     config, data, count = experiment.config, experiment.data, experiment.processes.count
-    parameters = sum(parameter.numel() for parameter in experiment.runs[0].model.parameters())
     milestones = ", ".join(f"{fraction:.0%}" for fraction in config.milestones)
     unusual = {
         f", times {config.gamma:g} at {milestones}": config.schedule == "step",
@@ -70,7 +69,7 @@ def introduction(experiment: Experiment) -> str:
         where += f" ({config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''})"
     modes = experiment.runs[-1].recompute_modes
     lines = [
-        f"{config.architecture.description}: {parameters:,} parameters.",
+        f"{config.architecture.description}: {experiment.parameters:,} parameters.",
         f"{data.name}: {data.train_count:,} images to train on, {data.test_count:,} to test on.",
         f"{experiment.steps:,} steps of {config.batch_size} images, {experiment.steps_per_epoch:,} an epoch; "
         f"SGD, learning rate {config.lr:g}, seed {config.seed}{recipe}.",
@@ -79,12 +78,6 @@ def introduction(experiment: Experiment) -> str:
         f"Resuming after step {experiment.step:,}." if experiment.step else "",
     ]
     return "\n".join(filter(None, lines))
-
-
-def flow_line(event: FlowEvent) -> str:
-    """The gradient at both ends of each block."""
-    ends = ", ".join(f"{name.removeprefix('features.')} {t[1]:.1e} .. {t[-1]:.1e}" for name, t in event.total.items())
-    return f"gradient norm of first .. last layer's output after step {event.step}: {ends}"
 
 
 class Display:
@@ -108,7 +101,9 @@ class Display:
                     self._print(f"check in float64: losses of {event.step} steps differ by at most {largest:.1e}")
             elif event.run == self.experiment.runs[-1].name:
                 if isinstance(event, FlowEvent):
-                    self._print(flow_line(event))
+                    blocks = {name.removeprefix("features."): total for name, total in event.total.items()}
+                    ends = ", ".join(f"{name} {total[1]:.1e} .. {total[-1]:.1e}" for name, total in blocks.items())
+                    self._print(f"gradient norm of first .. last layer's output after step {event.step}: {ends}")
                 elif self._due(event):
                     self._print("; ".join(self._state()))
 
@@ -181,12 +176,10 @@ def environment_tables(found: dict[str, Any]) -> list[Table]:
     settings = Table(show_header=False)
     for package, version in found["versions"].items():
         settings.add_row(package, version or "not installed")
-    settings.add_row("CUDA (torch's build)", found["cuda"] or "none")
-    settings.add_row("system", found["os"])
-    settings.add_row("CPU threads", str(found["cpu_threads"]))
+    for name, key in {"CUDA (torch's build)": "cuda", "system": "os", "CPU threads": "cpu_threads"}.items():
+        settings.add_row(name, str(found[key] or "none"))
     for variable, value in found["variables"].items():
         settings.add_row(variable, "not set" if value is None else value)
-
     devices = Table(*(Column(heading, overflow="fold") for heading in ("device", "name", "impl='auto'", "why")))
     for device in found["devices"]:
         name = device["name"]

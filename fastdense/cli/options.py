@@ -17,25 +17,16 @@ from ..environment import versions
 from ..training.config import PANELS, TrainConfig, flag, parse, shown
 from ..training.outputs import OutputOptions
 
-FIELDS = {
-    field.name: field
-    for field in sorted(
-        [*dataclasses.fields(OutputOptions), *dataclasses.fields(TrainConfig)],
-        key=lambda field: PANELS.index(field.metadata["panel"]),
-    )
-}
+_ALL = [*dataclasses.fields(OutputOptions), *dataclasses.fields(TrainConfig)]
+FIELDS = {field.name: field for panel in PANELS for field in _ALL if field.metadata["panel"] == panel}
 _TYPES = get_type_hints(TrainConfig) | get_type_hints(OutputOptions)
 
 
 def give_options(command: Callable[..., None], options: Mapping[str, tuple[Any, Any]]) -> None:
     """Gives ``command``, which takes a context and keywords, ``options``: by name, their type and ``typer.Option``."""
-    parameters = {"context": (typer.Context, inspect.Parameter.empty), **options}
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-            for name, (kind, default) in parameters.items()
-        ]
-    )
+    given, keyword = {"context": (typer.Context, inspect.Parameter.empty), **options}, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(n, keyword, annotation=a, default=default) for n, (a, default) in given.items()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -73,10 +64,7 @@ def given_options(context: typer.Context) -> frozenset[str]:
 
 
 def parsed(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values by name of the options of :class:`TrainConfig`, and of those of :class:`OutputOptions`.
-
-    Raises ``ValueError`` where one cannot be parsed.
-    """
+    """The values of :class:`TrainConfig` and those of :class:`OutputOptions`; ``ValueError`` for a wrong one."""
     values = {name: parse(FIELDS[name], value) for name, value in options.items()}
     writing = {field.name: values.pop(field.name) for field in dataclasses.fields(OutputOptions)}
     return values, writing

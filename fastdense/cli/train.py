@@ -95,8 +95,8 @@ def train(console: Printer, experiment: Experiment, outputs: Outputs) -> None:
         console.print(introduction(experiment), soft_wrap=not console.is_terminal)
         with display(console, experiment) as shown, DeferSignals() as deferred:
             for events in experiment.rounds():
-                for sink in (outputs, shown):  # files first: what is printed may reach no one
-                    sink.update(events)
+                outputs.update(events)  # first: what is printed may reach no one
+                shown.update(events)
                 new = outputs.warn_of_unreadable()
                 signum, failure, some = experiment.processes.largest(deferred.signal, console.failure, len(new))
                 if some:
@@ -141,12 +141,12 @@ def _header(experiment: Experiment) -> Note:
         "seed": config.seed,
         "config": asdict(config),
         "network": config.architecture.description,
-        "parameters": sum(parameter.numel() for parameter in experiment.runs[0].model.parameters()),
         "data": experiment.data.name,
         "processes": experiment.processes.count,
         "runs": {run.name: run.impl for run in experiment.runs},
     }
-    return Note("header", fields | {name: getattr(experiment, name) for name in ("steps", "step", "steps_per_epoch")})
+    names = ("parameters", "steps", "step", "steps_per_epoch")
+    return Note("header", fields | {name: getattr(experiment, name) for name in names})
 
 
 def _report(console: Printer, experiment: Experiment, outputs: Outputs) -> None:

@@ -55,6 +55,7 @@ class Experiment:
         self.steps_per_epoch = data.train_count // config.batch_size
         self.steps = min(config.epochs * self.steps_per_epoch, config.steps or sys.maxsize)
         self.runs = self._runs(torch.float32)
+        self.parameters = sum(parameter.numel() for parameter in self.runs[0].model.parameters())
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
         for run in self.runs:
