@@ -167,10 +167,8 @@ def _measure(console: Console, module: Any, options: Any) -> Record:
         nonlocal said
         if time.monotonic() - said > HEARTBEAT_SECONDS:
             said = time.monotonic()
-            rows = record["results"].values()
-            steps = [row["step"].repeats for row in rows if "step" in row]
-            extent = f", {min(steps)} to {max(steps)} steps each" if steps else ""
-            console.print(f"measuring: {len(rows)} rows{extent}")
+            steps = [row["step"].repeats for row in record["results"].values() if "step" in row]
+            console.print(f"measuring: {len(record['results'])} rows, at least {min(steps, default=0)} steps each")
 
     record: Record = module.run(options, watch)
     console.print(module.table(record))

@@ -1,7 +1,7 @@
 """Checkpoints: one file each, there as a whole or not at all.
 
 A checkpoint is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads: ``runs[NAME]["model"]`` is the
-plain ``state_dict`` of a network. The rest is what training is resumed from bit for bit: see :func:`contents`.
+plain ``state_dict`` of a network. The rest is what training is resumed from bit for bit.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ OTHER = "copy another one over it (best.pt, or one of --keep) to resume from the
 
 
 def contents(experiment: Experiment) -> dict[str, Any]:
-    """Returns everything that a checkpoint holds of ``experiment``; every process must call it.
-
-    ``config`` and ``data``: what is trained, on what. ``processes``: how many. ``step``, ``epoch``, ``checked``. In
-    ``runs``, for each run: ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``ema``, ``rng`` (states of every
-    process), ``losses``, ``seconds``, ``evaluations``. ``format``, ``kind``, ``versions`` and ``time``.
-    """
+    """Returns everything that a checkpoint holds of ``experiment``; every process must call it."""
     return {
         "format": FORMAT,
         "kind": KIND,
@@ -78,10 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Writes ``state`` to ``path``, which holds either its old contents or all of the new ones, whatever happens.
-
-    Raises ``OSError`` where it cannot be written: then ``path`` is as it was and nothing else is left behind.
-    """
+    """Writes ``state`` to ``path``, or raises ``OSError`` with ``path`` as it was and nothing else left behind."""
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
     torch.save(dict(state), buffer)
     with replacing(path) as partial:
@@ -134,9 +126,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration to resume with: that of the checkpoint ``state``, but for ``given`` machine options.
+    """Returns the configuration of the checkpoint ``state``, with those of ``given`` that may change.
 
-    Raises ``ValueError`` if a given option contradicts the checkpoint, or another fastdense has written that.
+    Raises ``ValueError`` if another one is given, or another fastdense has written the checkpoint.
     """
     try:
         config = asdict(TrainConfig(**state["config"]))

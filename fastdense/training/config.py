@@ -52,8 +52,8 @@ NOT_NEGATIVE = Rule("0 or a positive number", lambda value: 0 <= value < math.in
 def option(panel: str, default: Any, help: str, must: Rule | None = None, **more: Any) -> Any:
     """Returns a field of a dataclass that is an option of ``fastdense train``, too.
 
-    ``must`` says what values are allowed, besides ``None``; ``parser`` is the rule for values that are more than text,
-    a number or a flag; ``shown`` is what ``--help`` says of the default.
+    ``must`` is the rule of its values besides ``None``. ``more``: ``parser``, the rule for values that are more than
+    text, a number or a flag, and ``shown``, what ``--help`` says of the default.
     """
     told = {"panel": panel, "help": help, "must": must, "parser": None, "shown": None, **more}
     return field(default=default, metadata=told)
@@ -116,10 +116,7 @@ class Architecture:
 
 
 def layers_per_block(depth: int, *, bottleneck: bool) -> int:
-    """``n`` of a DenseNet of three equal blocks: ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without.
-
-    Raises ``ValueError`` with the nearest depths where no ``n`` fits.
-    """
+    """``n`` where ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without; ``ValueError`` with the nearest depths."""
     per_layer = 6 if bottleneck else 3
     n, rest = divmod(depth - 4, per_layer)
     if rest == 0 and n >= 1:
@@ -233,8 +230,7 @@ class TrainConfig:
     @property
     def architecture(self) -> Architecture:
         """The network; raises ``ValueError`` where options contradict each other or the images are too small for it."""
-        given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
-        named = [option for option, value in given.items() if value is not None]
+        named = [flag(name) for name in ("model", "depth", "block_config") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
         size = self._pixels
@@ -271,10 +267,7 @@ class TrainConfig:
         return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
     def resolve_device(self, process: int | None = None) -> torch.device:
-        """Returns the device to train on, of several processes on a machine each its own GPU.
-
-        Raises ``ValueError`` if it is not there.
-        """
+        """Returns the device of the ``process`` of that number on its machine; ``ValueError`` if it is not there."""
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and process is not None:
             name = f"cuda:{process}"

@@ -121,8 +121,7 @@ class Experiment:
         """Trains from the current step on, and yields what happened in each step and in each evaluation.
 
         With ``compare``, the first steps are made in float64 beforehand, where a difference is a defect, not rounding.
-        Then the runs take turns at going first, so that a machine whose speed changes meanwhile favours neither. Raises
-        ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
+        Raises ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
         """
         if self.step == 0:
             yield from self._check()
@@ -150,7 +149,7 @@ class Experiment:
 
     def _step(self, images: Tensor, labels: Tensor) -> list[Event]:
         step, epoch = self.step, self.epoch
-        for run in self.runs if step % 2 else reversed(self.runs):
+        for run in self.runs if step % 2 else reversed(self.runs):  # a machine that slows down favours neither
             run.step(images, labels)
         for run in self.runs:
             if not run.finite:
@@ -194,12 +193,8 @@ class Experiment:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of training between two rounds; every process must call it."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "checked": [dataclasses.asdict(check) for check in self.checked],
-            "runs": {run.name: run.state_dict() for run in self.runs},
-        }
+        checked, runs = map(dataclasses.asdict, self.checked), {run.name: run.state_dict() for run in self.runs}
+        return {"step": self.step, "epoch": self.epoch, "checked": list(checked), "runs": runs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from there, in an experiment of the same configuration that has not begun."""

@@ -40,10 +40,6 @@ class WholeWrites:
         if length is not None:
             self._cut(min(length, self._length()))
 
-    def update(self, event: Record) -> None:
-        """Writes what concerns this file of ``event``."""
-        raise NotImplementedError
-
     def write(self, data: bytes) -> None:
         """Appends ``data``, or raises ``OSError`` with the file as it was."""
         before = self._length()
@@ -60,10 +56,6 @@ class WholeWrites:
         if self.regular:
             os.fsync(self.file.fileno())
         return self._length()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
 
     def _length(self) -> int:
         return os.fstat(self.file.fileno()).st_size

@@ -11,7 +11,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -60,8 +60,7 @@ def prepare(options: OutputOptions) -> None:
     """Makes the folder ready for a run, or for resuming one.
 
     A run that never wrote a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
-    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run,
-    ``ModuleNotFoundError`` without tensorboardX.
+    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run.
     """
     out = options.out
     if out is None:
@@ -90,9 +89,8 @@ def prepare(options: OutputOptions) -> None:
 class Outputs(ExitStack):
     """Checkpoints and logs of one experiment; every process calls the same methods, and only the first one writes.
 
-    ``warn`` is told what could not be written and was skipped; ``resumed`` is the checkpoint that ``experiment``
-    resumes from. Raises ``Stopped`` if a log or the first checkpoint cannot be written and ``on_error`` is ``"stop"``,
-    ``ValueError`` if the file of ``--metrics`` cannot be opened.
+    ``warn`` is told what could not be written; ``resumed`` is the checkpoint that ``experiment`` resumes from. Raises
+    ``Stopped`` if a file cannot be written and is not skipped, ``ValueError`` if that of ``--metrics`` cannot be.
     """
 
     def __init__(
@@ -139,9 +137,10 @@ class Outputs(ExitStack):
             name = "TensorBoard's file"
             self._attempt(name, self._open, name, TensorBoard, out, step)
 
-    def _open(self, what: str, kind: Callable[..., WholeWrites], *arguments: Any) -> None:
-        self.files[what] = file = self.enter_context(closing(kind(*arguments)))
-        self.logs[what] = file.update
+    def _open(self, what: str, kind: Callable[..., JsonLines | TensorBoard], *arguments: Any) -> None:
+        log = kind(*arguments)
+        self.enter_context(log.file)
+        self.files[what], self.logs[what] = log, log.update
 
     def log(self, *events: Record) -> None:
         """Appends ``events`` to the logs."""

@@ -39,10 +39,7 @@ def _rng_states(device: torch.device) -> list[Tensor]:
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
-    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
-
-    A milestone comes after its fraction of all ``steps``, rounded. A single step has no warm-up.
-    """
+    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone."""
     config = config or TrainConfig()
     warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
     rest: LRScheduler
@@ -58,10 +55,7 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConf
 
 
 def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Measures the bytes that one training forward saves for backward, parameters and buffers left out.
-
-    It runs on a copy of the model and forks the generators, so that it does not change the training.
-    """
+    """Measures the bytes that one forward of a copy saves for backward, parameters and buffers left out."""
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, autocast(images.device, amp):
@@ -157,9 +151,8 @@ class Run:
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Makes one optimizer step; sets ``last`` and ``finite``, and appends to ``losses`` and ``seconds``.
 
-        A loss or a gradient that is not finite changes nothing else: weights, optimizer, running statistics and
-        generators stay as they were. Where float16 overflows in the gradients alone, the scale falls and the step is
-        skipped, as far as weights, schedule and average are concerned.
+        A loss or a gradient that is not finite changes nothing else. Where float16 overflows in the gradients alone,
+        the scale falls and the step is skipped, as far as weights, schedule and average are concerned.
         """
         device = images.device
         torch.set_rng_state(self.rng[0])
