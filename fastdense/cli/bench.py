@@ -48,22 +48,14 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 COMMANDS = {
     "speed": (
-        "device dtype layout model batch size providers batches repeats processes threads quick out as_json",
+        "model batch size batches repeats processes threads",
         "Time of a training step, forward, backward and optimizer, with its bytes and images a second.",
     ),
-    "memory": (
-        "device dtype layout models batch size depths providers threads quick out as_json",
-        "Bytes that a training step keeps for backward, and its peak.",
-    ),
-    "depth": (
-        "device dtype layout budget providers quick out as_json",
-        "The deepest network and the largest batch that train within a budget of memory.",
-    ),
-    "all": (
-        "device dtype layout providers threads quick out as_json",
-        "Speed with several batches, memory, memory against depth; and, unless --quick, depth.",
-    ),
+    "memory": ("models batch size depths threads", "Bytes that a training step keeps for backward, and its peak."),
+    "depth": ("budget", "The deepest network and the largest batch that train within a budget of memory."),
+    "all": ("threads", "Speed with several batches, memory, memory against depth; and, unless --quick, depth."),
 }
+COMMON = "device dtype layout providers quick out as_json"
 # What ``all`` runs, each with options of its own.
 ALL_QUICK: list[tuple[str, Record]] = [("speed", {"batches": "4,16"}), ("memory", {})]
 ALL: list[tuple[str, Record]] = [
@@ -84,10 +76,10 @@ def _command(name: str, options: str, help: str) -> None:
         records: list[Record] = []
         with errors_as_bad_options():
             if "depths" in given:  # --depths 40 100 190: what follows the first arrives as arguments
-                if context.args and not given["depths"]:
-                    raise ValueError(f"unknown arguments: {' '.join(context.args)}")
-                more = _numbers("--depths must be whole numbers", " ".join(context.args))
-                given["depths"] = (*(given["depths"] or ()), *more)
+                more = " ".join(context.args)
+                if more and not given["depths"]:
+                    raise ValueError(f"unknown arguments: {more}")
+                given["depths"] = (*(given["depths"] or ()), *_numbers("--depths must be whole numbers", more))
             jobs = [(name, {})] if name != "all" else ALL_QUICK if given["quick"] else ALL
             for job, special in jobs:
                 records.append(_run(console, job, _options(job, {**given, **special})))
@@ -100,7 +92,7 @@ def _command(name: str, options: str, help: str) -> None:
             console.print("Interrupted: what had been measured is in the record.")
             raise typer.Exit(INTERRUPTED)
 
-    give_options(command, {key: OPTIONS[key] for key in options.split()})
+    give_options(command, {key: OPTIONS[key] for key in OPTIONS if key in f"{COMMON} {options}".split()})
     bench.command(name, help=help, context_settings={"allow_extra_args": "depths" in options})(command)
 
 

@@ -166,7 +166,7 @@ def result_table(summaries: Sequence[Summary]) -> Table:
         scores = (number(run.train_loss, ".4f"), number(run.test_loss, ".4f"), number(run.test_accuracy, ".2%"))
         table.add_row(run.label, *scores, milliseconds, f"{run.kept_bytes / 1e6:.1f} MB")
         if run.ema_test_loss is not None:
-            averaged = (number(run.ema_test_loss, ".4f"), number(run.ema_test_accuracy, ".2%"))
+            averaged = f"{run.ema_test_loss:.4f}", number(run.ema_test_accuracy, ".2%")
             table.add_row(f"{run.label}, averaged weights", "-", *averaged, "-", "-")
     return table
 

@@ -102,10 +102,6 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor
     """Shifts each image by up to four pixels and mirrors some (Huang et al., arXiv 1608.06993, section 4.1).
 
     ``images`` are standardised, ``[n, channels, height, width]``, so that zeros, the mean colour, come in at the edges.
-    Equivalent to, for each image::
-
-        crop = F.pad(image, (4, 4, 4, 4))[:, top : top + height, left : left + width]
-        crop.flip(2) if flip else crop
     """
     n, _, height, width = images.shape
     windows = F.pad(images, (PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view [n, C, 9, 9, H, W]

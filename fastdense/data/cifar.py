@@ -51,10 +51,9 @@ def find(root: Path) -> tuple[Path, Cifar] | None:
 
 
 def read(folder: Path, cifar: Cifar) -> list[Tensor]:
-    """Reads all images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
+    """Returns training images, uint8 ``[n, 3, 32, 32]``, their labels, int64 ``[n]``, and the same for testing.
 
-    Returns:
-        Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing.
+    Raises ``ValueError`` where a file is missing, damaged, or not what its name says.
     """
     if missing := [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")

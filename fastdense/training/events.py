@@ -82,11 +82,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """fastdense against the reference block.
-
-    In float32 the losses drift apart, as with any two ways of rounding: a ReLU whose input is zero but for rounding
-    opens in one of them only. In float64 they do not.
-    """
+    """fastdense against the reference block; in float32 the losses drift apart, as with any two ways of rounding."""
 
     steps: int  # that both runs have made
     difference: float  # largest of their training losses

@@ -112,11 +112,6 @@ class Experiment:
             if left:
                 yield epoch, map(self.processes.share, left)
 
-    def events(self) -> Iterator[Event]:
-        """Trains, and yields what happens; see :meth:`rounds`."""
-        for events in self.rounds():
-            yield from events
-
     def rounds(self) -> Iterator[list[Event]]:
         """Trains from the current step on, and yields what happened in each step and in each evaluation.
 

@@ -82,11 +82,10 @@ class JsonLines(WholeWrites):
 
 
 class TensorBoard(WholeWrites):
-    """Scalars for TensorBoard: one file in ``folder`` for each start of the program, after ``step``.
+    """Scalars for TensorBoard: one file for each start of the program, after ``step``; it hides later steps of others.
 
-    TensorBoard hides what earlier files say of later steps. tensorboardX's own writers are not used: a full disk ends
-    the thread of ``SummaryWriter``, so that training would wait for ever, and leaves half a record of
-    ``EventsWriter``, behind which TensorBoard finds nothing.
+    tensorboardX's own writers are not used: on a full disk, training would wait for ever for ``SummaryWriter``, and
+    ``EventsWriter`` leaves half a record, behind which TensorBoard finds nothing.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -1,16 +1,11 @@
-"""The folder of a run: checkpoints and logs, and what happens when they cannot be written.
-
-``last.pt`` is the newest checkpoint, ``best.pt`` the one with the best test accuracy; ``step-N.pt`` are the newest few
-(``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured, ``flow-RUN-N.png`` are pictures of the
-gradient flow (``--watch-flow``).
-"""
+"""The folder of a run, whose files docs/train.md lists, and what happens when they cannot be written."""
 
 from __future__ import annotations
 
 import importlib
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -94,11 +89,7 @@ class Outputs(ExitStack):
     """
 
     def __init__(
-        self,
-        options: OutputOptions,
-        experiment: Experiment,
-        warn: Callable[[str], None],
-        resumed: Mapping[str, Any] | None = None,
+        self, options: OutputOptions, experiment: Experiment, warn: Callable[[str], None], resumed: Any = None
     ) -> None:
         super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out

@@ -1,7 +1,6 @@
 """One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
 
-The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
-1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``schedule="step"``); the default
+The recipe is the DenseNet paper's (Huang et al., arXiv 1608.06993, section 4.2) with ``schedule="step"``; the default
 is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
 """
 
@@ -84,11 +83,7 @@ def _finish(device: torch.device) -> None:
 
 
 class Run:
-    """One network in training, and its history.
-
-    Everything is built from the seed, so that a run does not depend on whether another runs beside it. With ``dtype``
-    float64 there is no autocast.
-    """
+    """One network in training, and its history; built from the seed alone, and without autocast in float64."""
 
     last: StepEvent  # the newest
     finite: bool  # whether it could be made, or its like may succeed with a smaller scale of the loss
