@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Option
 
 from ..analysis.gradient_flow import BlockFlow, BlockReuse, feature_reuse, gradient_flow
@@ -55,6 +55,7 @@ SEEN = {
 }
 JSON = {"json_file": (Path | None, Option(None, "--json", help="Write the matrices to this file too."))}
 PLAIN = "the same layers without dense connections"
+_right = partial(Column, justify="right")
 
 
 def flow(context: typer.Context, *, out: Path, json_file: Path | None, **options: Any) -> None:
@@ -161,16 +162,9 @@ def _numbers(block: BlockFlow | BlockReuse) -> dict[str, Any]:
     return {name: value if isinstance(value, str) else value.tolist() for name, value in vars(block).items()}
 
 
-def _table(left: Sequence[str], right: Sequence[str], caption: str) -> Table:
-    table = Table(caption=caption)
-    for heading in (*left, *right):
-        table.add_column(heading, justify="left" if heading in left else "right")
-    return table
-
-
 def _flow_table(curves: Mapping[str, Sequence[BlockFlow]]) -> Table:
-    headings = ("first layer's\noutput", "last layer's\noutput", "largest /\nsmallest")
-    table = _table(("network", "block"), headings, "norm of the gradient of what a layer writes")
+    headings = map(_right, ("first layer's\noutput", "last layer's\noutput", "largest /\nsmallest"))
+    table = Table("network", "block", *headings, caption="norm of the gradient of what a layer writes")
     for label, flows in curves.items():
         for block in flows:
             written = block.total[1:]  # H_0 has other channels
@@ -181,8 +175,8 @@ def _flow_table(curves: Mapping[str, Sequence[BlockFlow]]) -> Table:
 
 
 def _reuse_table(found: Sequence[BlockReuse]) -> Table:
-    headings = ("layers", "of what enters\nthe block", "of the layer\njust before", "of all it reads")
-    table = _table(("block",), headings, "mean absolute weight, averaged over the layers that read")
+    headings = map(_right, ("layers", "of what enters\nthe block", "of the layer\njust before", "of all it reads"))
+    table = Table("block", *headings, caption="mean absolute weight, averaged over the layers that read")
     for block in found:
         L = block.weights.shape[1]
         reads = sum(block.weights[: j + 1, j].mean() for j in range(L)) / L

@@ -155,10 +155,9 @@ def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def digits(image_size: int = 8) -> Dataset:
-    """Loads the 1,797 grey 8x8 digits that ship with scikit-learn: 1,437 to train on and 360 to test on.
+    """Loads the 1,797 grey 8x8 digits of scikit-learn, enlarged to ``image_size``: 1,437 to train on, 360 to test on.
 
-    The split is the same every time and holds equally many of each digit. Images are enlarged bilinearly to
-    ``image_size``, at least 8, then standardised with the mean and standard deviation of the training pixels.
+    The split is the same every time and holds equally many of each digit. All are standardised by the training pixels.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -168,9 +167,8 @@ def digits(image_size: int = 8) -> Dataset:
     labels = torch.from_numpy(source.target).long()
     if image_size != images.shape[-1]:
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    train, test = train_test_split(
-        range(len(labels)), test_size=TEST_FRACTION, stratify=source.target, random_state=SPLIT_SEED
-    )
+    split = {"test_size": TEST_FRACTION, "stratify": source.target, "random_state": SPLIT_SEED}
+    train, test = train_test_split(range(len(labels)), **split)
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     name = f"scikit-learn's digits, {image_size}x{image_size}"

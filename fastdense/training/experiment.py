@@ -1,7 +1,7 @@
 """Training a DenseNet, alone or beside its reference twin: what ``fastdense train`` runs, without any display.
 
-An :class:`Experiment` holds one or two :class:`~.run.Run` objects and hands out events after every step and epoch, for
-a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
+An :class:`Experiment` holds one or two :class:`~.run.Run` objects and hands out events after every step and epoch.
+Between two rounds of them ``state_dict`` stores it, to be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Experiment:
         if "reference" in impls and config.sync_bn and self.processes.count > 1 and self.device.type == "cpu":
             theirs = "--sync-bn in the reference block is PyTorch's SyncBatchNorm"
             raise ValueError(f"{theirs}, which needs a GPU: leave it out")
-        where: dict[str, Any] = {"steps": self.steps, "device": self.device, "dtype": dtype}
-        runs = [Run(name, impls[name], config, self.data, self.processes, **where) for name in impls]
+        where = self.steps, self.device, dtype
+        runs = [Run(name, impls[name], config, self.data, self.processes, *where) for name in impls]
         runs[-1].model.load_state_dict(runs[0].model.state_dict())
         return runs
 

@@ -118,8 +118,7 @@ class Outputs(ExitStack):
 
     def _open_logs(self, out: Path, length: int) -> None:
         config, step = self.experiment.config, self.experiment.step
-        header = "resumed" if step else "header"
-        self._attempt(METRICS, self._open, METRICS, JsonLines, out / METRICS, length, header)
+        self._attempt(METRICS, self._open, METRICS, JsonLines, out / METRICS, length, "resumed" if step else "header")
         if config.watch_flow is not None:
             importlib.import_module("matplotlib")  # before the first picture
             draw = partial(draw_flow, out, config.architecture.description, self.experiment.data.name)

@@ -95,7 +95,6 @@ class Run:
         config: TrainConfig,
         data: Source,
         processes: Processes,
-        *,
         steps: int,
         device: torch.device,
         dtype: torch.dtype,
