@@ -118,11 +118,11 @@ def test_resumed_options_hold_and_contradictions_are_named(finished: Path, tmp_p
     result = command("train", "--out", str(finished), "--resume", "--lr", "0.3")
     assert result.exit_code == 2
     text = words(result.output)
-    assert "--lr 0.3 contradicts" in text and "which was begun with 0.1" in text
+    assert "--lr 0.3 contradicts" in text and "which was begun with --lr 0.1" in text
     text = words(command("train", "--out", str(finished), "--resume", "--steps", "3").output)
     assert "--steps 3 contradicts" in text and "which was begun without it" in text, text
     text = words(command("train", "--out", str(finished), "--resume", "--bn-size", "0").output)
-    assert "--bn-size none contradicts" in text and "which was begun with 4" in text, text
+    assert "--bn-size none contradicts" in text and "which was begun with --bn-size 4" in text, text
     for flag, begun in (("--no-nesterov", "with --nesterov"), ("--plain", "without it"), ("--compare", "without it")):
         text = words(command("train", "--out", str(finished), "--resume", flag).output)
         assert f"{flag} contradicts" in text and f"which was begun {begun}: leave it out" in text, text
@@ -216,26 +216,26 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     def refuse(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    checkpoint.verify(finished / "last.pt")
+    checkpoint.read(finished / "last.pt")
     monkeypatch.setattr("zipfile.ZipFile", refuse)
     result = command("train", "--out", str(finished), "--resume")
     assert result.exit_code == 2
     assert "last.pt cannot be read: Permission denied" in words(result.output)
     assert "damaged" not in result.output and "copy another" not in result.output
     with pytest.raises(ValueError, match=r"last\.pt cannot be read: Permission denied"):
-        checkpoint.verify(finished / "last.pt")
+        checkpoint.read(finished / "last.pt")
 
 
 @pytest.mark.parametrize("spoil", [_cut, _flip, lambda path: path.write_text("hello")], ids=["cut", "flipped", "text"])
-def test_verify_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_reading_finds_damage(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.randn(1000)}, path)
-    checkpoint.verify(path)
+    checkpoint.read(path)
     spoil(path)
     with pytest.raises(ValueError, match=r"weights\.pt is damaged or no checkpoint"):
-        checkpoint.verify(path)
+        checkpoint.read(path)
     with pytest.raises(ValueError, match=r"nowhere\.pt cannot be read: No such file"):
-        checkpoint.verify(tmp_path / "nowhere.pt")
+        checkpoint.read(tmp_path / "nowhere.pt")
 
 
 def test_leftovers_of_a_kill_are_removed(finished: Path, out: Path) -> None:

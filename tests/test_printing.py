@@ -18,7 +18,7 @@ pytest.importorskip("sklearn")
 import torch
 from rich.live import Live
 
-from fastdense.cli.display import PlainDisplay
+from fastdense.cli.display import Display
 from fastdense.cli.terminal import Printer
 from fastdense.cli.train import train
 from fastdense.data.source import digits
@@ -70,11 +70,11 @@ def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, wri
 
 
 def test_files_come_before_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(display: PlainDisplay, events: list[Event]) -> None:
+    def fail(display: Display, events: list[Event]) -> None:
         if events[0].event == "epoch":
             raise ZeroDivisionError("a defect of ours")
 
-    monkeypatch.setattr(PlainDisplay, "update", fail)
+    monkeypatch.setattr(Display, "update", fail)
     experiment = Experiment(TINY, digits())
     with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(ZeroDivisionError):
         train(Printer(file=io.StringIO()), experiment, outputs)

@@ -8,6 +8,7 @@ import math
 import sys
 import types
 import warnings
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -86,9 +87,9 @@ def test_autocast_reaches_the_layers_and_training_follows_float32(amp: str) -> N
     dtypes = set()
     last = mixed.runs[0].model.get_submodule("features.conv0")
     last.register_forward_hook(lambda *seen: dtypes.add(seen[-1].dtype))
-    events = list(mixed.events())
+    events = list(chain.from_iterable(mixed.rounds()))
     assert dtypes == {torch.bfloat16 if amp == "bf16" else torch.float16}, "in training and in evaluation"
-    list(full.events())
+    list(full.rounds())
     assert mixed.runs[0].losses == pytest.approx(full.runs[0].losses, rel=0.05)
     assert mixed.runs[0].losses != full.runs[0].losses
     norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
@@ -120,7 +121,7 @@ def test_float16_that_overflows_with_any_scale_stops() -> None:
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 1.5})
     next(run.model.parameters()).register_hook(lambda grad: grad * math.inf)
     with pytest.raises(NonFiniteLoss, match=r"overflows float16 with any scale at epoch 1, step 1 .*--amp bf16 or off"):
-        list(experiment.events())
+        list(experiment.rounds())
 
 
 def test_the_average_is_that_of_the_steps() -> None:
@@ -131,7 +132,7 @@ def test_the_average_is_that_of_the_steps() -> None:
         if isinstance(events[0], StepEvent):
             state = {k: v.double() for k, v in plain.runs[0].model.state_dict().items() if v.is_floating_point()}
             expected = {k: decay * expected.get(k, v) + (1 - decay) * v for k, v in state.items()}
-    events = list(averaged.events())
+    events = list(chain.from_iterable(averaged.rounds()))
     assert averaged.runs[0].losses == plain.runs[0].losses, "the average must not be noticed"
     ema = averaged.runs[0].ema
     assert ema is not None
@@ -196,5 +197,5 @@ def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -
         return FlowEvent(run.name, step, epoch, {}, {})
 
     monkeypatch.setattr(experiments, "flow", flow)
-    list(prepared(steps=5, watch_flow=2).events())
+    list(prepared(steps=5, watch_flow=2).rounds())
     assert seen == [(2, True, 64), (4, True, 64)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def _numbers(watched: Experiment, step: int) -> torch.Tensor:
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 def test_watching_changes_nothing(drop_rate: float) -> None:
     plain, watched = experiment(drop_rate=drop_rate), experiment(drop_rate=drop_rate, watch_flow=1)
-    losses = [[e.loss for e in e.events() if isinstance(e, StepEvent)] for e in (plain, watched)]
+    losses = [[e.loss for e in chain.from_iterable(e.rounds()) if isinstance(e, StepEvent)] for e in (plain, watched)]
     assert losses[0] == losses[1]
     for name, value in plain.runs[0].model.state_dict().items():
         assert torch.equal(value, watched.runs[0].model.state_dict()[name]), name
 
 
 def test_both_runs_are_watched() -> None:
-    events = list(experiment(compare=True, check_steps=0, steps=2, watch_flow=1).events())
+    events = list(chain.from_iterable(experiment(compare=True, check_steps=0, steps=2, watch_flow=1).rounds()))
     flows = [(event.run, event.step) for event in events if isinstance(event, FlowEvent)]
     assert flows == [("reference", 1), ("fastdense", 1), ("reference", 2), ("fastdense", 2)]
 
@@ -73,7 +74,7 @@ def test_the_layer_that_broke_is_named(impl: str, amp: str) -> None:
     with torch.no_grad():
         block.denselayer1.conv2.weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteLoss) as caught:
-        list(broken.events())
+        list(broken.rounds())
     name = "features.denseblock2"
     assert caught.value.step == 1
     assert str(caught.value).endswith(
@@ -88,7 +89,7 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("fastdense.training.experiment.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
-        list(experiment(lr=1e30).events())
+        list(experiment(lr=1e30).rounds())
 
 
 def test_pictures_and_numbers_are_left_behind(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def two_are_one_with_sync_bn(ranks: Processes) -> None:
     """The same losses, gradients and scores up to rounding."""
     config = dataclasses.replace(TINY, sync_bn=True)
     pair, alone = Experiment(config, UNEVEN, ranks), Experiment(config, UNEVEN)
-    for ours, theirs in zip(pair.events(), alone.events(), strict=True):
+    for ours, theirs in zip(chain.from_iterable(pair.rounds()), chain.from_iterable(alone.rounds()), strict=True):
         if isinstance(ours, StepEvent):
             assert isinstance(theirs, StepEvent)
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), (ours, theirs)
@@ -49,7 +50,7 @@ def two_are_one_with_sync_bn(ranks: Processes) -> None:
 def evaluation_is_shared_exactly(ranks: Processes) -> None:
     """37 images: 19 here and 18 there; and rank 0's running statistics for both."""
     pair, alone = Experiment(TINY, UNEVEN, ranks), Experiment(TINY, UNEVEN)
-    list(pair.events())
+    list(pair.rounds())
     model = pair.runs[0].model
     if ranks.rank:
         next(model.buffers()).add_(1)
@@ -80,7 +81,7 @@ def resumed_bit_for_bit(ranks: Processes) -> None:
     for at in ((1, True), (2, False), (2, True)):
         resumed = Experiment(config, UNEVEN, ranks)
         resumed.load_state_dict(torch.load(io.BytesIO(states[at]), weights_only=True))
-        list(resumed.events())
+        list(resumed.rounds())
         found = ranks.gather(resumed.state_dict())[0]
         assert same(found, last) == "", (at, same(found, last))
 
@@ -88,7 +89,7 @@ def resumed_bit_for_bit(ranks: Processes) -> None:
 def each_takes_its_share(ranks: Processes) -> None:
     config = dataclasses.replace(TINY, steps=1)
     pair = Experiment(config, UNEVEN, ranks)
-    list(pair.events())
+    list(pair.rounds())
     weights = ranks.gather({name: p.detach() for name, p in pair.runs[0].model.named_parameters()})
     assert same(weights[0], weights[1]) == ""
     # The mean of what two strangers find on their halves of the first batch.
@@ -122,7 +123,7 @@ def non_finite_on_one_stops_all(ranks: Processes) -> None:
     if ranks.rank == 1:
         pair.data.train_images[:] = torch.nan
     with pytest.raises(RuntimeError, match="training loss of run fastdense is not finite at epoch 1, step 1"):
-        list(pair.events())
+        list(pair.rounds())
 
 
 def command_line(ranks: Processes) -> None:

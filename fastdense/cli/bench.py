@@ -27,9 +27,6 @@ bench = typer.Typer(
     help="This machine against torchvision and its variants: tables, JSON records, pictures.", no_args_is_help=True
 )
 
-_OUT = "benchmarks/results/DEVICE in a checkout, else ./fastdense-bench"
-_DEPTHS = "CIFAR-style DenseNet-BC of this depth (6*n + 4); repeat it, or name several."
-_PROVIDERS = "Names with commas, as compile,fastdense-activations; 'list' shows them."
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "device": (str | None, Option(None, help="cpu, cuda, cuda:1.", show_default="cuda where there is one")),
     "dtype": (str, Option("fp32", help="fp32, tf32, or fp16 and bf16 under autocast.")),
@@ -38,35 +35,27 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "models": (str | None, Option(None, help="Networks, with commas.", show_default="densenet121,densenet201")),
     "batch": (int | None, Option(None, help="Images a step.", show_default="8; on a GPU 64")),
     "size": (int | None, Option(None, help="Height and width in pixels.", show_default="128; memory, GPU: 224")),
-    "depths": (list[int] | None, Option(None, "--depths", help=_DEPTHS)),
+    "depths": (list[int] | None, Option(None, "--depths", help="CIFAR-style DenseNet-BC of these depths.")),
     "budget": (str, Option("12GB", help="Bytes that a training step may take, as 12GB.")),
-    "providers": (str | None, Option(None, help=_PROVIDERS, show_default="usual")),
+    "providers": (str | None, Option(None, help="With commas; 'list' shows them.", show_default="usual")),
     "batches": (str | None, Option(None, help="Further batch sizes, as 1,2,4,16: images a second against them.")),
     "repeats": (int | None, Option(None, help="Timed steps of each provider in a process.", show_default="7")),
     "processes": (int | None, Option(None, help="Fresh processes, one after another.", show_default="5")),
     "threads": (int | None, Option(None, help="CPU threads.", show_default="PyTorch's choice")),
     "quick": (bool, Option(False, "--quick", help="Small networks and few steps: under two minutes for all.")),
-    "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default=_OUT)),
+    "out": (Path | None, Option(None, help="Folder of records and pictures.", show_default="./fastdense-bench")),
     "as_json": (bool, Option(False, "--json", help="The record on standard output; tables on standard error.")),
 }
 COMMANDS = {
     "speed": (
-        "device dtype layout model batch size providers batches repeats processes threads quick out as_json",
+        "model batch size batches repeats processes threads",
         "Time of a training step, forward, backward and optimizer, with its bytes and images a second.",
     ),
-    "memory": (
-        "device dtype layout models batch size depths providers threads quick out as_json",
-        "Bytes that a training step keeps for backward, and its peak.",
-    ),
-    "depth": (
-        "device dtype layout budget providers quick out as_json",
-        "The deepest network and the largest batch that train within a budget of memory.",
-    ),
-    "all": (
-        "device dtype layout providers threads quick out as_json",
-        "Speed with several batches, memory, memory against depth; and, unless --quick, depth.",
-    ),
+    "memory": ("models batch size depths threads", "Bytes that a training step keeps for backward, and its peak."),
+    "depth": ("budget", "The deepest network and the largest batch that train within a budget of memory."),
+    "all": ("threads", "Speed with several batches, memory, memory against depth; and, unless --quick, depth."),
 }
+COMMON = "device dtype layout providers quick out as_json"
 # What ``all`` runs, each with options of its own.
 ALL_QUICK: list[tuple[str, Record]] = [("speed", {"batches": "4,16"}), ("memory", {})]
 ALL: list[tuple[str, Record]] = [
@@ -87,10 +76,10 @@ def _command(name: str, options: str, help: str) -> None:
         records: list[Record] = []
         with errors_as_bad_options():
             if "depths" in given:  # --depths 40 100 190: what follows the first arrives as arguments
-                if context.args and not given["depths"]:
-                    raise ValueError(f"unknown arguments: {' '.join(context.args)}")
-                more = _numbers("--depths must be whole numbers", " ".join(context.args))
-                given["depths"] = (*(given["depths"] or ()), *more)
+                more = " ".join(context.args)
+                if more and not given["depths"]:
+                    raise ValueError(f"unknown arguments: {more}")
+                given["depths"] = (*(given["depths"] or ()), *_numbers("--depths must be whole numbers", more))
             jobs = [(name, {})] if name != "all" else ALL_QUICK if given["quick"] else ALL
             for job, special in jobs:
                 records.append(_run(console, job, _options(job, {**given, **special})))
@@ -103,7 +92,7 @@ def _command(name: str, options: str, help: str) -> None:
             console.print("Interrupted: what had been measured is in the record.")
             raise typer.Exit(INTERRUPTED)
 
-    give_options(command, {key: OPTIONS[key] for key in options.split()})
+    give_options(command, {key: OPTIONS[key] for key in OPTIONS if key in f"{COMMON} {options}".split()})
     bench.command(name, help=help, context_settings={"allow_extra_args": "depths" in options})(command)
 
 
@@ -170,10 +159,8 @@ def _measure(console: Console, module: Any, options: Any) -> Record:
         nonlocal said
         if time.monotonic() - said > HEARTBEAT_SECONDS:
             said = time.monotonic()
-            rows = record["results"].values()
-            steps = [row["step"].repeats for row in rows if "step" in row]
-            extent = f", {min(steps)} to {max(steps)} steps each" if steps else ""
-            console.print(f"measuring: {len(rows)} rows{extent}")
+            steps = [row["step"].repeats for row in record["results"].values() if "step" in row]
+            console.print(f"measuring: {len(record['results'])} rows, at least {min(steps, default=0)} steps each")
 
     record: Record = module.run(options, watch)
     console.print(module.table(record))

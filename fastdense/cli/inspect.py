@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,16 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Option
 
 from ..analysis.gradient_flow import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from ..analysis.plain import without_dense_connections
 from ..conversion.blocks import dense_blocks
-from ..environment import versions
 from ..reference import widths
 from ..training.checkpoint import replacing
 from ..training.config import TrainConfig
-from .options import errors_as_bad_options, give_options
+from .options import errors_as_bad_options, give_options, provenance
 from .subject import LARGE_STEM_IMAGE, Subject, batch, subject
 
 inspect = typer.Typer(
@@ -34,38 +30,32 @@ inspect = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_MODEL = (
-    "densenet121, 161, 169, 201 or 264, named in full; or package.module:function of any model that "
-    "fastdense.convert understands, as torchvision.models:densenet121."
-)
-_OWN_NETWORK = "what --weights says, or the network that `fastdense train` trains"
-_WEIGHTS = "A checkpoint of `fastdense train`, or a file with a state_dict."
-_DATA = "digits, a folder of images or of CIFAR's files, or random: noise."
+_MODEL = "densenet121, 161, 169, 201, 264; or package.module:function of a model that fastdense.convert understands."
 _OWN_SIZE = f"the data's own; {LARGE_STEM_IMAGE} for digits in front of an ImageNet stem"
 _PLAIN = "Draw the same layers without dense connections beside it, freshly initialised."
 _PLAIN_WEIGHTS = "Draw a network of `fastdense train --plain` instead: its checkpoint."
 _EVALUATION = "BatchNorm with its running statistics, not with the batch's as in training."
-_DEVICE = "cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at."
 NETWORK = {
-    "model": (str | None, Option(None, help=_MODEL, show_default=_OWN_NETWORK)),
-    "weights": (Path | None, Option(None, help=_WEIGHTS, show_default="none: untrained")),
+    "model": (str | None, Option(None, help=_MODEL, show_default="as in `fastdense train`, or as --weights says")),
+    "weights": (Path | None, Option(None, help="A checkpoint of `fastdense train`, or a file with a state_dict.")),
     "ema": (bool, Option(False, "--ema", help="Of a checkpoint, the averaged weights.")),
     "depth": (int | None, Option(None, help="Three equal blocks, as in `fastdense train`.", show_default="100")),
     "block_config": (str | None, Option(None, help="Layers of each block, as 6,12,24.")),
     "growth_rate": (int | None, Option(None, help="Channels that each layer adds.", show_default="12")),
+    "seed": (int, Option(0, help="Of initial weights and noise.")),
 }
 SEEN = {
-    "data": (str | None, Option(None, help=_DATA, show_default="what --weights was trained on, or digits")),
+    "data": (str | None, Option(None, help="As in `fastdense train`, or random: noise.", show_default="as trained on")),
     "images": (int, Option(64, help="How many of the training images make the batch.", min=2)),
     "image_size": (int | None, Option(None, help="Height and width in pixels.", show_default=_OWN_SIZE)),
     "plain": (bool, Option(True, help=_PLAIN)),
     "plain_weights": (Path | None, Option(None, help=_PLAIN_WEIGHTS)),
     "evaluation": (bool, Option(False, "--eval", help=_EVALUATION)),
+    "device": (str, Option("cpu", help="cpu, cuda, cuda:1. It computes in float64, which most GPUs are slow at.")),
 }
-SEED = {"seed": (int, Option(0, help="Of initial weights and noise."))}
-DEVICE = {"device": (str, Option("cpu", help=_DEVICE))}
 JSON = {"json_file": (Path | None, Option(None, "--json", help="Write the matrices to this file too."))}
 PLAIN = "the same layers without dense connections"
+_right = partial(Column, justify="right")
 
 
 def flow(context: typer.Context, *, out: Path, json_file: Path | None, **options: Any) -> None:
@@ -89,10 +79,9 @@ def flow(context: typer.Context, *, out: Path, json_file: Path | None, **options
                 model = network.model.train(not evaluation).to(at)
                 curves[label] = gradient_flow(model, seen.images.to(at), seen.labels)
     loss = "cross-entropy" + ("" if seen.labels is not None else " against the model's own arg-max")
-    caption = (
-        f"Loss: {loss}, mean over {len(seen.images)} images of {seen.description}. BatchNorm takes "
-        f"{'its running' if evaluation else 'the batch'} statistics. Computed in float64."
-    )
+    statistics = "its running" if evaluation else "the batch"
+    caption = f"Loss: {loss}, mean over {len(seen.images)} images of {seen.description}. BatchNorm takes {statistics} "
+    caption += "statistics. Computed in float64."
     title = f"Gradient flow: {looked_at.description}, {looked_at.state}"
     record = {"title": title, "caption": caption, **_facts(looked_at, seed), "device": device, "dtype": "float64"}
     record |= {"loss": loss, "images": len(seen.images), "data": seen.description, "evaluation": evaluation}
@@ -116,7 +105,7 @@ def reuse(context: typer.Context, *, out: Path, json_file: Path | None, **option
     _finish(out, draw, json_file, record, _reuse_table(found))
 
 
-for _command, _options in ((flow, NETWORK | SEEN | SEED | DEVICE), (reuse, NETWORK | SEED)):
+for _command, _options in ((flow, NETWORK | SEEN), (reuse, NETWORK)):
     _out = {"out": (Path, Option(Path(f"{_command.__name__}.png"), help="The picture."))}
     give_options(_command, _options | _out | JSON)
     inspect.command()(_command)
@@ -125,7 +114,7 @@ for _command, _options in ((flow, NETWORK | SEEN | SEED | DEVICE), (reuse, NETWO
 def _subject(out: Path, options: Mapping[str, Any]) -> Subject:
     if out.suffix.lower() != ".png":  # before anything is computed
         raise ValueError(f"--out must name a PNG file, as flow.png, got {out}")
-    return subject(**{name: options[name] for name in NETWORK}, seed=options["seed"])
+    return subject(**{name: options[name] for name in NETWORK})
 
 
 def _beside(looked_at: Subject, options: Mapping[str, Any]) -> dict[str, Subject]:
@@ -140,29 +129,18 @@ def _beside(looked_at: Subject, options: Mapping[str, Any]) -> dict[str, Subject
     if not twin.plain:
         raise ValueError(f"--plain-weights {weights} is of a network with dense connections: use --weights")
     if twin.stem.in_channels != looked_at.stem.in_channels:
-        raise ValueError(
-            f"--plain-weights {weights} reads images of {twin.stem.in_channels} channels, the other network of "
-            f"{looked_at.stem.in_channels}: train both on the same data"
-        )
+        other = f"{twin.stem.in_channels} channels, the other network of {looked_at.stem.in_channels}"
+        raise ValueError(f"--plain-weights {weights} reads images of {other}: train both on the same data")
     return {f"{PLAIN}, {twin.state}": twin}
 
 
 def _facts(of: Subject, seed: int) -> dict[str, Any]:
     """What it takes to reproduce the numbers, and each block's ``C_0 .. C_L``: the channels that its layers read."""
-    return {
-        "command": shlex.join(["fastdense", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "network": of.description,
-        "state": of.state,
-        "seed": seed,
-        "channels": {name: widths(layers) for name, _, layers in dense_blocks(of.model)},
-    }
+    channels = {name: widths(layers) for name, _, layers in dense_blocks(of.model)}
+    return provenance("date") | {"network": of.description, "state": of.state, "seed": seed, "channels": channels}
 
 
-def _finish(
-    out: Path, draw: Callable[[Path], None], json_file: Path | None, record: dict[str, Any], table: Table
-) -> None:
+def _finish(out: Path, draw: Callable[[Path], None], json_file: Path | None, record: Any, table: Table) -> None:
     _write(out, draw)
     if json_file is not None:
         _write(json_file, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
@@ -184,33 +162,25 @@ def _numbers(block: BlockFlow | BlockReuse) -> dict[str, Any]:
     return {name: value if isinstance(value, str) else value.tolist() for name, value in vars(block).items()}
 
 
-def _table(left: Sequence[str], right: Sequence[str], caption: str) -> Table:
-    table = Table(caption=caption)
-    for heading in (*left, *right):
-        table.add_column(heading, justify="left" if heading in left else "right")
-    return table
-
-
 def _flow_table(curves: Mapping[str, Sequence[BlockFlow]]) -> Table:
-    headings = ("first layer's\noutput", "last layer's\noutput", "largest /\nsmallest")
-    table = _table(("network", "block"), headings, "norm of the gradient of what a layer writes")
+    headings = map(_right, ("first layer's\noutput", "last layer's\noutput", "largest /\nsmallest"))
+    table = Table("network", "block", *headings, caption="norm of the gradient of what a layer writes")
     for label, flows in curves.items():
-        for i, block in enumerate(flows):
+        for block in flows:
             written = block.total[1:]  # H_0 has other channels
-            ratio = (written.max() / written.min()).item()
-            spread = f"{ratio:,.1f}" if ratio < 1e6 else f"{ratio:.1e}"
-            numbers = f"{written[0].item():.2e}", f"{written[-1].item():.2e}", spread
-            table.add_row("" if i else label, _short(block), *numbers, end_section=block is flows[-1])
+            ratio = written.max() / written.min()
+            numbers = f"{written[0]:.2e}", f"{written[-1]:.2e}", f"{ratio:,.1f}" if ratio < 1e6 else f"{ratio:.1e}"
+            table.add_row("" if block is not flows[0] else label, _short(block), *numbers)
     return table
 
 
 def _reuse_table(found: Sequence[BlockReuse]) -> Table:
-    headings = ("layers", "of what enters\nthe block", "of the layer\njust before", "of all it reads")
-    table = _table(("block",), headings, "mean absolute weight, averaged over the layers that read")
+    headings = map(_right, ("layers", "of what enters\nthe block", "of the layer\njust before", "of all it reads"))
+    table = Table("block", *headings, caption="mean absolute weight, averaged over the layers that read")
     for block in found:
         L = block.weights.shape[1]
-        reads = [block.weights[: j + 1, j].mean().item() for j in range(L)]
-        means = (block.weights[0].mean().item(), block.weights.diagonal().mean().item(), sum(reads) / L)
+        reads = sum(block.weights[: j + 1, j].mean() for j in range(L)) / L
+        means = (block.weights[0].mean(), block.weights.diagonal().mean(), reads)
         table.add_row(_short(block), str(L), *(f"{mean:.4f}" for mean in means))
     return table
 

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any, get_type_hints
 
 import typer
 
+from ..environment import versions
 from ..training.config import PANELS, TrainConfig, flag, parse, shown
 from ..training.outputs import OutputOptions
 
-FIELDS = {
-    field.name: field
-    for field in sorted(
-        [*dataclasses.fields(OutputOptions), *dataclasses.fields(TrainConfig)],
-        key=lambda field: PANELS.index(field.metadata["panel"]),
-    )
-}
+_ALL = [*dataclasses.fields(OutputOptions), *dataclasses.fields(TrainConfig)]
+FIELDS = {field.name: field for panel in PANELS for field in _ALL if field.metadata["panel"] == panel}
 _TYPES = get_type_hints(TrainConfig) | get_type_hints(OutputOptions)
 
 
 def give_options(command: Callable[..., None], options: Mapping[str, tuple[Any, Any]]) -> None:
     """Gives ``command``, which takes a context and keywords, ``options``: by name, their type and ``typer.Option``."""
-    parameters = {"context": (typer.Context, inspect.Parameter.empty), **options}
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-            for name, (kind, default) in parameters.items()
-        ]
-    )
+    given, keyword = {"context": (typer.Context, inspect.Parameter.empty), **options}, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(n, keyword, annotation=a, default=default) for n, (a, default) in given.items()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -43,6 +38,12 @@ def errors_as_bad_options() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
+def provenance(time: str) -> dict[str, Any]:
+    """Where a result comes from: the command, when (under the key ``time``), and versions."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": shlex.join(["fastdense", *sys.argv[1:]]), time: now, "versions": versions()}
+
+
 def _option(name: str, field: dataclasses.Field[Any]) -> tuple[Any, Any]:
     """The type of an option of ``fastdense train``, and what typer shall know of it."""
     names = [flag(name)] if field.default is False else []  # others that are on or off get a --no- beside it
@@ -50,7 +51,7 @@ def _option(name: str, field: dataclasses.Field[Any]) -> tuple[Any, Any]:
     if field.metadata["parser"] is not None:
         kind, default = (str | None, None) if default is None else (str, shown(default))
     told = {"help": field.metadata["help"], "rich_help_panel": field.metadata["panel"]}
-    return kind, typer.Option(default, *names, **told, show_default=field.metadata["default"] or True)
+    return kind, typer.Option(default, *names, **told, show_default=field.metadata["shown"] or True)
 
 
 TRAIN_OPTIONS = {name: _option(name, field) for name, field in FIELDS.items()}
@@ -63,10 +64,7 @@ def given_options(context: typer.Context) -> frozenset[str]:
 
 
 def parsed(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values by name of the options of :class:`TrainConfig`, and of those of :class:`OutputOptions`.
-
-    Raises ``ValueError`` where one cannot be parsed.
-    """
+    """The values of :class:`TrainConfig` and those of :class:`OutputOptions`; ``ValueError`` for a wrong one."""
     values = {name: parse(FIELDS[name], value) for name, value in options.items()}
     writing = {field.name: values.pop(field.name) for field in dataclasses.fields(OutputOptions)}
     return values, writing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,23 +48,14 @@ class Batch:
     description: str
 
 
-def subject(
-    model: str | None,
-    weights: Path | None,
-    ema: bool = False,
-    seed: int = 0,
-    depth: int | None = None,
-    block_config: str | None = None,
-    growth_rate: int | None = None,
-) -> Subject:
+def subject(model: str | None, weights: Path | None, ema: bool = False, seed: int = 0, **network: Any) -> Subject:
     """Builds the network that the options of ``fastdense inspect`` describe, with its weights.
 
     ``model`` is a name in ``NAMED`` or ``"package.module:function"``, ``weights`` a checkpoint of ``fastdense train``,
-    which describes its network, or a file with a ``state_dict``. Raises ``ValueError`` if an option contradicts
-    another, or the file does not fit.
+    which describes its network, or a file with a ``state_dict``. ``network`` holds ``depth``, ``block_config`` and
+    ``growth_rate``. Raises ``ValueError`` if an option contradicts another, or the file does not fit.
     """
-    blocks = parse(FIELDS["block_config"], block_config)
-    network = {"model": model, "depth": depth, "block_config": blocks, "growth_rate": growth_rate}
+    network = {name: parse(FIELDS[name], value) for name, value in {"model": model, **network}.items()}
     named = [flag(name) for name, value in network.items() if value is not None]
     stored = {} if weights is None else _read(weights)
     torch.manual_seed(seed)
@@ -104,9 +94,8 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
         images = torch.randn(count, channels, *shape, generator=torch.Generator().manual_seed(seed))
         return Batch(images, None, f"noise, {'x'.join(map(str, shape))}")
     if spatial_dims != 2:
-        raise ValueError(
-            f"--data {data} has flat images and the network reads {spatial_dims}D ones: use --data {RANDOM}"
-        )
+        theirs = f"the network reads {spatial_dims}D ones"
+        raise ValueError(f"--data {data} has flat images and {theirs}: use --data {RANDOM}")
     size: int | None = image_size or (of.image_size if data == of.data else None)
     if size is None and data == "digits" and max(of.stem.stride) > 1:
         size = LARGE_STEM_IMAGE
@@ -120,9 +109,8 @@ def batch(of: Subject, data: str | None, *, count: int, image_size: int | None, 
     if images.shape[1] == 1 < channels:
         images = images.expand(-1, channels, -1, -1)
     if images.shape[1] != channels:
-        raise ValueError(
-            f"the network reads images of {channels} channels, those of --data {data} have {images.shape[1]}"
-        )
+        theirs = f"those of --data {data} have {images.shape[1]}"
+        raise ValueError(f"the network reads images of {channels} channels, {theirs}")
     scores = [module.out_features for module in of.model.modules() if isinstance(module, nn.Linear)]
     return Batch(images, labels if scores and scores[-1] >= source.classes else None, source.name)
 
@@ -141,15 +129,10 @@ def _imported(spec: str) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):  # as torch has saved since 2020
-        checkpoint.verify(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"--weights {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a file of another kind makes the reader raise anything
-        reason = f"is no file of weights alone ({type(error).__name__}): save a state_dict with torch.save"
-        raise ValueError(f"--weights {path} {reason}") from error
+        found = checkpoint.read(path, ": save a state_dict with torch.save")
+    except ValueError as error:
+        raise ValueError(f"--weights {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--weights {path} holds a {type(found).__name__}, not a state_dict")
     return found
@@ -171,12 +154,10 @@ def _from_checkpoint(stored: dict[str, Any], path: Path | None, ema: bool) -> Su
 
 def _load(model: nn.Module, weights: dict[str, Any], path: Path | None) -> None:
     for key in ("state_dict", "model"):  # as many files wrap it
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        first = [*str(error).splitlines()[1:], str(error)][0].strip()
-        first = first if len(first) < 200 else f"{first[:200]} ..."
+        first = [*str(error).splitlines()[1:], str(error)][0].strip()[:200]
         network = "the network that --model, --depth, --block-config and --growth-rate describe"
         raise ValueError(f"--weights {path} does not fit {network}: {first}") from error

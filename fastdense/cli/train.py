@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ import typer
 
 from ..data.images import UnreadableImage
 from ..data.source import open_data
-from ..environment import versions
 from ..training import checkpoint
 from ..training.config import TrainConfig
 from ..training.distributed import Processes, lost_process, processes
@@ -26,7 +22,7 @@ from ..training.events import NonFiniteLoss, Note, Stopped
 from ..training.experiment import Experiment
 from ..training.outputs import LAST, OutputOptions, Outputs, prepare
 from .display import display, introduction, result_table
-from .options import errors_as_bad_options, given_options, parsed
+from .options import errors_as_bad_options, given_options, parsed, provenance
 from .terminal import DeferSignals, Interrupted, Printer
 
 
@@ -99,18 +95,17 @@ def train(console: Printer, experiment: Experiment, outputs: Outputs) -> None:
         console.print(introduction(experiment), soft_wrap=not console.is_terminal)
         with display(console, experiment) as shown, DeferSignals() as deferred:
             for events in experiment.rounds():
-                for sink in (outputs, shown):  # files first: what is printed may reach no one
-                    sink.update(events)
+                outputs.update(events)  # first: what is printed may reach no one
+                shown.update(events)
                 new = outputs.warn_of_unreadable()
                 signum, failure, some = experiment.processes.largest(deferred.signal, console.failure, len(new))
                 if some:
                     outputs.record_unreadable(new)
                 if (signum or failure) and not experiment.over:
-                    outputs.save(last=True)
+                    outputs.save()
                     raise _unprintable(experiment, outputs, failure) if failure else Interrupted(signum)
     except NonFiniteLoss as error:
-        place = {"run": error.run, "epoch": error.epoch, "step": error.step}
-        outputs.log(Note("error", {**place, "message": str(error)}))
+        outputs.log(Note("error", {**vars(error), "message": str(error)}))  # run, epoch and step
         raise
     except KeyboardInterrupt as interrupt:
         message = f"Interrupted {_where(experiment)}"
@@ -140,23 +135,18 @@ def _unprintable(experiment: Experiment, outputs: Outputs, failure: int) -> Stop
 def _header(experiment: Experiment) -> Note:
     config = experiment.config
     fields = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["fastdense", *sys.argv[1:]]),
-        "versions": versions(),
+        **provenance("time"),
         "device": str(experiment.device),
         "threads": torch.get_num_threads(),
         "seed": config.seed,
         "config": asdict(config),
         "network": config.architecture.description,
-        "parameters": sum(parameter.numel() for parameter in experiment.runs[0].model.parameters()),
         "data": experiment.data.name,
-        "steps": experiment.steps,
-        "step": experiment.step,
         "processes": experiment.processes.count,
-        "steps_per_epoch": experiment.steps_per_epoch,
         "runs": {run.name: run.impl for run in experiment.runs},
     }
-    return Note("header", fields)
+    names = ("parameters", "steps", "step", "steps_per_epoch")
+    return Note("header", fields | {name: getattr(experiment, name) for name in names})
 
 
 def _report(console: Printer, experiment: Experiment, outputs: Outputs) -> None:

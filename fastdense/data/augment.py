@@ -35,8 +35,7 @@ class Views:
     """The box of each image in one epoch, for a result of ``size x size`` pixels, and whether it is mirrored.
 
     ``augment`` is ``"none"``: the image is scaled until its short side is 256/224 of ``size``, and its centre cut out;
-    ``"crop-flip"``: the same scale, a random place, mirrored half of the time; or ``"resized-crop"``: a random part,
-    mirrored half of the time.
+    or, mirrored half of the time, ``"crop-flip"``: the same scale, a random place; ``"resized-crop"``: a random part.
     """
 
     augment: str
@@ -57,7 +56,7 @@ class Views:
 def scaled_box(width: int, height: int, size: int, draw: random.Random | None = None) -> Box:
     """Returns the centre, or with ``draw`` any place, of an image whose short side is scaled to 256/224 of ``size``.
 
-    Resized to ``size``, the box has the pixels of ``torchvision.transforms``' ``Resize(round(size * 256 / 224))`` and
+    Resized to ``size``, it has the pixels of ``torchvision.transforms``' ``Resize(round(size * 256 / 224))`` and
     ``CenterCrop(size)``, without the scaled image, which would be huge where one side is much longer than the other.
     """
     short = round(size * TEST_SCALE)
@@ -103,10 +102,6 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor
     """Shifts each image by up to four pixels and mirrors some (Huang et al., arXiv 1608.06993, section 4.1).
 
     ``images`` are standardised, ``[n, channels, height, width]``, so that zeros, the mean colour, come in at the edges.
-    Equivalent to, for each image::
-
-        crop = F.pad(image, (4, 4, 4, 4))[:, top : top + height, left : left + width]
-        crop.flip(2) if flip else crop
     """
     n, _, height, width = images.shape
     windows = F.pad(images, (PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view [n, C, 9, 9, H, W]

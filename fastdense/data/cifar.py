@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,19 +26,16 @@ class Cifar:
     # The key of a pickle's labels; in a binary record, how many label bytes precede the pixels, of which the last one
     # counts (CIFAR-100 has a coarse label before the fine one).
     labels: bytes | int
-    names: tuple[str, bytes]  # the file with the names of the classes, and its key in a pickle
 
 
 _FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
+_FIVE_BINARY = tuple(f"{name}.bin" for name in _FIVE)
 CIFARS = (
-    Cifar("CIFAR-10", 10, "cifar-10-batches-py", _FIVE, "test_batch", b"labels", ("batches.meta", b"label_names")),
-    Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels", ("meta", b"fine_label_names")),
-    Cifar(
-        "CIFAR-10", 10, "cifar-10-batches-bin",
-        tuple(f"{name}.bin" for name in _FIVE), "test_batch.bin", 1, ("batches.meta.txt", b""),
-    ),
-    Cifar("CIFAR-100", 100, "cifar-100-binary", ("train.bin",), "test.bin", 2, ("fine_label_names.txt", b"")),
-)  # fmt: skip
+    Cifar("CIFAR-10", 10, "cifar-10-batches-py", _FIVE, "test_batch", b"labels"),
+    Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels"),
+    Cifar("CIFAR-10", 10, "cifar-10-batches-bin", _FIVE_BINARY, "test_batch.bin", 1),
+    Cifar("CIFAR-100", 100, "cifar-100-binary", ("train.bin",), "test.bin", 2),
+)
 
 
 def find(root: Path) -> tuple[Path, Cifar] | None:
@@ -54,28 +50,23 @@ def find(root: Path) -> tuple[Path, Cifar] | None:
     return found[0] if found else None
 
 
-def read(folder: Path, cifar: Cifar) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Reads all images of a folder; ``ValueError`` where a file is missing, damaged, or not what its name says.
+def read(folder: Path, cifar: Cifar) -> list[Tensor]:
+    """Returns training images, uint8 ``[n, 3, 32, 32]``, their labels, int64 ``[n]``, and the same for testing.
 
-    Returns:
-        Training images, uint8 ``[n, 3, 32, 32]``, and their labels, int64 ``[n]``; the same for testing; the names of
-        the classes, which are numbers where their file is missing.
+    Raises ``ValueError`` where a file is missing, damaged, or not what its name says.
     """
     if missing := [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
-
-    def joined(files: Sequence[str]) -> Iterator[Tensor]:
-        for arrays in zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True):
-            yield torch.from_numpy(np.concatenate(arrays))
-
-    names = folder / cifar.names[0]
-    named = _checked(names, cifar, _names) if names.is_file() else tuple(map(str, range(cifar.classes)))
-    return [*joined(cifar.train), *joined([cifar.test])], named
+    tensors = []
+    for files in (cifar.train, (cifar.test,)):
+        for arrays in zip(*(_checked(folder / file, cifar) for file in files), strict=True):
+            tensors.append(torch.from_numpy(np.concatenate(arrays)))
+    return tensors
 
 
-def _checked(path: Path, cifar: Cifar, reader: Callable[[Path, Cifar], Any]) -> Any:
+def _checked(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     try:
-        return reader(path, cifar)
+        return _labelled(path, cifar)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to call for
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         remedy = f"unpack the archive of {cifar.name} again, or download it again"
@@ -98,14 +89,6 @@ def _labelled(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarra
     if labels.min() < 0 or labels.max() >= cifar.classes:
         raise ValueError(f"labels are {labels.min()} to {labels.max()}, not within 0 to {cifar.classes - 1}")
     return pixels.reshape(-1, 3, 32, 32), labels
-
-
-def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
-    stored = _unpickle(path)[cifar.names[1]] if isinstance(cifar.labels, bytes) else path.read_text().split()
-    names = tuple(name.decode() if isinstance(name, bytes) else name for name in stored)
-    if len(names) != cifar.classes:
-        raise ValueError(f"{len(names)} names for {cifar.classes} classes")
-    return names
 
 
 class _Unpickler(pickle.Unpickler):

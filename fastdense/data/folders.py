@@ -50,8 +50,10 @@ def find(root: Path) -> tuple[Files, Files, tuple[str, ...]]:
     divided = (root / TRAIN).is_dir() and bool(tests or _subfolders(root / TRAIN))  # a class may be called "train"
     if divided and not tests:
         raise ValueError(f"--data {root} has train/ and none of {', '.join(TESTS)}: {LAYOUT}")
-    names = _classes(root / TRAIN if divided else root)
-    test_names = _classes(root / tests[0]) if divided else ()
+    places = (root / TRAIN, root / tests[0]) if divided else (root, root)
+    names, test_names = map(_subfolders, places)
+    if not (names and test_names):
+        raise ValueError(f"--data: {places[1 if names else 0]} has no subfolders: {LAYOUT}")
     if unknown := sorted(set(test_names) - set(names)):
         remedy = f"add their images to train/, or take them out of {tests[0]}/"
         raise ValueError(f"--data {root}: {tests[0]}/ has classes that train/ lacks: {_list(unknown)}: {remedy}")
@@ -84,13 +86,6 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
             return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
     except OSError as error:
         _refuse(error)
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    names = _subfolders(folder)
-    if not names:
-        raise ValueError(f"--data: {folder} has no subfolders: {LAYOUT}")
-    return names
 
 
 def _files(root: Path, labels: dict[str, int]) -> Files:

@@ -38,8 +38,7 @@ def read_image(path: Path, number: int, views: Views) -> Pixels:
     """Reads the box of an image that ``views`` chooses, resized: uint8 ``[size, size, 3]``, upright and in RGB.
 
     Pillow resizes bilinearly over all pixels that fall on one. JPEG files are decoded at a half, a quarter or an eighth
-    of their size where that leaves twice as many pixels as are needed. Raises ``UnreadableImage`` if the file is not
-    there, may not be read, or is damaged, cut short or enormous.
+    of their size where that leaves twice as many pixels as are needed. Raises ``UnreadableImage``.
     """
     try:
         with warnings.catch_warnings():
@@ -108,10 +107,7 @@ class _Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reader(MapDataset[_Batch]):
-    """Reads batches of images, in worker processes too, and reports the unreadable ones.
-
-    With ``replace``, the next readable image takes the place of an unreadable one; the batch is empty if there is none.
-    """
+    """Reads batches; ``replace`` puts the next readable image in an unreadable one's place, or empties the batch."""
 
     files: Files
     views: Views
@@ -178,8 +174,7 @@ class ImageFolder:
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches to train on, as :meth:`.source.Dataset.train`; with workers, ``batches`` is read ahead.
 
-        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all. Otherwise, and
-        where none can be read, it raises ``UnreadableImage``; and ``RuntimeError`` if a worker process died.
+        With ``on_error="skip"``, the next readable image takes an unreadable one's place, label and all.
         """
         views = Views(self.augment, self.image_size, self.seed, epoch)
         reader = _Reader(self.train_files, views, replace=self.on_error == "skip")
@@ -229,10 +224,8 @@ class ImageFolder:
             traceback.clear_frames(error.__traceback__)
             if type(error) is not RuntimeError:
                 raise
-            remedy = "try fewer, which take less memory, or --workers 0 to see its error"
-            raise RuntimeError(
-                f"reading images in --workers {self.workers} processes failed: {error}: {remedy}"
-            ) from error
+            failed = f"reading images in --workers {self.workers} processes failed: {error}: try fewer, which take less"
+            raise RuntimeError(f"{failed} memory, or --workers 0 to see its error") from error
 
     def _nothing_readable(self, count: int) -> UnreadableImage:
         return UnreadableImage(f"none of {count} images can be read, the first: {self.unreadable[0]}. Check --data")

@@ -65,15 +65,12 @@ class Dataset:
     def train(self, batches: Iterable[Tensor], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images and labels for each batch of numbers, standardised and augmented.
 
-        The augmentation is a pure function of (seed, epoch, image number), whatever the batches, processes and resumes.
         ``batches`` are vectors of int64 in ``[0, train_count)``. Images are float32 ``[n, channels, image_size,
         image_size]``, labels int64 ``[n]``.
         """
         device = self.train_images.device
         views = Views(self.augment, self.image_size, self.seed, epoch)
-        table = torch.empty(0)
-        if self.augment == "crop-flip":
-            table = crop_flip_table(self.train_count, self.seed, epoch).to(device)
+        table = crop_flip_table(self.train_count, self.seed, epoch).to(device)
         for numbers in batches:
             on_device = numbers.to(device)
             images = self._standardised(self.train_images[on_device])
@@ -117,37 +114,32 @@ def open_data(
         data: ``"digits"`` (a folder of that name is ``"./digits"``); a folder that is or holds CIFAR-10 or CIFAR-100 as
             published, in the Python or the binary version; or one of images laid out as :func:`.folders.find` says.
         image_size: height and width in a batch; ``None`` is 8 for digits, 32 for CIFAR and 224 for a folder.
-        augment: how images to train on are varied. ``"crop-flip"``: shifted by up to 4 pixels (in a folder: a random
-            part of the scaled image) and half of them mirrored; ``"resized-crop"``: a random part of 8 to 100 % of the
-            area, and half of them mirrored; ``"none"``. ``"auto"`` is ``"none"`` for digits, ``"crop-flip"`` for
-            CIFAR, as in the DenseNet paper (arXiv 1608.06993, section 4.1), and ``"resized-crop"`` for a folder.
+        augment: how images to train on are varied, see :class:`.augment.Views`; ``"auto"`` is ``"none"`` for digits,
+            ``"crop-flip"`` for CIFAR, as in the DenseNet paper, and ``"resized-crop"`` for a folder.
         seed: of the augmentation.
         workers: processes that read a folder's images; 0 reads them in this one.
         on_error: what to do about an image that cannot be read: ``"stop"`` raises :class:`UnreadableImage`,
             ``"skip"`` trains on the next one in its place, leaves it out of tests, and notes it in ``unreadable``.
 
-    Raises:
-        ValueError: ``image_size`` or ``augment`` is wrong, or there are no images where ``data`` points.
-        ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
+    Raises ``ValueError`` if ``image_size`` or ``augment`` is wrong, or there are no images where ``data`` points.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"--image-size must be at least 1, got {image_size}")
+    least, reason = (8, ", the size of the digits") if data == "digits" else (1, "")
+    if image_size is not None and image_size < least:
+        raise ValueError(f"--image-size must be at least {least}{reason}, got {image_size}")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
     found: Source
     root = Path(data).expanduser()
     if data == "digits":
-        if image_size is not None and image_size < 8:
-            raise ValueError(f"--image-size must be at least 8, the size of the digits, got {image_size}")
         found, usual = digits(image_size or 8), "none"
     elif not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
-        raise ValueError(f"--data {data} {what}: {remedy}")
+        raise ValueError(f"--data {data} {'is a file' if root.exists() else 'does not exist'}: {remedy}")
     elif version := cifar.find(root):
-        tensors, names = cifar.read(*version)
+        tensors, kind = cifar.read(*version), version[1]
         mean, std = _mean_and_std(tensors[0])
-        found = Dataset(version[1].name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
+        names = tuple(map(str, range(kind.classes)))
+        found = Dataset(kind.name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
         usual = "crop-flip"
     else:
         found = ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error)
@@ -156,20 +148,16 @@ def open_data(
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel of uint8 images, ``[channels, 1, 1]``, by histograms; the deviation is 1 where all are equal."""
-    levels = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
-    share = counts / counts.sum(1, keepdim=True).double()  # [channels, 256]
-    mean = (share * levels).sum(1, keepdim=True)
-    std = (share * (levels - mean).square()).sum(1, keepdim=True).sqrt()
-    return mean.float().unsqueeze(2), std.where(std > 0, 1.0).float().unsqueeze(2)
+    """Of each channel of uint8 images, ``[channels, 1, 1]``; the deviation is 1 where all are equal."""
+    found = [torch.stack(torch.std_mean(channel.float(), correction=0)) for channel in images.unbind(1)]
+    std, mean = torch.stack(found, 1).view(2, -1, 1, 1)
+    return mean, std.where(std > 0, 1.0)
 
 
 def digits(image_size: int = 8) -> Dataset:
-    """Loads the 1,797 grey 8x8 digits that ship with scikit-learn: 1,437 to train on and 360 to test on.
+    """Loads the 1,797 grey 8x8 digits of scikit-learn, enlarged to ``image_size``: 1,437 to train on, 360 to test on.
 
-    The split is the same every time and holds equally many of each digit. Images are enlarged bilinearly to
-    ``image_size``, at least 8, then standardised with the mean and standard deviation of the training pixels.
+    The split is the same every time and holds equally many of each digit. All are standardised by the training pixels.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -179,9 +167,8 @@ def digits(image_size: int = 8) -> Dataset:
     labels = torch.from_numpy(source.target).long()
     if image_size != images.shape[-1]:
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    train, test = train_test_split(
-        range(len(labels)), test_size=TEST_FRACTION, stratify=source.target, random_state=SPLIT_SEED
-    )
+    split = {"test_size": TEST_FRACTION, "stratify": source.target, "random_state": SPLIT_SEED}
+    train, test = train_test_split(range(len(labels)), **split)
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     name = f"scikit-learn's digits, {image_size}x{image_size}"

@@ -1,11 +1,12 @@
 """Checkpoints: one file each, there as a whole or not at all.
 
 A checkpoint is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads: ``runs[NAME]["model"]`` is the
-plain ``state_dict`` of a network. The rest is what training is resumed from bit for bit: see :func:`contents`.
+plain ``state_dict`` of a network. The rest is what training is resumed from bit for bit.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -29,12 +30,7 @@ OTHER = "copy another one over it (best.pt, or one of --keep) to resume from the
 
 
 def contents(experiment: Experiment) -> dict[str, Any]:
-    """Returns everything that a checkpoint holds of ``experiment``; every process must call it.
-
-    ``config`` and ``data``: what is trained, on what. ``processes``: how many. ``step``, ``epoch``, ``checked``. In
-    ``runs``, for each run: ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``ema``, ``rng`` (states of every
-    process), ``losses``, ``seconds``, ``evaluations``. ``format``, ``kind``, ``versions`` and ``time``.
-    """
+    """Returns everything that a checkpoint holds of ``experiment``; every process must call it."""
     return {
         "format": FORMAT,
         "kind": KIND,
@@ -77,10 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Writes ``state`` to ``path``, which holds either its old contents or all of the new ones, whatever happens.
-
-    Raises ``OSError`` where it cannot be written: then ``path`` is as it was and nothing else is left behind.
-    """
+    """Writes ``state`` to ``path``, or raises ``OSError`` with ``path`` as it was and nothing else left behind."""
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason of a failing write
     torch.save(dict(state), buffer)
     with replacing(path) as partial:
@@ -100,59 +93,42 @@ def link(path: Path, name: Path) -> None:
             _sync(partial)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left."""
-    for partial in folder.glob("*.partial.*"):
-        partial.unlink(missing_ok=True)
+def read(path: Path, remedy: str = "") -> Any:
+    """Returns what ``torch.save`` wrote to ``path``, its tensors on the CPU and its checksums compared.
 
-
-def verify(path: Path) -> None:
-    """Compares what ``path`` holds with its checksums, which ``torch.load`` does not do; raises ``ValueError``."""
-    with _reading(path):
-        _compare_checksums(path)
-
-
-def _compare_checksums(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"checksum of {damaged} is wrong")
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Returns the checkpoint in ``path``, its tensors on the CPU; raises ``ValueError`` if there is none to be used."""
-    if not path.exists():
-        raise ValueError(f"{path.parent} holds no {path.name} to resume from: leave --resume out to start there")
-    with _reading(path, f": {OTHER}"):
-        _compare_checksums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("kind") != KIND:
-        raise ValueError(f"{path} is not a checkpoint of fastdense train: {OTHER}")
-    if state["format"] != FORMAT:
-        version = state.get("versions", {}).get("fastdense")
-        raise ValueError(
-            f"{path} has format {state['format']}, not {FORMAT}: resume with fastdense {version}, its writer"
-        )
-    return state
-
-
-@contextmanager
-def _reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turns any error into a ``ValueError``: ``path`` cannot be read, or is damaged, with the ``remedy`` for that."""
+    Raises ``ValueError`` if it cannot be read, or is damaged, with the ``remedy`` for that.
+    """
     try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        if zipfile.is_zipfile(path):  # as torch has saved since 2020; torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch gets in a file that was cut
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
         # The readers of archives and of pickles raise anything at all on bytes that are not theirs.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}){remedy}") from error
 
 
-def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration to resume with: that of the checkpoint ``state``, but for ``given`` machine options.
+def load(path: Path) -> dict[str, Any]:
+    """Returns the checkpoint in ``path``; raises ``ValueError`` if there is none to be used."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name} to resume from: leave --resume out to start there")
+    state = read(path, f": {OTHER}")
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise ValueError(f"{path} is not a checkpoint of fastdense train: {OTHER}")
+    if state["format"] != FORMAT:
+        writer = f"resume with fastdense {state['versions']['fastdense']}, its writer"
+        raise ValueError(f"{path} has format {state['format']}, not {FORMAT}: {writer}")
+    return state
 
-    Raises ``ValueError`` if a given option contradicts the checkpoint, or another fastdense has written that.
+
+def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
+    """Returns the configuration of the checkpoint ``state``, with those of ``given`` that may change.
+
+    Raises ``ValueError`` if another one is given, or another fastdense has written the checkpoint.
     """
     try:
         config = asdict(TrainConfig(**state["config"]))
@@ -162,20 +138,16 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
     for name, value in given.items():
         was = config[name]
         if name not in MACHINE_OPTIONS and value != was:
-            begun = f"with {_as_written(name, was) if was is True else shown(was)}"
-            if was is None or was is False:
-                begun = "without it"
-            raise ValueError(
-                f"{_as_written(name, value)} contradicts {path}, which was begun {begun}: leave it out to resume, or "
-                "start again in another --out"
-            )
+            begun = "without it" if was is None or was is False else f"with {_as_written(name, was)}"
+            contradiction = f"{_as_written(name, value)} contradicts {path}, which was begun {begun}"
+            raise ValueError(f"{contradiction}: leave it out to resume, or start again in another --out")
     return TrainConfig(**config | dict(given))
 
 
 def _as_written(name: str, value: Any) -> str:
     """The option as on the command line."""
     if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
+        return flag(name if value else f"no_{name}")
     return f"{flag(name)} {shown(value)}"
 
 
@@ -184,15 +156,13 @@ def restore(experiment: Experiment, path: Path, state: Mapping[str, Any]) -> Non
     facts, count = _facts(experiment), state["processes"]
     for name, was in state["data"].items():
         if facts[name] != was:
-            raise ValueError(
-                f"{path} was trained on other data: {name} was {was}, and in --data is {facts[name]}. Name its own "
-                "data with --data, or leave --resume out and start in another --out"
-            )
+            remedy = "Name its own data with --data, or leave --resume out and start in another --out"
+            other = f"{name} was {was}, and in --data is {facts[name]}"
+            raise ValueError(f"{path} was trained on other data: {other}. {remedy}")
     if count != experiment.processes.count:
-        raise ValueError(
-            f"{path} was trained by {count} processes, not {experiment.processes.count}: resume with "
-            + (f"torchrun --nproc-per-node {count}" if count > 1 else "fastdense train, without torchrun")
-        )
+        right = f"torchrun --nproc-per-node {count}" if count > 1 else "fastdense train, without torchrun"
+        number = f"{count} processes, not {experiment.processes.count}"
+        raise ValueError(f"{path} was trained by {number}: resume with {right}")
     try:
         experiment.load_state_dict(dict(state))
     except (KeyError, RuntimeError, TypeError) as error:

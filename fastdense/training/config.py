@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
@@ -21,9 +21,6 @@ from ..core import checks
 from ..environment import choose_impl
 
 NAMED = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
-NAMED_BLOCKS = 4
-DEFAULT_DEPTH = 100
-DEFAULT_GROWTH_RATE = 12
 DIGITS_SIZE = 8  # pixels
 WARM_UP = 0.05  # of all steps, with a cosine
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +37,7 @@ class Rule(NamedTuple):
     function: Callable[[Any], Any]
 
 
-def one_of(allowed: Iterable[str]) -> Rule:
+def one_of(*allowed: str) -> Rule:
     """The rule that a value is one of ``allowed``."""
     return Rule(f"one of {', '.join(map(repr, allowed))}", lambda value: value in allowed)
 
@@ -52,21 +49,13 @@ POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Rule("0 or a positive number", lambda value: 0 <= value < math.inf)
 
 
-def option(
-    panel: str,
-    default: Any,
-    help: str,
-    must: Rule | None = None,
-    *,
-    parser: Rule | None = None,
-    shown: str | None = None,
-) -> Any:
+def option(panel: str, default: Any, help: str, must: Rule | None = None, **more: Any) -> Any:
     """Returns a field of a dataclass that is an option of ``fastdense train``, too.
 
-    ``must`` says what values are allowed, besides ``None``; ``parser`` is for values that are more than text, a number
-    or a flag; ``shown`` is what ``--help`` says of the default.
+    ``must`` is the rule of its values besides ``None``. ``more``: ``parser``, the rule for values that are more than
+    text, a number or a flag, and ``shown``, what ``--help`` says of the default.
     """
-    told = {"panel": panel, "help": help, "must": must, "parser": parser, "default": shown}
+    told = {"panel": panel, "help": help, "must": must, "parser": None, "shown": None, **more}
     return field(default=default, metadata=told)
 
 
@@ -127,25 +116,19 @@ class Architecture:
 
 
 def layers_per_block(depth: int, *, bottleneck: bool) -> int:
-    """``n`` of a DenseNet of three equal blocks: ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without.
-
-    Raises ``ValueError`` with the nearest depths where no ``n`` fits.
-    """
+    """``n`` where ``depth = 6n + 4`` with bottlenecks, ``3n + 4`` without; ``ValueError`` with the nearest depths."""
     per_layer = 6 if bottleneck else 3
     n, rest = divmod(depth - 4, per_layer)
     if rest == 0 and n >= 1:
         return n
-    nearest = [4 + i * per_layer for i in sorted({max(1, n), max(1, n + 1)})]
-    kind = "DenseNet-BC" if bottleneck else "DenseNet without bottlenecks"
-    raise ValueError(
-        f"--depth {depth} does not fit a {kind} of three equal blocks, whose depth is {per_layer}*n + 4: "
-        f"nearest {' and '.join(map(str, nearest))}"
-    )
+    nearest = " and ".join(str(4 + i * per_layer) for i in sorted({max(1, n), max(1, n + 1)}))
+    kind = f"{'DenseNet-BC' if bottleneck else 'DenseNet without bottlenecks'} of three equal blocks"
+    raise ValueError(f"--depth {depth} does not fit a {kind}, whose depth is {per_layer}*n + 4: nearest {nearest}")
 
 
 _INTEGERS = Rule("whole numbers, as in 6,12,24", lambda text: tuple(map(int, text.split(","))))
 _FRACTIONS = Rule(
-    "fractions of all steps, as in 1/3,2/3", lambda text: tuple(float(Fraction(part)) for part in text.split(","))
+    "fractions of all steps, as in 1/3,2/3", lambda text: tuple(float(Fraction(x)) for x in text.split(","))
 )
 _BN_SIZE = Rule("a whole number, 0 or none", lambda text: None if text.lower() in ("0", "none") else int(text))
 _A_MODEL = Rule(f"one of {', '.join(NAMED)}", lambda model: model in NAMED)
@@ -166,106 +149,61 @@ class TrainConfig:
     have the data's own. Raises ``ValueError``, which names the option and what is allowed, for a wrong value.
     """
 
-    model: str | None = _net(
-        None,
-        "densenet121, 161, 169, 201 or 264, named in full. From --image-size 32 on it keeps its ImageNet stem, which "
-        "divides the resolution by 4; below, it starts with one 3x3 convolution like the others.",
-        _A_MODEL,
-    )
-    depth: int | None = _net(
-        None, "Three equal blocks: depth = 6*n + 4, or 3*n + 4 without bottlenecks.", shown=str(DEFAULT_DEPTH)
-    )
+    model: str | None = _net(None, "densenet121, 161, 169, 201, 264; from 32 pixels on with ImageNet's stem.", _A_MODEL)
+    depth: int | None = _net(None, "Three equal blocks: 6*n + 4; 3*n + 4 without bottlenecks.", shown="100")
     block_config: tuple[int, ...] | None = _net(None, "Layers of each block, as 6,12,24.", _LAYERS, parser=_INTEGERS)
     growth_rate: int | None = _net(None, "Channels that each layer adds.", AT_LEAST_1, shown="12, or the model's own")
-    bn_size: int | None = _net(
-        4, "Bottleneck channels over the growth rate; 0 or none: no bottleneck.", _BOTTLENECK, parser=_BN_SIZE
-    )
+    bn_size: int | None = _net(4, "Bottleneck channels over the growth rate; 0: none.", _BOTTLENECK, parser=_BN_SIZE)
     plain: bool = _net(False, "The same layers without dense connections.")
     drop_rate: float = _net(0.0, "Dropout after each layer.", BELOW_1)
 
     data: str = _data("digits", "digits, or a folder: CIFAR's files, or a folder of images a class.")
-    image_size: int | None = _data(None, "Scale images to this many pixels.", shown="digits 8, CIFAR 32, a folder 224")
+    image_size: int | None = _data(None, "Height and width.", AT_LEAST_1, shown="digits 8, CIFAR 32, a folder 224")
     augment: str = _data("auto", "How training images are varied; auto: as suits the data.")
     workers: int = _data(0, "Processes that read images.", AT_LEAST_0)
     on_error: str = _data(
-        "stop",
-        "An image that cannot be read, or a file of --out that cannot be written: stop, or skip and warn.",
-        one_of(("stop", "skip")),
+        "stop", "On unreadable images or a full disk: stop, or skip and warn.", one_of("stop", "skip")
     )
 
-    compare: bool = _train(
-        False,
-        "Train the reference torch.cat network too, from the same weights on the same batches, step by step beside the "
-        "other.",
-    )
-    check_steps: int = _train(
-        10, "With --compare: steps that both make in float64 first, where rounding hides nothing; 0: none.", AT_LEAST_0
-    )
+    compare: bool = _train(False, "Train the reference torch.cat network beside it, on the same weights and batches.")
+    check_steps: int = _train(10, "With --compare: steps that both make in float64 beforehand; 0: none.", AT_LEAST_0)
     epochs: int = _train(6, "Passes over the training images.", AT_LEAST_1)
-    steps: int | None = _train(
-        None, "Stop after so many steps; the learning rate's schedule ends there too.", AT_LEAST_1
-    )
+    steps: int | None = _train(None, "Stop after so many steps; the rate's schedule ends there too.", AT_LEAST_1)
     batch_size: int = _train(64, "Images a step, over all processes.", AT_LEAST_1)
     lr: float = _train(0.1, "Highest learning rate, reached after the warm-up.", POSITIVE)
-    schedule: str = _train(
-        "cosine",
-        "cosine: down to 0 at the end; step: times --gamma at each of --milestones.",
-        one_of(("cosine", "step")),
-    )
-    milestones: tuple[float, ...] = _train(
-        (0.5, 0.75), "With --schedule step: fractions of all steps, as 1/3,2/3.", parser=_FRACTIONS
-    )
+    schedule: str = _train("cosine", "cosine to 0, or step: times --gamma at --milestones.", one_of("cosine", "step"))
+    milestones: tuple[float, ...] = _train((0.5, 0.75), "Fractions of all steps, as 1/3,2/3.", parser=_FRACTIONS)
     gamma: float = _train(0.1, "What a milestone multiplies the rate by.", _GAMMA)
     warm_up: float | None = _train(
-        None,
-        "Fraction of all steps in which the learning rate rises from a tenth.",
-        _WARM_UP,
-        shown=f"{WARM_UP} for cosine, 0 for step",
+        None, "Fraction of all steps in which the rate rises.", _WARM_UP, shown=f"{WARM_UP} for cosine, 0 for step"
     )
     momentum: float = _train(0.9, "Momentum of SGD.", BELOW_1)
     nesterov: bool = _train(True, "Nesterov's momentum.")
     weight_decay: float = _train(1e-4, "Weight decay of SGD.", NOT_NEGATIVE)
-    amp: str = _train("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(AMP))
-    ema: float | None = _train(
-        None, "Decay a step of an average of the weights, as 0.999: evaluated and saved too.", _DECAY
-    )
+    amp: str = _train("off", "Mixed precision: bf16, fp16 (with a scaled loss), or off.", one_of(*AMP))
+    ema: float | None = _train(None, "Decay a step of averaged weights, as 0.999: evaluated and saved too.", _DECAY)
     sync_bn: bool = _train(False, "BatchNorm over the images of all processes.")
     seed: int = _train(0, "Of weights, order of images and dropout.", _SEED)
 
     device: str | None = _machine(None, "cpu, cuda, cuda:1.", shown="cuda where there is one, else cpu")
-    impl: str = _machine("auto", "auto, triton, torch, or reference: the plain torch.cat.", one_of(checks.IMPL))
+    impl: str = _machine("auto", "auto, triton, torch, or reference: the plain torch.cat.", one_of(*checks.IMPL))
     recompute: str | None = _machine(
-        None,
-        "activations; bottlenecks, which keeps fewer bytes and takes longer; or auto.",
-        one_of(checks.RECOMPUTE),
-        shown="activations",
+        None, "activations; bottlenecks, for fewer bytes; or auto.", one_of(*checks.RECOMPUTE), shown="activations"
     )
-    threads: int | None = _machine(
-        None,
-        "CPU threads. Layers of small images are too short to share.",
-        AT_LEAST_1,
-        shown=f"1 below {SMALL_IMAGES} pixels, else PyTorch's",
-    )
+    threads: int | None = _machine(None, "CPU threads.", AT_LEAST_1, shown="1 below 32 pixels, else PyTorch's")
 
     watch_flow: int | None = _output(None, "Look at what flows through the layers every so many steps.", AT_LEAST_1)
 
     def __post_init__(self) -> None:
         check_options(self)
-        least, reason = (DIGITS_SIZE, ", the size of the digits") if self.data == "digits" else (1, "")
-        if self.image_size is not None and self.image_size < least:
-            raise ValueError(f"--image-size must be at least {least}{reason}, got {self.image_size}")
         marks = (self.warm_up_fraction, *self.milestones, 1.0)
-        rising = all(a < b for a, b in itertools.pairwise(marks))
-        if self.schedule == "step" and not (self.milestones and rising):
-            raise ValueError(
-                "--milestones must be increasing fractions of all steps, after the warm-up and less than 1, as in "
-                f"0.5,0.75; got {shown(self.milestones)!r}"
-            )
+        rising = self.milestones and all(a < b for a, b in itertools.pairwise(marks))
+        if self.schedule == "step" and not rising:
+            rule = "increasing fractions of all steps, after the warm-up and less than 1, as in 0.5,0.75"
+            raise ValueError(f"--milestones must be {rule}; got {shown(self.milestones)!r}")
         if self.compare and checks.impl_name(self.impl) == "reference":
-            raise ValueError(
-                "--compare trains the reference block beside another one: --impl and FASTDENSE_IMPL must be auto, "
-                "triton or torch, not reference"
-            )
+            rule = "--impl and FASTDENSE_IMPL must be auto, triton or torch, not reference"
+            raise ValueError(f"--compare trains the reference block beside another one: {rule}")
         if self.compare and self.plain:
             raise ValueError("--plain leaves no dense block for --compare to compare: leave one of them out")
         if self._pixels is not None:
@@ -275,10 +213,8 @@ class TrainConfig:
         """Raises ``ValueError`` if BatchNorm cannot train on so many ``images`` in one process."""
         assert self._pixels is not None
         if images * self.architecture.last_resolution(self._pixels) ** 2 == 1:
-            raise ValueError(
-                "--batch-size 1 leaves BatchNorm a single value per channel in the last block: use at least "
-                "2, fewer blocks or a larger --image-size"
-            )
+            remedy = "use at least 2, fewer blocks or a larger --image-size"
+            raise ValueError(f"--batch-size 1 leaves BatchNorm a single value per channel in the last block: {remedy}")
 
     @property
     def _pixels(self) -> int | None:
@@ -294,8 +230,7 @@ class TrainConfig:
     @property
     def architecture(self) -> Architecture:
         """The network; raises ``ValueError`` where options contradict each other or the images are too small for it."""
-        given = {"--model": self.model, "--depth": self.depth, "--block-config": self.block_config}
-        named = [option for option, value in given.items() if value is not None]
+        named = [flag(name) for name in ("model", "depth", "block_config") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
         size = self._pixels
@@ -306,31 +241,23 @@ class TrainConfig:
             arguments: dict[str, Any] = {"bn_size": self.bn_size, "small_inputs": size < SMALL_IMAGES}
             if self.growth_rate is not None:
                 arguments["growth_rate"] = self.growth_rate
-            found = Architecture(self.model, self.model, arguments, NAMED_BLOCKS)
+            found = Architecture(self.model, self.model, arguments, blocks=4)
         if found.last_resolution(size) < 1:
-            raise ValueError(
-                f"--image-size {size} is too small for {found.blocks} dense blocks, between which the "
-                f"resolution is halved: use at least {2 ** (found.blocks - 1)}"
-            )
+            blocks = f"{found.blocks} dense blocks, between which the resolution is halved"
+            raise ValueError(f"--image-size {size} is too small for {blocks}: use at least {2 ** (found.blocks - 1)}")
         if self.plain:
             return replace(found, description=f"{found.description}, without dense connections", plain=True)
         return found
 
     def _for_small_images(self) -> Architecture:
         """The paper's networks, which start with a 3x3 convolution."""
-        k, bottleneck, layers = self.growth_rate or DEFAULT_GROWTH_RATE, self.bn_size is not None, self.block_config
+        k, bottleneck, layers = self.growth_rate or 12, self.bn_size is not None, self.block_config
+        size = f"blocks of {shown(layers).replace(',', ', ')} layers"
         if layers is None:
-            depth = DEFAULT_DEPTH if self.depth is None else self.depth
+            depth = 100 if self.depth is None else self.depth
             layers, size = (layers_per_block(depth, bottleneck=bottleneck),) * 3, f"depth {depth}"
-        else:
-            size = f"blocks of {', '.join(map(str, layers))} layers"
-        arguments = {
-            "bn_size": self.bn_size,
-            "small_inputs": True,
-            "growth_rate": k,
-            "block_config": tuple(layers),
-            "num_init_features": 2 * k if bottleneck else 16,  # as in the paper
-        }
+        arguments = {"bn_size": self.bn_size, "small_inputs": True, "growth_rate": k, "block_config": tuple(layers)}
+        arguments["num_init_features"] = 2 * k if bottleneck else 16  # as in the paper
         kind = "DenseNet-BC" if bottleneck else "DenseNet-C, basic layers"
         return Architecture(f"{kind}, {size}, k = {k}", "DenseNet", arguments, len(layers))
 
@@ -340,10 +267,7 @@ class TrainConfig:
         return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
     def resolve_device(self, process: int | None = None) -> torch.device:
-        """Returns the device to train on, of several processes on a machine each its own GPU.
-
-        Raises ``ValueError`` if it is not there.
-        """
+        """Returns the device of the ``process`` of that number on its machine; ``ValueError`` if it is not there."""
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and process is not None:
             name = f"cuda:{process}"

@@ -10,15 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-
-T = TypeVar("T")
 
 
 def lost_process(error: BaseException) -> bool:
@@ -54,7 +52,7 @@ class Processes:
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return [int(number) for number in shared.tolist()]
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, mine: Any) -> list[Any]:
         """Returns ``mine`` of all ranks, in their order."""
         if self.count == 1:
             return [mine]

@@ -71,10 +71,10 @@ class Summary:
     impl: str
     steps: int
     train_loss: float | None  # mean over the steps of the last epoch
-    test_loss: float | None
-    test_accuracy: float | None  # in [0, 1]
     step_seconds: float | None  # median
     kept_bytes: int  # saved for backward in a step
+    test_loss: float | None = None
+    test_accuracy: float | None = None  # in [0, 1]
     ema_test_loss: float | None = None
     ema_test_accuracy: float | None = None
     event: ClassVar[str] = "summary"
@@ -82,11 +82,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """fastdense against the reference block.
-
-    In float32 the losses drift apart, as with any two ways of rounding: a ReLU whose input is zero but for rounding
-    opens in one of them only. In float64 they do not.
-    """
+    """fastdense against the reference block; in float32 the losses drift apart, as with any two ways of rounding."""
 
     steps: int  # that both runs have made
     difference: float  # largest of their training losses
@@ -138,9 +134,6 @@ class NonFiniteLoss(Stopped):
     Weights, running statistics, optimizer and random generators of that run are still those of the step before.
     """
 
-    def __init__(
-        self, run: str, epoch: int, step: int, what: str, values: str, remedy: str, because: str | None = None
-    ) -> None:
-        message = f"the {what.format(run)} at epoch {epoch}, step {step} ({values}): {remedy}"
-        super().__init__(f"{message}. {because}" if because else message)
+    def __init__(self, run: str, epoch: int, step: int, what: str, values: str, advice: str) -> None:
+        super().__init__(f"the {what} at epoch {epoch}, step {step} ({values}): {advice}")
         self.run, self.epoch, self.step = run, epoch, step

@@ -1,7 +1,7 @@
 """Training a DenseNet, alone or beside its reference twin: what ``fastdense train`` runs, without any display.
 
-An :class:`Experiment` holds one or two :class:`~.run.Run` objects and hands out events after every step and epoch, for
-a display or files. Between two rounds of events ``state_dict`` stores it, to be resumed bit for bit.
+An :class:`Experiment` holds one or two :class:`~.run.Run` objects and hands out events after every step and epoch.
+Between two rounds of them ``state_dict`` stores it, to be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,19 +55,19 @@ class Experiment:
         self.steps_per_epoch = data.train_count // config.batch_size
         self.steps = min(config.epochs * self.steps_per_epoch, config.steps or sys.maxsize)
         self.runs = self._runs(torch.float32)
+        self.parameters = sum(parameter.numel() for parameter in self.runs[0].model.parameters())
         first = self.processes.share(torch.arange(config.batch_size))
         images, labels = next(iter(self.data.train([first], epoch=1)))
         for run in self.runs:
             run.kept_bytes = saved_for_backward(run.model, images, labels, run.amp)
         self.checked: list[CheckEvent] = []
-        self.check_skipped: str | None = None
-        if config.drop_rate > 0:
-            self.check_skipped = "the two draw different dropout masks by construction"
-        elif self.device.type == "mps":
-            self.check_skipped = "mps has no float64"
-        elif not (config.compare and config.check_steps):
-            self.check_skipped = "--check-steps is 0"
-        self.check_steps = min(config.check_steps, self.steps) if self.check_skipped is None else 0
+        reasons = {
+            "the two draw different dropout masks by construction": config.drop_rate > 0,
+            "mps has no float64": self.device.type == "mps",
+            "--check-steps is 0": not (config.compare and config.check_steps),
+        }
+        self.check_skipped = next((reason for reason, applies in reasons.items() if applies), None)
+        self.check_steps = 0 if self.check_skipped else min(config.check_steps, self.steps)
 
     @property
     def epoch(self) -> int:
@@ -94,11 +95,10 @@ class Experiment:
         impls = {"reference": "reference"} if config.compare else {}
         impls["reference" if impl == "reference" else "fastdense"] = impl
         if "reference" in impls and config.sync_bn and self.processes.count > 1 and self.device.type == "cpu":
-            raise ValueError(
-                "--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU: leave it out"
-            )
-        where: dict[str, Any] = {"steps": self.steps, "device": self.device, "dtype": dtype}
-        runs = [Run(name, impls[name], config, self.data, self.processes, **where) for name in impls]
+            theirs = "--sync-bn in the reference block is PyTorch's SyncBatchNorm"
+            raise ValueError(f"{theirs}, which needs a GPU: leave it out")
+        where = self.steps, self.device, dtype
+        runs = [Run(name, impls[name], config, self.data, self.processes, *where) for name in impls]
         runs[-1].model.load_state_dict(runs[0].model.state_dict())
         return runs
 
@@ -112,17 +112,11 @@ class Experiment:
             if left:
                 yield epoch, map(self.processes.share, left)
 
-    def events(self) -> Iterator[Event]:
-        """Trains, and yields what happens; see :meth:`rounds`."""
-        for events in self.rounds():
-            yield from events
-
     def rounds(self) -> Iterator[list[Event]]:
         """Trains from the current step on, and yields what happened in each step and in each evaluation.
 
         With ``compare``, the first steps are made in float64 beforehand, where a difference is a defect, not rounding.
-        Then the runs take turns at going first, so that a machine whose speed changes meanwhile favours neither. Raises
-        ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
+        Raises ``NonFiniteLoss`` if a loss or a gradient is infinite or NaN, or too large for float16 with any scale.
         """
         if self.step == 0:
             yield from self._check()
@@ -150,32 +144,31 @@ class Experiment:
 
     def _step(self, images: Tensor, labels: Tensor) -> list[Event]:
         step, epoch = self.step, self.epoch
-        for run in self.runs if step % 2 else reversed(self.runs):
+        for run in self.runs if step % 2 else reversed(self.runs):  # a machine that slows down favours neither
             run.step(images, labels)
         for run in self.runs:
             if not run.finite:
                 self._stop(run, diagnose(run, images, labels))
-        events: list[Event] = [run.last for run in self.runs if run.last is not None]
+        events: list[Event] = [run.last for run in self.runs]
         if self.config.watch_flow is not None and step % self.config.watch_flow == 0:
             events += [flow(run, images, labels, step=step, epoch=epoch) for run in self.runs]
         return events
 
-    def _stop(self, bad: Run, because: str | None) -> None:
-        assert bad.last is not None
+    def _stop(self, bad: Run, diagnosis: str) -> None:
+        because = f". {diagnosis}" if diagnosis else ""
         self._require_finite("training loss", [run.losses[-1] for run in self.runs], self.step, self.epoch, because)
-        what, remedy = "gradient of run {} is not finite", self._smaller_lr
+        what, advice = f"gradient of run {bad.name} is not finite", self._smaller_lr
         if bad.last.skipped:
-            what, remedy = "gradient of run {} overflows float16 with any scale", "try --amp bf16 or off"
-        raise NonFiniteLoss(bad.name, self.epoch, self.step, what, f"loss {bad.last.loss:g}", remedy, because)
+            what, advice = f"gradient of run {bad.name} overflows float16 with any scale", "try --amp bf16 or off"
+        raise NonFiniteLoss(bad.name, self.epoch, self.step, what, f"loss {bad.last.loss:g}", advice + because)
 
-    def _require_finite(
-        self, what: str, values: Sequence[float], step: int, epoch: int, because: str | None = None
-    ) -> None:
-        for bad, value in zip(self.runs, values, strict=True):
+    def _require_finite(self, what: str, values: Sequence[float], step: int, epoch: int, because: str = "") -> None:
+        by_run = {run.name: value for run, value in zip(self.runs, values, strict=True)}
+        for bad, value in by_run.items():
             if not math.isfinite(value):
-                both = ", ".join(f"{run.name} {v:g}" for run, v in zip(self.runs, values, strict=True))
-                what = f"{what} of run {{}} is not finite"
-                raise NonFiniteLoss(bad.name, epoch, step, what, both, self._smaller_lr, because)
+                both = ", ".join(f"{name} {value:g}" for name, value in by_run.items())
+                what = f"{what} of run {bad} is not finite"
+                raise NonFiniteLoss(bad, epoch, step, what, both, self._smaller_lr + because)
 
     @property
     def _smaller_lr(self) -> str:
@@ -195,12 +188,8 @@ class Experiment:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of training between two rounds; every process must call it."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "checked": [dataclasses.asdict(check) for check in self.checked],
-            "runs": {run.name: run.state_dict() for run in self.runs},
-        }
+        checked, runs = map(dataclasses.asdict, self.checked), {run.name: run.state_dict() for run in self.runs}
+        return {"step": self.step, "epoch": self.epoch, "checked": list(checked), "runs": runs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from there, in an experiment of the same configuration that has not begun."""
@@ -232,28 +221,26 @@ class Experiment:
 def flow(run: Run, images: Tensor, labels: Tensor, *, step: int, epoch: int) -> FlowEvent:
     """Measures the gradient flow of ``run`` as it is now, on the first of ``images``; never changes the run."""
     blocks = gradient_flow(run.model, images[:FLOW_IMAGES], labels[:FLOW_IMAGES])
-    total = {block.name: _six_digits(block.total.tolist()) for block in blocks}
-    contributions = {block.name: [_six_digits(row) for row in block.contributions.tolist()] for block in blocks}
+
+    def six_digits(numbers: Any) -> Any:
+        return [six_digits(x) if isinstance(x, list) else float(f"{x:.6g}") for x in numbers]
+
+    total = {block.name: six_digits(block.total.tolist()) for block in blocks}
+    contributions = {block.name: six_digits(block.contributions.tolist()) for block in blocks}
     return FlowEvent(run.name, step, epoch, total, contributions)
 
 
-def _six_digits(numbers: list[float]) -> list[float]:
-    return [float(f"{number:.6g}") for number in numbers]
+def diagnose(run: Run, images: Tensor, labels: Tensor) -> str:
+    """Returns a sentence on which layer's values or gradient went first on this batch; never changes the run.
 
-
-def diagnose(run: Run, images: Tensor, labels: Tensor) -> str | None:
-    """Returns which layer's values or gradient went first on this batch, in words; never changes the run.
-
-    It repeats the step on a copy, in the arithmetic of the step. ``None`` where that is finite or cannot be done.
+    It repeats the step on a copy, in its arithmetic. Empty where that is finite or cannot be done.
     """
-    scale = run.scaler.get_scale()
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-        return scale * F.cross_entropy(output, target)
+        return run.scaler.get_scale() * F.cross_entropy(output, target)
 
-    try:
-        with autocast(images.device, run.amp), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return first_not_finite(run.model, images, labels, loss_fn)
-    except Exception:  # it explains another error, and must not hide that one: out of memory, say
-        return None
+    # It explains another error, and must not hide that one: out of memory, say.
+    with suppress(Exception), autocast(images.device, run.amp), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return first_not_finite(run.model, images, labels, loss_fn) or ""
+    return ""

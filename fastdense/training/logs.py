@@ -40,10 +40,6 @@ class WholeWrites:
         if length is not None:
             self._cut(min(length, self._length()))
 
-    def update(self, event: Record) -> None:
-        """Writes what concerns this file of ``event``."""
-        raise NotImplementedError
-
     def write(self, data: bytes) -> None:
         """Appends ``data``, or raises ``OSError`` with the file as it was."""
         before = self._length()
@@ -60,10 +56,6 @@ class WholeWrites:
         if self.regular:
             os.fsync(self.file.fileno())
         return self._length()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
 
     def _length(self) -> int:
         return os.fstat(self.file.fileno()).st_size
@@ -90,11 +82,10 @@ class JsonLines(WholeWrites):
 
 
 class TensorBoard(WholeWrites):
-    """Scalars for TensorBoard: one file in ``folder`` for each start of the program, after ``step``.
+    """Scalars for TensorBoard: one file for each start of the program, after ``step``; it hides later steps of others.
 
-    TensorBoard hides what earlier files say of later steps. tensorboardX's own writers are not used: a full disk ends
-    the thread of ``SummaryWriter``, so that training would wait for ever, and leaves half a record of
-    ``EventsWriter``, behind which TensorBoard finds nothing.
+    tensorboardX's own writers are not used: on a full disk, training would wait for ever for ``SummaryWriter``, and
+    ``EventsWriter`` leaves half a record, behind which TensorBoard finds nothing.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -1,17 +1,12 @@
-"""The folder of a run: checkpoints and logs, and what happens when they cannot be written.
-
-``last.pt`` is the newest checkpoint, ``best.pt`` the one with the best test accuracy; ``step-N.pt`` are the newest few
-(``--keep``). ``metrics.jsonl`` and TensorBoard's files hold what was measured, ``flow-RUN-N.png`` are pictures of the
-gradient flow (``--watch-flow``).
-"""
+"""The folder of a run, whose files docs/train.md lists, and what happens when they cannot be written."""
 
 from __future__ import annotations
 
 import importlib
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,9 +32,7 @@ _output = partial(option, "Output")
 class OutputOptions:
     """What is written besides what is printed, as each field's help says; raises ``ValueError`` for a wrong value."""
 
-    out: Path | None = _output(  # noqa: RUF009 (a field)
-        None, "Folder for checkpoints (last.pt, best.pt), metrics.jsonl and TensorBoard's files."
-    )
+    out: Path | None = _output(None, "Folder for checkpoints, metrics.jsonl and TensorBoard's files.")  # noqa: RUF009
     resume: bool = _output(False, "Resume from last.pt in --out, bit for bit; its options hold.")
     save_every: str = _output("1epoch", "How often last.pt is written: 2epochs, 500steps.", _EVERY)
     keep: int = _output(0, "Let so many of the newest checkpoints stay as step-N.pt.", AT_LEAST_0)
@@ -62,8 +55,7 @@ def prepare(options: OutputOptions) -> None:
     """Makes the folder ready for a run, or for resuming one.
 
     A run that never wrote a checkpoint, as on a full disk, cannot be resumed: a new one takes its place, and what it
-    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run,
-    ``ModuleNotFoundError`` without tensorboardX.
+    measured stays as ``metrics.before.jsonl``. Raises ``ValueError`` if the folder cannot be written or holds a run.
     """
     out = options.out
     if out is None:
@@ -83,7 +75,8 @@ def prepare(options: OutputOptions) -> None:
             remedy = "resume it with --resume, or name another folder" if LAST in held else "name another folder"
             raise ValueError(f"--out {out} already holds a run ({', '.join(held)}): {remedy}")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(out)
+        for partial_file in out.glob("*.partial.*"):  # of a process that was killed while it wrote
+            partial_file.unlink()
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Name a folder that can") from error
 
@@ -91,17 +84,12 @@ def prepare(options: OutputOptions) -> None:
 class Outputs(ExitStack):
     """Checkpoints and logs of one experiment; every process calls the same methods, and only the first one writes.
 
-    ``warn`` is told what could not be written and was skipped; ``resumed`` is the checkpoint that ``experiment``
-    resumes from. Raises ``Stopped`` if a log or the first checkpoint cannot be written and ``on_error`` is ``"stop"``,
-    ``ValueError`` if the file of ``--metrics`` cannot be opened.
+    ``warn`` is told what could not be written; ``resumed`` is the checkpoint that ``experiment`` resumes from. Raises
+    ``Stopped`` if a file cannot be written and is not skipped, ``ValueError`` if that of ``--metrics`` cannot be.
     """
 
     def __init__(
-        self,
-        options: OutputOptions,
-        experiment: Experiment,
-        warn: Callable[[str], None],
-        resumed: Mapping[str, Any] | None = None,
+        self, options: OutputOptions, experiment: Experiment, warn: Callable[[str], None], resumed: Any = None
     ) -> None:
         super().__init__()
         self.options, self.experiment, self.warn, self.out = options, experiment, warn, options.out
@@ -112,54 +100,50 @@ class Outputs(ExitStack):
         self.failing: set[str] = set()  # what could not be written when that was last tried
         self.warned = 0  # of so many images that this process could not read
         self.unreadable: list[str] = []  # the images that were skipped by any process
-        if options.metrics is not None and self.writing:
-            self._open_metrics(options.metrics)
+        if (path := options.metrics) is not None and self.writing:
+            try:
+                if not path.parent.exists():
+                    path.parent.mkdir(parents=True)
+                self._open(f"--metrics {path}", JsonLines, path, 0)
+            except OSError as error:
+                raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
         if resumed is None:
             self.save()  # a folder without a checkpoint could not be resumed, and a full disk shows at once
         else:
             self.saved = (experiment.step, experiment.evaluated)
         if self.out is not None and self.writing:
             if resumed is not None:  # after a kill between last.pt and its other names
-                self._attempt(LAST, "", self._link)
+                self._attempt(LAST, self._link)
             self._open_logs(self.out, 0 if resumed is None else resumed["metrics_bytes"])
 
-    def _open_metrics(self, path: Path) -> None:
-        try:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True)
-            self._open(f"--metrics {path}", JsonLines, path, 0)
-        except OSError as error:
-            raise ValueError(f"--metrics {path} cannot be written: {error.strerror}. Name another file") from error
-
     def _open_logs(self, out: Path, length: int) -> None:
-        config, step, later = self.experiment.config, self.experiment.step, "Training continues without it."
-        header = "resumed" if step else "header"
-        self._attempt(METRICS, later, self._open, METRICS, JsonLines, out / METRICS, length, header)
+        config, step = self.experiment.config, self.experiment.step
+        self._attempt(METRICS, self._open, METRICS, JsonLines, out / METRICS, length, "resumed" if step else "header")
         if config.watch_flow is not None:
             importlib.import_module("matplotlib")  # before the first picture
             draw = partial(draw_flow, out, config.architecture.description, self.experiment.data.name)
             self.logs["a picture of the gradient flow"] = draw
         if self.options.tensorboard:
             name = "TensorBoard's file"
-            self._attempt(name, later, self._open, name, TensorBoard, out, step)
+            self._attempt(name, self._open, name, TensorBoard, out, step)
 
-    def _open(self, what: str, kind: Callable[..., WholeWrites], *arguments: Any) -> None:
-        self.files[what] = file = self.enter_context(closing(kind(*arguments)))
-        self.logs[what] = file.update
+    def _open(self, what: str, kind: Callable[..., JsonLines | TensorBoard], *arguments: Any) -> None:
+        log = kind(*arguments)
+        self.enter_context(log.file)
+        self.files[what], self.logs[what] = log, log.update
 
     def log(self, *events: Record) -> None:
         """Appends ``events`` to the logs."""
         for event in events:
             for what, update in self.logs.items():
-                self._attempt(what, "Training continues, and so does the log once there is space.", update, event)
+                self._attempt(what, update, event)
 
     def update(self, events: Sequence[Event]) -> None:
         """Logs what happened in a round, and writes a checkpoint if one is due."""
         self.log(*events)
         experiment = self.experiment
-        every = self.options.steps(experiment.steps_per_epoch)
-        due = experiment.step % every == 0 or experiment.step == experiment.steps
-        if experiment.step and experiment.evaluated and (due or self._best()):
+        due = experiment.step % self.options.steps(experiment.steps_per_epoch) == 0
+        if experiment.step and experiment.evaluated and (due or experiment.over or self._best()):
             self.save()
 
     def warn_of_unreadable(self) -> list[str]:
@@ -182,16 +166,12 @@ class Outputs(ExitStack):
         evaluations = self.experiment.runs[-1].evaluations
         if not evaluations or evaluations[-1].step != self.experiment.step:
             return False
-        *earlier, newest = [
-            e.test_accuracy if e.ema_test_accuracy is None else e.ema_test_accuracy for e in evaluations
-        ]
-        return newest > max(earlier, default=-1.0)
+        score = "test_accuracy" if self.experiment.config.ema is None else "ema_test_accuracy"
+        *earlier, newest = [getattr(evaluation, score) for evaluation in evaluations]
+        return bool(newest > max(earlier, default=-1.0))
 
-    def save(self, *, last: bool = False) -> None:
-        """Writes a checkpoint, unless this very state has been written; every process must call it.
-
-        ``last`` says that training ends here, so that no later save makes good for a failing one.
-        """
+    def save(self) -> None:
+        """Writes a checkpoint, unless this very state has been written; every process must call it."""
         state = (self.experiment.step, self.experiment.evaluated)
         if self.out is None or self.saved == state:
             return
@@ -199,8 +179,7 @@ class Outputs(ExitStack):
         contents = checkpoint.contents(self.experiment) | {"output": options}
         self.saved = state  # or tried to: all ranks must agree whether there is something to do
         if self.writing:
-            later = "" if last or self.experiment.over else "Training continues; the next save tries again."
-            self._attempt(LAST, later, self._save, self.out / LAST, contents)
+            self._attempt(LAST, self._save, self.out / LAST, contents)
 
     def _save(self, path: Path, contents: dict[str, Any]) -> None:
         # The logs first, so that they reach at least as far as the checkpoint whatever happens in between.
@@ -219,7 +198,7 @@ class Outputs(ExitStack):
             for old in sorted(self.out.glob("step-*.pt"))[: -self.options.keep]:
                 old.unlink()
 
-    def _attempt(self, what: str, later: str, write: Callable[..., None], *arguments: Any) -> None:
+    def _attempt(self, what: str, write: Callable[..., None], *arguments: Any) -> None:
         """Calls ``write(*arguments)``; an error is the end, or a warning, one for each file until it can be written."""
         try:
             write(*arguments)
@@ -235,7 +214,7 @@ class Outputs(ExitStack):
                 whole = "What was written before is whole. " if (self.out / LAST).exists() else ""
                 raise Stopped(f"{reason} {whole}{self._remedy}") from error
             if what not in self.failing:
-                self.warn(f"{reason} {later}".rstrip())
+                self.warn(reason)
             self.failing.add(what)
 
     def require_last(self) -> None:
@@ -245,9 +224,10 @@ class Outputs(ExitStack):
 
     def advise(self, message: str) -> str:
         """Returns ``message``, and how to resume this run if it has a folder."""
+        if self.out is None:
+            return f"{message}."
         over = f"Training is over, and {self.out} holds what came of it"
-        advice = "" if self.out is None else over if self.experiment.over else self._remedy
-        return f"{message}. {advice}".rstrip()
+        return f"{message}. {over if self.experiment.over else self._remedy}"
 
     @property
     def _remedy(self) -> str:

@@ -1,7 +1,6 @@
 """One network in training: its recipe, a step, an evaluation, and what a checkpoint holds of it.
 
-The recipe is SGD with Nesterov momentum 0.9 and weight decay 1e-4, as in the DenseNet paper (Huang et al., arXiv
-1608.06993, section 4.2). The paper's learning rate falls to a tenth at milestones (``schedule="step"``); the default
+The recipe is the DenseNet paper's (Huang et al., arXiv 1608.06993, section 4.2) with ``schedule="step"``; the default
 is half a cosine after a short linear warm-up (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
 """
 
@@ -39,10 +38,7 @@ def _rng_states(device: torch.device) -> list[Tensor]:
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConfig | None = None) -> LRScheduler:
-    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone.
-
-    A milestone comes after its fraction of all ``steps``, rounded. A single step has no warm-up.
-    """
+    """Returns a linear warm-up from a tenth, then half a cosine down to zero, or one fall at each milestone."""
     config = config or TrainConfig()
     warm_up = math.ceil(config.warm_up_fraction * steps) if steps > 1 else 0
     rest: LRScheduler
@@ -58,10 +54,7 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, config: TrainConf
 
 
 def saved_for_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None) -> int:
-    """Measures the bytes that one training forward saves for backward, parameters and buffers left out.
-
-    It runs on a copy of the model and forks the generators, so that it does not change the training.
-    """
+    """Measures the bytes that one forward of a copy saves for backward, parameters and buffers left out."""
     probe = copy.deepcopy(model).train()
     forked = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), memory.saved_bytes(probe) as saved, autocast(images.device, amp):
@@ -90,11 +83,10 @@ def _finish(device: torch.device) -> None:
 
 
 class Run:
-    """One network in training, and its history.
+    """One network in training, and its history; built from the seed alone, and without autocast in float64."""
 
-    Everything is built from the seed, so that a run does not depend on whether another runs beside it. With ``dtype``
-    float64 there is no autocast.
-    """
+    last: StepEvent  # the newest
+    finite: bool  # whether it could be made, or its like may succeed with a smaller scale of the loss
 
     def __init__(
         self,
@@ -103,7 +95,6 @@ class Run:
         config: TrainConfig,
         data: Source,
         processes: Processes,
-        *,
         steps: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -119,12 +110,9 @@ class Run:
         if processes.rank > 0:  # other images, other dropout masks
             torch.manual_seed((config.seed + processes.rank) % 2**63)
         self.rng = _rng_states(device)  # of this run alone
+        nesterov = config.nesterov and config.momentum > 0
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov and config.momentum > 0,
+            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov
         )
         self.scheduler = lr_scheduler(self.optimizer, steps, config)
         self.ema: AveragedModel | None = None
@@ -138,7 +126,6 @@ class Run:
         self.evaluations: list[EpochEvent] = []
         self.kept_bytes = 0  # saved for backward in a step
         self.steps_per_epoch = data.train_count // config.batch_size
-        self.last: StepEvent | None = None
 
     @property
     def recompute_modes(self) -> dict[str, str]:
@@ -156,11 +143,10 @@ class Run:
         return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """Makes one optimizer step; sets ``last`` and appends to ``losses`` and ``seconds``.
+        """Makes one optimizer step; sets ``last`` and ``finite``, and appends to ``losses`` and ``seconds``.
 
-        A loss or a gradient that is not finite changes nothing else: weights, optimizer, running statistics and
-        generators stay as they were. Where float16 overflows in the gradients alone, the scale falls and the step is
-        skipped, as far as weights, schedule and average are concerned.
+        A loss or a gradient that is not finite changes nothing else. Where float16 overflows in the gradients alone,
+        the scale falls and the step is skipped, as far as weights, schedule and average are concerned.
         """
         device = images.device
         torch.set_rng_state(self.rng[0])
@@ -196,24 +182,14 @@ class Run:
             _copy(before, buffers)
         _finish(device)
         seconds = time.perf_counter() - start
+        self.finite = finite or (overflow and self.scaler.get_scale() >= LEAST_SCALE)
         epoch, speed = len(self.losses) // self.steps_per_epoch + 1, len(labels) * self.processes.count / seconds
         self.losses.append(value)
         self.seconds.append(seconds)
         self.last = StepEvent(self.name, len(self.losses), epoch, value, seconds, speed, lr, norm, overflow)
 
-    @property
-    def finite(self) -> bool:
-        """Whether the newest step could be made, or its like may succeed with a smaller scale of the loss."""
-        assert self.last is not None
-        if self.last.skipped:
-            return self.scaler.get_scale() >= LEAST_SCALE
-        return math.isfinite(self.last.loss) and math.isfinite(self.last.grad_norm)
-
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
-        """Computes mean cross-entropy and accuracy in evaluation mode, then those of the average if there is one.
-
-        ``batches`` are this process's share of the test images; the results are those of all processes.
-        """
+        """Computes mean cross-entropy and accuracy over the ``batches`` of all processes, then those of the average."""
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
         for model in models:
             self.processes.broadcast_buffers(model)
@@ -232,17 +208,10 @@ class Run:
 
     def summary(self) -> Summary:
         """Returns the results so far."""
-        last = self.evaluations[-1] if self.evaluations else None
-        return Summary(
-            run=self.name,
-            label=self.label,
-            impl=self.impl,
-            steps=len(self.losses),
-            train_loss=self.train_loss,
-            step_seconds=statistics.median(self.seconds) if self.seconds else None,
-            kept_bytes=self.kept_bytes,
-            **{score: getattr(last, score, None) for score in SCORES},
-        )
+        scores = {score: getattr(self.evaluations[-1], score) for score in SCORES} if self.evaluations else {}
+        seconds = statistics.median(self.seconds) if self.seconds else None
+        steps = len(self.losses)
+        return Summary(self.name, self.label, self.impl, steps, self.train_loss, seconds, self.kept_bytes, **scores)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that training is resumed from; every process must call it."""
@@ -264,6 +233,5 @@ class Run:
             self.ema.module.load_state_dict(state["ema"]["model"])
             self.ema.n_averaged.fill_(state["ema"]["steps"])
         self.rng = state["rng"][self.processes.rank]
-        self.losses = state["losses"].tolist()
-        self.seconds = state["seconds"].tolist()
+        self.losses, self.seconds = state["losses"].tolist(), state["seconds"].tolist()
         self.evaluations = [EpochEvent(**evaluation) for evaluation in state["evaluations"]]
