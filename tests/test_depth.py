@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import depth
 from benchmarks.harness import fits
 from benchmarks.harness.fits import CudaMemory, Fit, LiveBytes, counted_bytes, largest, trained_fit
+from benchmarks.harness.options import Options
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
 from benchmarks.report import depth_report
 from benchmarks.report.record import complaints
@@ -241,7 +242,7 @@ def test_cuda_is_limited_measured_and_handed_back(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu() -> None:
-    options = depth.Options(budget=10**9, device="cuda", questions=("cifar",), providers=depth.COUNTABLE)
+    options = Options(budget=10**9, device="cuda", questions=("cifar",), providers=depth.COUNTABLE)
     found = depth.run(options)["results"]["cifar"]["providers"]
     assert found["fastdense-bottlenecks"]["depth"] > 3 * found["torchvision"]["depth"] > 0
     assert all(trial["bytes_left"] < 64 * MB for row in found.values() for trial in row["trials"])
@@ -270,8 +271,8 @@ def test_bad_budgets(text: str) -> None:
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     providers = ("torchvision", "memory-efficient", "fastdense-bottlenecks", "compile")
-    options = depth.Options(2 * 10**8, questions=("cifar", "batch-densenet121"), providers=providers)
-    return depth.run(options)
+    questions = ("cifar", "batch-densenet121")
+    return depth.run(Options(budget=2 * 10**8, processes=1, questions=questions, providers=providers))
 
 
 def test_a_small_run(record: dict[str, Any]) -> None:
@@ -308,7 +309,7 @@ def test_a_wrong_provider_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None
     wrong = depth.replace(PROVIDERS["memory-efficient"], network=other)
     monkeypatch.setitem(depth.PROVIDERS, "memory-efficient", wrong)
     lines: list[str] = []
-    options = depth.Options(10**8, questions=("cifar",), providers=("torchvision", "memory-efficient"))
+    options = Options(budget=10**8, processes=1, questions=("cifar",), providers=("torchvision", "memory-efficient"))
     found = depth.run(options, lines.append)
     assert list(found["results"]["cifar"]["providers"]) == ["torchvision"]
     assert not found["checks"]["memory-efficient"]["checked"]
@@ -326,17 +327,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "fastdense bottlenecks" in capsys.readouterr().out
 
 
-def test_the_options_of_all_benchmarks() -> None:
-    settle, shared = depth.settled, depth.options_module.Options
-    assert settle(shared(budget="24GiB")) == depth.Options(24 << 30, processes=2)
-    assert settle(shared(quick=True, budget="12GB")) == depth.Options.quick("cpu")
-    assert settle(shared(quick=True, budget="2GB")).budget == 2 * 10**9
-    assert settle(shared(providers=("convert",))).providers == ("torchvision", "convert")
+def test_budgets_of_options() -> None:
+    assert depth.budget_bytes(Options()) == depth.budget_bytes(Options(budget="12GB")) == 12 * 10**9
+    assert depth.budget_bytes(Options(budget="24GiB")) == 24 << 30
+    assert depth.budget_bytes(Options(quick=True, budget="12GB")) == 5 * 10**8
+    assert depth.budget_bytes(Options(quick=True, budget="2GB")) == 2 * 10**9
     with pytest.raises(ValueError, match="fp32, got dtype 'bf16'"):
-        settle(shared(dtype="bf16"))
+        depth.run(Options(dtype="bf16"))
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        depth.run(depth.Options(device="cuda"))
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        Options(device="cuda")

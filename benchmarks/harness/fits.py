@@ -112,13 +112,6 @@ class Fit(NamedTuple):
     details: dict[str, Any]  # for the record
 
 
-def counted_fit(network: Build, shape: Shape, classes: int, budget: int) -> Fit:
-    """Whether the counted bytes of a step fit."""
-    details = counted_bytes(network, shape, classes)._asdict()
-    peak = details.pop("peak")
-    return Fit(peak <= budget, peak, details)
-
-
 class CudaMemory:
     """PyTorch's CUDA allocator, which raises ``torch.OutOfMemoryError`` beyond the budget."""
 

@@ -38,7 +38,9 @@ class Options:
     processes: int = 5
     threads: int = 0  # of the CPU; 0: PyTorch's own choice
     quick: bool = False  # under two minutes on two CPU cores
-    budget: str | None = None  # bytes that a training step may take, as 12GB
+    budget: int | str | None = None  # bytes that a training step may take, as 12GB
+    questions: tuple[str, ...] = ()  # of depth.QUESTIONS; empty: all, or the quick ones
+    seconds: float | None = None  # after which depth tries no further size: what is known then is a lower bound
     out: Path | None = None  # folder of records and pictures
 
     def __post_init__(self) -> None:
