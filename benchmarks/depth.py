@@ -35,7 +35,8 @@ from .harness.options import Options as Options  # benchmarks.gpu takes it from 
 from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, cifar
 from .harness.runner import RESULTS, environment, write_record
 from .harness.training import Check, attempt
-from .report.depth_report import plot, tables
+from .report.depth_report import HEADER, plot, rows
+from .report.tables import console_table
 
 COUNTED = "by bytes counted, not by steps on a GPU"
 STEPPED = "by training steps on the GPU, under a limit on PyTorch's allocator"
@@ -154,17 +155,16 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dic
 
 def _checks(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Each provider's check: one that does not pass takes no part."""
-    rows: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     cuda = options.torch_device.type == "cuda"
     check = Check(cifar(22), 4, 16, options)
     usual = ON_CUDA if cuda else COUNTABLE
     for name in options.labels() if options.providers else usual:
         provider = PROVIDERS[name]
-        row: dict[str, Any] = {"label": provider.label, "checked": False}
+        row: dict[str, Any] = {"unavailable": "its bytes cannot be counted without a device"}
         if cuda or name in COUNTABLE:
-            row |= attempt(options.torch_device, check, provider)
-        else:
-            row["unavailable"] = "its bytes cannot be counted without a device"
+            row = attempt(options.torch_device, check, provider)
+        row = {"label": provider.label, "checked": False, **row}
         if not provider.exact:  # in float32, where half switched ReLUs part right networks
             row["checked"] = row["checked"] and row["relative_difference"] <= FLOAT32_TOLERANCE
         if not row["checked"]:
@@ -172,8 +172,8 @@ def _checks(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{provider.label} takes no part: {why}")
         elif not cuda:
             row["counted_beside_measured"] = beside_measured(provider)
-        rows[name] = row
-    return rows
+        found[name] = row
+    return found
 
 
 Job = tuple[str, str]  # a question and a provider
@@ -232,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path is None and not options.quick and options.device == "cpu":  # a GPU's folder has the card's name
         path = RESULTS / "cpu" / f"depth-{record['settings']['budget'] / 1e9:g}GB.json"
     picture = picture or (path.with_suffix(".png") if path else None)
-    for table in tables(record):
-        console.print(table)
+    for title, cells in rows(record):
+        console.print(console_table(title, HEADER, cells))
     if path is not None:
         write_record(path, record)
         console.print(f"record: {path}")

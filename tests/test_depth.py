@@ -295,7 +295,7 @@ def test_its_table_and_picture(record: dict[str, Any], tmp_path: Path) -> None:
     text = depth_report.depth_table(json.loads(json.dumps(record)), "cpu/depth.json")
     assert f"| {row['label']} | {row['depth']} |" in text
     assert "by bytes counted, not by steps on a GPU" in text
-    assert len(list(depth_report.tables(record))) == 2
+    assert len(list(depth_report.rows(record))) == 2
     depth.plot(record, tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 import traceback
 import weakref
@@ -123,13 +124,11 @@ class CudaMemory:
         torch.cuda.set_per_process_memory_fraction(budget / total, device)
 
     def start(self) -> None:
-        """Forget earlier peaks."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """What the allocator had reserved at most, gaps included: that is what a card must have."""
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_reserved(self.device)
+        return torch.cuda.max_memory_reserved(self.device)  # gaps included: that is what a card must have
 
     def release(self) -> int:
         """Empty the cache; returns what is still in use."""
@@ -138,31 +137,28 @@ class CudaMemory:
         return torch.cuda.memory_allocated(self.device)
 
     def close(self) -> None:
-        """Lift the limit."""
         torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def trained_fit(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> Fit:
     """Trains for some steps; running out of memory is an answer, and leaves nothing behind for the next size."""
-    details: dict[str, Any] = {}
+    peak, details = None, {}
     try:
         peak = _train(build, shape, classes, memory)
-        fits = peak <= memory.budget
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
-        fits, peak, details = False, None, {"error": str(error).split(". ")[0]}
+        details["error"] = str(error).split(". ")[0]
         cause: BaseException | None = error
         while cause is not None:  # its frames hold network, gradients and graph
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
-    return Fit(fits, peak, {**details, "bytes_left": memory.release()})
+    return Fit(peak is not None and peak <= memory.budget, peak, {**details, "bytes_left": memory.release()})
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device had no memory left: PyTorch's own error, or a library's."""
-    texts = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)) is not None
 
 
 def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:

@@ -152,21 +152,16 @@ def _efficient(spec: NetworkSpec) -> nn.Module:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    return _no_torchvision() or (_no_triton() if device.type == "cuda" else _no_cxx_compiler())
-
-
-def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
-
-
-def _no_cxx_compiler() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, and most runs do not need it
 
+    found = _no_torchvision()
+    if device.type == "cuda":
+        return found or (None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU")
     try:
         get_cpp_compiler()
     except RuntimeError:
-        return "torch.compile needs a C++ compiler on the CPU, and finds none"
-    return None
+        return found or "torch.compile needs a C++ compiler on the CPU, and finds none"
+    return found
 
 
 def _ours(recompute: str, impl: str) -> Provider:
@@ -177,13 +172,12 @@ def _ours(recompute: str, impl: str) -> Provider:
 
 
 _MEMORY_EFFICIENT = partial(_torchvision, memory_efficient=True)
-_COMPILED: dict[str, Any] = {"network": _torchvision, "unsupported_reason": _no_compiler, "exact": False}
 _LISTED = (
     Provider(BASE, "torchvision", _torchvision, _no_torchvision),
     Provider("memory-efficient", "torchvision memory_efficient", _MEMORY_EFFICIENT, _no_torchvision),
     Provider("efficient-densenet", "efficient_densenet_pytorch's scheme", _efficient),
-    Provider("compile", "torch.compile", compile_mode="default", **_COMPILED),
-    Provider("compile-max-autotune", "torch.compile max-autotune", compile_mode="max-autotune", **_COMPILED),
+    Provider("compile", "torch.compile", _torchvision, _no_compiler, "default", exact=False),
+    Provider("compile-max-autotune", "torch.compile max-autotune", _torchvision, _no_compiler, "max-autotune", False),
     _ours("activations", "torch"),
     _ours("bottlenecks", "torch"),
     _ours("activations", "triton"),

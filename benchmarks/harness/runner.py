@@ -13,14 +13,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
+
+import fastdense
+from fastdense.environment import versions
 
 Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 Watch = Callable[[dict[str, Any]], None]  # is shown a record whenever something has come in
@@ -29,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
 CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()  # or installed from a wheel
 SCHEMA = 2  # report/record.py says what a record holds
-QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """Summary of raw timings."""
-        p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(QUANTILES).tolist()
+        values, places = (torch.tensor(numbers, dtype=torch.float64) for numbers in (seconds, [0.5, 0.2, 0.8]))
+        median, p20, p80 = values.quantile(places).tolist()
         return cls(median, p20, p80, len(seconds))
 
 
@@ -124,10 +128,7 @@ def environment(*, gpu: bool = False) -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "torchvision": _version("torchvision"),
+        **{name: version for name, version in versions().items() if name != "fastdense"},
     }
     if gpu:
         found = query_gpu("name", "driver_version")
@@ -147,8 +148,8 @@ def _commit() -> str:
     """``FASTDENSE_COMMIT``, for a checkout that came without its history, or what git says; a release has a version."""
     if "FASTDENSE_COMMIT" in os.environ:
         return os.environ["FASTDENSE_COMMIT"]
-    found = _output("git", "describe", "--always", "--dirty", "--abbrev=12") if CHECKOUT else _version("fastdense")
-    return found or "unknown"
+    described = CHECKOUT and (_output("git", "describe", "--always", "--dirty", "--abbrev=12") or "unknown")
+    return described or fastdense.__version__
 
 
 def _sources() -> str:
@@ -160,16 +161,11 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def _version(package: str) -> str | None:
-    return next((found.version for found in distributions(name=package)), None)
-
-
 def _output(*command: str) -> str:
     """What ``command`` prints; nothing where it fails or is not installed."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+    return ""
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
@@ -190,15 +186,13 @@ def _processor() -> str:
 
 def plain(value: Any) -> Any:
     """Returns ``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON lacks, by name."""
-    if isinstance(value, Timing):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+
+    def leaf(found: Any) -> Any:
+        if isinstance(found, Timing):
+            return asdict(found)
+        return str(found) if isinstance(found, float) and not math.isfinite(found) else found
+
+    return tree_map(leaf, value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
