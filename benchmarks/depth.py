@@ -90,11 +90,7 @@ ON_CUDA = (*COUNTABLE, "fastdense-activations-triton", "fastdense-bottlenecks-tr
 
 
 def parse_bytes(text: str) -> int:
-    """``"12GB"`` is 12,000,000,000; ``"12GiB"`` is 12 * 2**30.
-
-    Raises:
-        ValueError: for anything that is no positive number with one of these units.
-    """
+    """``"12GB"`` is 12,000,000,000; ``"12GiB"`` is 12 * 2**30."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"a budget is a number with MB, GB, MiB or GiB, as 12GB, got {text!r}")
@@ -127,11 +123,7 @@ def budget_bytes(options: Options) -> int:
 
 
 def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Checks, then searches; returns the record. ``say`` is told what was found, a line at a time.
-
-    Raises:
-        ValueError: for another arithmetic than float32, whose bytes are not counted, or a budget that is none.
-    """
+    """Checks, then searches; returns the record. ``say`` is told what was found, a line at a time."""
     if options.dtype != "fp32":
         raise ValueError(f"depth is found out in fp32, got dtype {options.dtype!r}")
     budget, cuda = budget_bytes(options), options.torch_device.type == "cuda"
@@ -156,10 +148,8 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dic
 def _checks(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Each provider's check: one that does not pass takes no part."""
     found: dict[str, Any] = {}
-    cuda = options.torch_device.type == "cuda"
-    check = Check(cifar(22), 4, 16, options)
-    usual = ON_CUDA if cuda else COUNTABLE
-    for name in options.labels() if options.providers else usual:
+    cuda, check = options.torch_device.type == "cuda", Check(cifar(22), 4, 16, options)
+    for name in options.labels() if options.providers else ON_CUDA if cuda else COUNTABLE:
         provider = PROVIDERS[name]
         row: dict[str, Any] = {"unavailable": "its bytes cannot be counted without a device"}
         if cuda or name in COUNTABLE:
@@ -229,11 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     with console.status("checking, then searching"):
         record = run(options, say=lambda line: console.print(line, style="dim", highlight=False))
+    budget = f"{record['settings']['budget'] / 1e9:g}"
     if path is None and not options.quick and options.device == "cpu":  # a GPU's folder has the card's name
-        path = RESULTS / "cpu" / f"depth-{record['settings']['budget'] / 1e9:g}GB.json"
+        path = RESULTS / "cpu" / f"depth-{budget}GB.json"
     picture = picture or (path.with_suffix(".png") if path else None)
     for title, cells in rows(record):
-        console.print(console_table(title, HEADER, cells))
+        console.print(console_table(f"{title}, {budget} GB, {record['settings']['method']}", HEADER, cells))
     if path is not None:
         write_record(path, record)
         console.print(f"record: {path}")

@@ -51,6 +51,10 @@ class Bar:
         """Of the floor's rate that was reached, 1 at best."""
         return self.floor / self.measured if self.measured and self.floor else None
 
+    @property
+    def percent(self) -> str:
+        return "" if self.fraction is None else f"{self.fraction:.0%}"
+
 
 def cpu_rates(threads: int) -> tuple[float, float]:
     """Bytes a second that a copy moves (read and written), operations a second of a matrix product, in float32."""
@@ -65,12 +69,10 @@ def cpu_rates(threads: int) -> tuple[float, float]:
     return copied, 2 * MATMUL_SIZE**3 / seconds("torch.mm(a, b, out=out)", a=a, b=b, out=out)
 
 
-def floors(
-    network: traffic.Network, batch: int, size: int, itemsize: int, rates: tuple[float, float]
-) -> list[dict[str, Any]]:
-    """Each primitive of a training step, with its modelled floor."""
-    found, of = [], (network, batch, size, itemsize)
-    for operation in traffic.operations(*of) + traffic.around(*of):
+def floors(rates: tuple[float, float], network: traffic.Network, *of: int) -> list[dict[str, Any]]:
+    """Each primitive of a training step, with its modelled floor; ``of`` a batch, a size, and bytes of a number."""
+    found = []
+    for operation in traffic.operations(network, *of) + traffic.around(network, *of):
         moved = traffic.primitive(operation.name, operation.shape, bottleneck=network.bn_size is not None)
         row = {"operation": operation.name, **operation.shape._asdict(), "times": operation.times}
         found.append(row | moved._asdict() | {"floor_seconds": traffic.floor_seconds(*moved, *rates)})
@@ -98,12 +100,11 @@ def run(options: Options) -> dict[str, Any]:
     rates = cpu_rates(options.threads)
     floor = traffic.network_floor_seconds(*of, *rates)
     modelled = {**traffic.network_traffic(*of)._asdict(), "floor_seconds": floor}
-    modelled |= {"images_per_second": options.batch / floor, "kernels": floors(*of, rates)}
+    modelled |= {"images_per_second": options.batch / floor, "kernels": floors(rates, *of)}
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("model", "batch", "size")}
     settings |= {"dtype": "float32", "layout": "channels_last"}
-    measured = dict(zip(("bytes_per_second", "flops_per_second"), rates, strict=True))
-    about = {**environment(), "settings": settings, "rates": measured}
-    return {**about, "modelled": modelled, "step": _step(options, floor)}
+    record = {**environment(), "settings": settings, "rates": rates, "modelled": modelled}
+    return record | {"step": _step(options, floor)}
 
 
 def bars(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
@@ -145,11 +146,11 @@ def plot(groups: Mapping[str, Sequence[Bar]], path: Path) -> None:
         shown = group[:BARS]
         places = range(len(shown))
         measured = axis.barh(places, [(bar.measured or 0.0) * 1e3 for bar in shown], color="C0", label="measured")
-        axis.bar_label(measured, ["" if bar.fraction is None else f"{bar.fraction:.0%}" for bar in shown], fontsize=8)
+        axis.bar_label(measured, [bar.percent for bar in shown], fontsize=8)
         axis.barh(places, [bar.floor * 1e3 for bar in shown], 0.4, color="C1", label="floor (modelled)")
         axis.set_yticks(places, [f"{bar.times} x {bar.operation}, m = {bar.m:,}" for bar in shown], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlabel("ms a training step")
+        axis.set(xlabel="ms a training step")
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,12 +161,11 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     """Prints the bars of a record as tables; of one of :func:`run`, what was measured, too."""
     headings = ("kernel", "m", "times", "measured ms", "floor ms (modelled)", "of the floor's rate")
     for title, group in bars_of_record(record).items():
-        table = console_table(title, headings)
+        lines = []
         for bar in group:
             measured = "not measured" if bar.measured is None else f"{bar.measured * 1e3:.3f}"
-            fraction = "" if bar.fraction is None else f"{bar.fraction:.0%}"
-            table.add_row(bar.operation, f"{bar.m:,}", str(bar.times), measured, f"{bar.floor * 1e3:.3f}", fraction)
-        console.print(table)
+            lines.append((bar.operation, f"{bar.m:,}", bar.times, measured, f"{bar.floor * 1e3:.3f}", bar.percent))
+        console.print(console_table(title, headings, lines))
     if "modelled" not in record:
         return
     settings, rates, floor, step = (record[key] for key in ("settings", "rates", "modelled", "step"))
@@ -174,8 +174,8 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         measured = f"{step['step'].median * 1e3:.0f} ms, {step['images_per_second']:.1f} images/s"
         measured += f": {step['fraction_of_floor']:.0%} of the floor's rate"
     rows = (
-        ("copy, measured", f"{rates['bytes_per_second'] / 1e9:.1f} GB/s"),
-        ("matrix product, measured", f"{rates['flops_per_second'] / 1e9:.0f} Gflop/s"),
+        ("copy, measured", f"{rates[0] / 1e9:.1f} GB/s"),
+        ("matrix product, measured", f"{rates[1] / 1e9:.0f} Gflop/s"),
         ("to move and to compute, modelled", f"{floor['bytes'] / 1e9:.2f} GB, {floor['flops'] / 1e9:.0f} Gflop"),
         ("floor, modelled", f"{floor['floor_seconds'] * 1e3:.0f} ms, {floor['images_per_second']:.1f} images/s"),
         ("PyTorch backend's step, measured", measured),

@@ -25,7 +25,8 @@ from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS
 from .harness.runner import RESULTS, Timing, Watch, fill, in_fresh_process, interleave, write_record
 from .harness.training import Check, Step, attempt, build, count_bytes, images
-from .report.tables import console_table
+from .report.tables import console_table, measured
+from .report.tables import images as images_of
 
 Record = dict[str, Any]
 Event = tuple[str, int | None, Record]  # a provider; a batch of options.batches, or None; what was found
@@ -115,16 +116,11 @@ def _processes(options: Options, rows: Record) -> Iterator[None]:
 def table(record: Record) -> Group:
     """The record as two tables, times and bytes; ratios are against torchvision's plain network."""
     settings, results = record["settings"], record["results"]
-    threads = f"{record['threads']} CPU thread" + "s" * (record["threads"] != 1)
-    what = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, {settings['dtype']}, {settings['layout']}"
-    title = f"{what}, {threads if record['device'] == 'cpu' else record['device']}"
-    base = results.get(BASE, {})
+    title = f"{settings['model']}, {images_of(settings)}, {record['threads']} threads, {record['device']}"
+    base, sizes = results.get(BASE, {}), []
     times = [(label, *_times(row, base)) for label, row in results.items()]
-    sizes = [
-        (label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
-        for label, row in results.items()
-        if "bytes_kept" in row
-    ]
+    for label, row in measured(results, "bytes_kept").items():
+        sizes.append((label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}"))
     of_times = ("", "step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
     return Group(console_table(title, of_times, times), console_table(None, (*OF_BYTES, "first step [s]"), sizes))
 

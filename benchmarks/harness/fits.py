@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from fastdense.recompute import WORKSPACE_BYTES
 
@@ -71,14 +71,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        tree_map(self._note, found)
+        tree_map_only(Tensor, self._note, found)
         inside = _inside(str(func), args) if func.namespace == "fastdense" else 0
         self.peak = max(self.peak, self.now + inside)
         return found
 
-    def _note(self, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            return
+    def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._there and key not in self._alive:

@@ -61,7 +61,6 @@ class Options:
 
     @property
     def torch_device(self) -> torch.device:
-        """``device`` as PyTorch's."""
         return torch.device(self.device)
 
     def labels(self) -> list[str]:

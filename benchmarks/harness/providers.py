@@ -43,11 +43,7 @@ class NetworkSpec:
 
 
 def cifar(depth: int, growth_rate: int = 12) -> NetworkSpec:
-    """DenseNet-BC with three equal blocks for images of 32 x 32: ``depth = 6*n + 4``, as in arXiv 1608.06993.
-
-    Raises:
-        ValueError: for a depth that is not of that form.
-    """
+    """DenseNet-BC with three equal blocks for images of 32 x 32: ``depth = 6*n + 4``, as in arXiv 1608.06993."""
     layers, rest = divmod(depth - 4, 6)
     if layers < 1 or rest:
         raise ValueError(f"a depth must be 6*n + 4, as 40, 100 or 190, got {depth}")

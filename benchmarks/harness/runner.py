@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import fastdense
 from fastdense.environment import versions
@@ -57,23 +57,15 @@ def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeat
 
     ``steps`` return seconds by phase; rounds of ``warmup`` are not counted.
     """
-    seconds: Seconds = {name: {} for name in steps}
-    for round_ in range(warmup + repeats):
-        for name, step in steps.items():
-            phases = step()
-            if round_ >= warmup:
-                for phase, duration in phases.items():
-                    seconds[name].setdefault(phase, []).append(duration)
-    return seconds
+    rounds = [{name: step() for name, step in steps.items()} for _ in range(warmup + repeats)][warmup:]
+    return {name: {phase: [found[name][phase] for found in rounds] for phase in rounds[0][name]} for name in steps}
 
 
 def in_fresh_process(generate: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
     """Yields what ``generate(*arguments)`` yields in a new process, as it comes.
 
     Where a process's memory comes to lie moves a whole run by several percent either way: one process is one sample.
-
-    Raises:
-        RuntimeError: the process ended early.
+    ``RuntimeError`` if it ended early.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -118,18 +110,11 @@ def fill(record: dict[str, Any], steps: Iterable[None], watch: Watch) -> dict[st
 
 def environment(*, gpu: bool = False) -> dict[str, Any]:
     """Device (the GPU or the processor), versions, commit, date and command: what it takes to reproduce a record."""
-    record = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
-        "commit": _commit(),
-        "sources": _sources(),
-        "device": "cpu",
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        **{name: version for name, version in versions().items() if name != "fastdense"},
-    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"schema": SCHEMA, "date": now, "command": _command(), "commit": _commit(), "sources": _sources()}
+    record |= {"device": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}
+    record |= {"platform": platform.platform(), **versions()}
+    del record["fastdense"]  # the commit says more
     if gpu:
         found = query_gpu("name", "driver_version")
         record |= {"device": found.get("name", "unknown GPU"), "driver": found.get("driver_version", "unknown")}
@@ -186,13 +171,8 @@ def _processor() -> str:
 
 def plain(value: Any) -> Any:
     """Returns ``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON lacks, by name."""
-
-    def leaf(found: Any) -> Any:
-        if isinstance(found, Timing):
-            return asdict(found)
-        return str(found) if isinstance(found, float) and not math.isfinite(found) else found
-
-    return tree_map(leaf, value)
+    value = tree_map_only(Timing, asdict, value)
+    return tree_map_only(float, lambda found: found if math.isfinite(found) else str(found), value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..harness.runner import plain
-from .tables import made, speed_conditions
+from .tables import made, measured, speed_conditions
 
 Record = dict[str, Any]
 CAPTION_CHARACTERS = 120
@@ -29,7 +29,7 @@ def colours(labels: Iterable[str]) -> list[str]:
 
 def step_against_memory(record: Record, path: Path) -> None:
     """A record of speed: step time against bytes saved, each provider a point; the lower left corner is best."""
-    rows = measured(record, "step", "bytes_kept")
+    rows = measured(record["results"], "step", "bytes_kept")
     axes = _axes(rows)
     for label, row in rows.items():
         median, p20, p80 = (row["step"][name] * 1e3 for name in ("median", "p20", "p80"))
@@ -43,7 +43,7 @@ def step_against_memory(record: Record, path: Path) -> None:
 
 def images_against_batch(record: Record, path: Path) -> None:
     """A record of speed with several batches: images a second against the batch size."""
-    batch, rows = record["settings"]["batch"], measured(record, "step")
+    batch, rows = record["settings"]["batch"], measured(record["results"], "step")
     axes, sizes, steps = _axes(rows), {batch}, set()
     for label, row in rows.items():
         points = {batch: row, **_sweep(row)}
@@ -79,21 +79,17 @@ def memory_against_depth(record: Record, path: Path) -> None:
 def pictures(record: Record, stem: Path) -> list[Path]:
     """Draws every picture that there is of ``record``, as ``STEM-*.png``; returns the files written."""
     record = plain(record)
-    speed = record["kind"] == "speed"
+    speed, rows = record["kind"] == "speed", record["results"]
+    swept = speed and any(map(_sweep, measured(rows, "step").values()))
     known = (
-        (step_against_memory, "step-memory", speed and measured(record, "step", "bytes_kept")),
-        (images_against_batch, "images-batch", speed and any(map(_sweep, measured(record, "step").values()))),
-        (memory_against_depth, "depth", not speed and record["results"] and "depths" in record["settings"]),
+        (step_against_memory, "step-memory", speed and measured(rows, "step", "bytes_kept")),
+        (images_against_batch, "images-batch", swept),
+        (memory_against_depth, "depth", not speed and rows and "depths" in record["settings"]),
     )
     found = {stem.with_name(f"{stem.name}-{name}.png"): draw for draw, name, shown in known if shown}
     for path, draw in found.items():
         draw(record, path)
     return list(found)
-
-
-def measured(record: Record, *keys: str) -> dict[str, Record]:
-    """The rows that have all of ``keys``."""
-    return {label: row for label, row in record["results"].items() if all(key in row for key in keys)}
 
 
 def _sweep(row: Record) -> dict[int, Record]:
