@@ -3,8 +3,7 @@
     python -m benchmarks.depth [--budget 12GB] [--device cpu|cuda] [--quick] [--json FILE] [--plot FILE]
 
 On CUDA by training steps under a limit on PyTorch's allocator. Elsewhere by bytes counted, not by steps, as
-:mod:`benchmarks.harness.fits` says, and compared with those of a real step on the CPU. A provider whose output or
-gradients differ from torchvision's takes no part.
+:mod:`benchmarks.harness.fits` says. Whatever computes something else than torchvision takes no part.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rich.console import Console
 
 from fastdense.memory import peak_bytes, saved_bytes
 
-from .harness.fits import CudaMemory, Fit, counted_bytes, largest, trained_fit
+from .harness.fits import CudaMemory, Fit, counted_bytes, search, trained_fit
 from .harness.options import Options as Options  # benchmarks.gpu takes it from here
 from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, cifar
 from .harness.runner import RESULTS, environment, write_record
@@ -193,13 +192,14 @@ def _answer(job: Job, budget: int, until: float, memory: CudaMemory | None = Non
         peak = details.pop("peak")
         return Fit(peak <= budget, peak, details)
 
-    found = largest(fit, budget, until=until)
+    tried, grows = search(fit, budget, until), question.grows
+    largest = max((size for size, found in tried.items() if found.fits), default=0)
     trials = [
-        {"size": size, question.grows: question.answer(size), "fits": fit.fits, "bytes": fit.bytes, **fit.details}
-        for size, fit in found.tried.items()
+        {"size": size, grows: question.answer(size), "fits": found.fits, "bytes": found.bytes, **found.details}
+        for size, found in tried.items()
     ]
-    row = {"label": provider.label, "size": found.largest, question.grows: question.answer(found.largest)}
-    return {**row, "complete": found.complete, "trials": trials}
+    row = {"label": provider.label, "size": largest, grows: question.answer(largest)}
+    return {**row, "complete": largest + 1 in tried, "trials": trials}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,8 +2,7 @@
 
     python -m benchmarks.memory [--models densenet121 densenet201] [--batch 8] [--size 224] [--depths 40 100 190]
 
-`fastdense bench memory` is the same with all options. On the CPU bytes do not depend on the machine's speed or load. A
-provider whose output or gradients differ from torchvision's is reported and not measured.
+`fastdense bench memory` is the same with all options. What computes something else than torchvision is left out.
 """
 
 from __future__ import annotations

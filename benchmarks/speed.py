@@ -2,8 +2,7 @@
 
     python -m benchmarks.speed [--model densenet121] [--batch 8] [--size 128] [--threads 2] [--json FILE]
 
-`fastdense bench speed` is the same with all options. A provider whose output or gradients differ from torchvision's is
-reported and not timed.
+`fastdense bench speed` is the same with all options. Whatever computes something else than torchvision is not timed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import depth
 from benchmarks.harness import fits
-from benchmarks.harness.fits import CudaMemory, Fit, LiveBytes, counted_bytes, largest, trained_fit
+from benchmarks.harness.fits import CudaMemory, Fit, LiveBytes, counted_bytes, search, trained_fit
 from benchmarks.harness.options import Options
 from benchmarks.harness.providers import MODELS, PROVIDERS, NetworkSpec, cifar
 from benchmarks.report import depth_report
@@ -65,6 +65,10 @@ def test_live_bytes_by_hand() -> None:
     assert (live.now, live.peak) == (0, 3 * MB)
 
 
+def found_by(tried: dict[int, Fit]) -> int:
+    return max((size for size, fit in tried.items() if fit.fits), default=0)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.floats(0, 1e4), st.floats(0.01, 1e3), st.floats(0, 10), st.integers(100, 10**7), st.booleans())
 def test_the_search_finds_the_last_that_fits(
@@ -77,23 +81,26 @@ def test_the_search_finds_the_last_that_fits(
         fits = size(n) <= budget
         return Fit(fits, size(n) if fits or known else None, {})
 
-    found = largest(attempt, budget)
-    assert found.complete
-    assert size(found.largest + 1) > budget
-    assert found.largest == 0 or size(found.largest) <= budget
-    assert len(found.tried) <= 90
-    assert all(fit.fits == (n <= found.largest) for n, fit in found.tried.items())
+    tried = search(attempt, budget)
+    largest = found_by(tried)
+    assert largest + 1 in tried
+    assert size(largest + 1) > budget
+    assert largest == 0 or size(largest) <= budget
+    assert len(tried) <= 90
+    assert all(fit.fits == (n <= largest) for n, fit in tried.items())
 
 
 def test_the_search_tries_few_sizes_where_bytes_are_known() -> None:
-    found = largest(lambda n: Fit(19 * n * n + 11_000 * n <= 12 * 10**6, 19 * n * n + 11_000 * n, {}), 12 * 10**6)
-    assert found.largest == 556
-    assert len(found.tried) <= 14
+    tried = search(lambda n: Fit(19 * n * n + 11_000 * n <= 12 * 10**6, 19 * n * n + 11_000 * n, {}), 12 * 10**6)
+    assert found_by(tried) == 556
+    assert len(tried) <= 14
 
 
-def test_a_search_without_time_says_so() -> None:
-    found = largest(lambda n: Fit(n <= 100, None, {}), 1, until=time.monotonic() - 1)
-    assert (found.largest, found.complete, found.tried) == (0, False, {})
+def test_a_search_without_time_tries_nothing() -> None:
+    assert search(lambda n: Fit(n <= 100, None, {}), 1, until=time.monotonic() - 1) == {}
+    run = depth.run(Options(budget=10**8, seconds=0.0, questions=("cifar",), providers=("fastdense-bottlenecks",)))
+    row = run["results"]["cifar"]["providers"]["fastdense-bottlenecks"]
+    assert (row["size"], row["complete"], row["trials"]) == (0, False, [])
 
 
 class FakeMemory:
@@ -179,7 +186,7 @@ def test_a_size_does_not_depend_on_earlier_ones() -> None:
 
     first, failed, second = attempt(8), attempt(80), attempt(8)
     assert first.fits and not failed.fits and second == first
-    assert largest(attempt, memory.budget).largest == 9  # of each ten thousand bytes, one layer's is for backward
+    assert found_by(search(attempt, memory.budget)) == 9  # of each ten thousand bytes, one layer's is for backward
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:

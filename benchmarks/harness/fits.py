@@ -2,8 +2,7 @@
 
 Counted, the network runs forward and backward on PyTorch's ``meta`` device, where tensors have shapes and no data:
 autograd and checkpoints make, save and free the tensors that they would elsewhere, and a network that needs a terabyte
-takes seconds. What an operator uses inside is not seen; of fastdense's block operators it is added, from
-docs/memory.md.
+takes seconds. What an operator uses inside is not seen; of fastdense's it is added, from docs/memory.md.
 """
 
 from __future__ import annotations
@@ -174,37 +173,21 @@ def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
     return memory.peak()
 
 
-class Search(NamedTuple):
-    """What a search found."""
-
-    largest: int  # size that fits; 0 if 1 does not
-    complete: bool  # whether the next size was tried, and does not fit
-    tried: dict[int, Fit]  # all sizes that were, in order
-
-
-def largest(attempt: Callable[[int], Fit], budget: int, *, until: float = math.inf) -> Search:
-    """Searches the largest size that fits: doubled until one does not, then by bisection.
+def search(attempt: Callable[[int], Fit], budget: int, until: float = math.inf) -> dict[int, Fit]:
+    """Searches the largest size that fits: doubled until one does not, then by bisection. Returns all sizes tried.
 
     Bytes grow smoothly with the size: two of three tries are where the line through earlier ones meets the budget.
-
-    Args:
-        attempt: tries one size. If a size does not fit, no larger one does.
-        budget: bytes.
-        until: ``time.monotonic()`` after which no further size is tried.
+    After ``until``, a ``time.monotonic()``, no further size is tried. If a size does not fit, no larger one does.
     """
     tried: dict[int, Fit] = {}
     low, high, size = 0, None, 1
     while high != low + 1 and time.monotonic() <= until:
         tried[size] = fit = attempt(size)
         low, high = (size, high) if fit.fits else (low, size)
-        guess = _crossing(tried, budget)
-        if high is None:
-            size = max(low + 1, min(guess or 2 * low, 2 * low))
-        elif guess is None or len(tried) % 3 == 0:
-            size = (low + high) // 2
-        else:
-            size = max(low + 1, min(guess, high - 1))
-    return Search(low, high == low + 1, dict(sorted(tried.items())))
+        usual, most = (2 * low, 2 * low) if high is None else ((low + high) // 2, high - 1)
+        guess = _crossing(tried, budget) if high is None or len(tried) % 3 else None
+        size = max(low + 1, min(guess or usual, most))
+    return dict(sorted(tried.items()))
 
 
 def _crossing(tried: dict[int, Fit], budget: int) -> int | None:
