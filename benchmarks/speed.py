@@ -124,19 +124,17 @@ def table(record: Record) -> Group:
     return Group(console_table(title, of_times, times), console_table(None, (*OF_BYTES, "first step [s]"), sizes))
 
 
-def trouble(row: Record) -> str | None:
-    """Why a row has no results, if it has none."""
+def _trouble(row: Record) -> str:
+    """Why a row has no results, if it was to have some."""
     for status, words in STATUS.items():
-        if status in row and "step" not in row:
+        if status in row:
             return f"{words}: {row[status]}"
-    return None if row.get("checked", True) else f"not measured: differs by {row['relative_difference']:.1e}"
+    return "" if row.get("checked", True) else f"not measured: differs by {row['relative_difference']:.1e}"
 
 
 def _times(row: Record, base: Record) -> list[str]:
-    if (words := trouble(row)) is not None:
-        return [words]
     if "step" not in row:
-        return []
+        return [_trouble(row)]
     step = row["step"]
     spread = f"{step.p20 * 1e3:.1f} - {step.p80 * 1e3:.1f}"
     ratio = f"{step.median / base['step'].median:.2f}" if "step" in base else ""
@@ -146,8 +144,8 @@ def _times(row: Record, base: Record) -> list[str]:
 
 def bytes_cells(row: Record, base: Record) -> list[str]:
     """Saved bytes and peak, each with its ratio; or why there are none."""
-    if (words := trouble(row)) is not None:
-        return [words]
+    if "bytes_kept" not in row:
+        return [_trouble(row)]
     cells = []
     for key in ("bytes_kept", "bytes_peak"):
         cells += [f"{row[key] / 1e6:.1f}", f"{row[key] / base[key]:.2f}" if key in base else ""]

@@ -25,14 +25,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["torch"] = torch.__version__
 
 
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """The commit and whether it was changed; not the branch."""
-    for name in ("project", "branch", "author_time"):
-        commit_info.pop(name, None)
-
-
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Without every round's time, and with the fields that each record of this project carries."""
+    """Without every round's time and the branch, and with the fields that each record of this project carries."""
+    for name in ("project", "branch", "author_time"):
+        output_json["commit_info"].pop(name, None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
     output_json |= {**environment(), "threads": 1}
