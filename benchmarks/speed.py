@@ -80,12 +80,8 @@ def _rounds(steps: dict[str, Step], repeats: int, batch: int | None) -> Iterator
 
 
 def run(options: Options, watch: Watch = lambda record: None) -> Record:
-    """Checks, counts bytes and times in fresh processes; returns the record.
-
-    ``watch`` is shown it whenever something has come in. After Ctrl-C its ``complete`` is false.
-    """
-    settings = {name: getattr(options, name) for name in ("model", "batch", "size", "processes")}
-    record = options.new_record("speed", settings)
+    """Checks, counts bytes and times in fresh processes; returns the record. ``watch`` is shown it as it grows."""
+    record = options.new_record("speed", "model", "batch", "size", "processes")
     return fill(record, _processes(options, record["results"]), watch)
 
 

@@ -29,7 +29,7 @@ from .. import depth
 from ..compiled import launches
 from ..compiled.report import traffic_of
 from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds, network_traffic
-from ..harness.peers import torchvision_densenet
+from ..harness.providers import torchvision_densenet
 from ..harness.runner import Timing, interleave
 from .machine import measured_rates, name_of, relative_error, state, synchronize
 from .run import Job, describe, release

@@ -71,11 +71,11 @@ class Options:
         left_out = SLOW_ON_CPU if self.quick or not cuda else ALL_SLOW
         return [name for name in PROVIDERS if name not in left_out and (cuda or not name.endswith("-triton"))]
 
-    def new_record(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """A record without results: where it was made, ``settings``, and the arithmetic."""
+    def new_record(self, kind: str, *fields: str, **settings: Any) -> dict[str, Any]:
+        """A record without results: where it was made, ``fields`` of these options, and the arithmetic."""
         head = environment(gpu=self.torch_device.type == "cuda")
         head |= {"threads": self.threads} if self.threads else {}
-        settings = settings | {"dtype": NAMES[self.dtype], "layout": self.layout}
+        settings |= {name: getattr(self, name) for name in (*fields, "layout")} | {"dtype": NAMES[self.dtype]}
         return {**head, "kind": kind, "complete": False, "settings": settings, "results": {}}
 
     def folder(self) -> Path:

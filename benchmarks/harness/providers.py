@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ import fastdense
 from fastdense.backends import select
 from fastdense.reference import ConcatDenseLayer
 
-from .peers import torchvision_densenet
-
 BASE = "torchvision"  # the provider that all others are compared with
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
 
 class Unavailable(RuntimeError):
@@ -92,6 +92,17 @@ class Provider:
         if self.compile_mode is not None:  # at the first call
             model.compile(dynamic=False, mode=self.compile_mode)
         return model
+
+
+def torchvision_densenet() -> ModuleType:
+    """The module ``torchvision.models.densenet``, also where torchvision's compiled part does not fit this PyTorch."""
+    try:
+        import torchvision.models.densenet as densenet
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        for name in ("nms", "qnms"):
+            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.models.densenet as densenet
+    return densenet
 
 
 def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:

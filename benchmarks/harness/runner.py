@@ -95,16 +95,11 @@ def _send(pipe: Connection, generate: Callable[..., Iterable[Any]], arguments: t
 
 
 def fill(record: dict[str, Any], steps: Iterable[None], watch: Watch) -> dict[str, Any]:
-    """Goes through ``steps``, each of which adds to ``record`` and shows it to ``watch``; returns it.
-
-    After Ctrl-C it holds what there is: then ``complete`` stays false.
-    """
-    try:
+    """Goes through ``steps``, which add to ``record``, and shows it to ``watch``; returns it, after Ctrl-C as it is."""
+    with suppress(KeyboardInterrupt):
         for _ in steps:
             watch(record)
         record["complete"] = True
-    except KeyboardInterrupt:
-        pass
     return record
 
 
@@ -156,7 +151,7 @@ def _output(*command: str) -> str:
 def query_gpu(*fields: str) -> dict[str, str]:
     """Fields of ``nvidia-smi --query-gpu`` for the GPU that PyTorch sees first; empty where there is no answer.
 
-    Reads only. Through the driver's own program, because asking CUDA would open a context that takes memory.
+    Through the driver's own program, because asking CUDA would open a context that takes memory.
     """
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
     answer = _output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
