@@ -35,16 +35,13 @@ BARS = 24
 
 @dataclass
 class Bar:
-    """One operation at one resolution, all of a training step together; ``measured`` is ``None`` where nothing ran.
-
-    ``m`` is 0 where there are no pixels: weight gradients that are added up.
-    """
+    """One operation at one resolution, all of a training step together."""
 
     operation: str
-    m: int
+    m: int  # 0 where there are no pixels: weight gradients that are added up
     times: int = 0
     floor: float = 0.0
-    measured: float | None = None
+    measured: float | None = None  # where nothing ran
 
     @property
     def fraction(self) -> float | None:
