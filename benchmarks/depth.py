@@ -3,8 +3,7 @@
     python -m benchmarks.depth [--budget 12GB] [--device cpu|cuda] [--quick] [--json FILE] [--plot FILE]
 
 On CUDA by training steps under a limit on PyTorch's allocator. Elsewhere by bytes counted, not by steps, as
-:mod:`benchmarks.harness.fits` says, and compared with those of a real step on the CPU. A provider whose output or
-gradients differ from torchvision's takes no part.
+:mod:`benchmarks.harness.fits` says. Whatever computes something else than torchvision takes no part.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +29,17 @@ from rich.console import Console
 
 from fastdense.memory import peak_bytes, saved_bytes
 
-from .harness import options as options_module
-from .harness.fits import CudaMemory, Fit, counted_bytes, counted_fit, largest, trained_fit
+from .harness.fits import CudaMemory, Fit, counted_bytes, search, trained_fit
+from .harness.options import Options as Options  # benchmarks.gpu takes it from here
 from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, cifar
 from .harness.runner import RESULTS, environment, write_record
 from .harness.training import Check, attempt
-from .report.depth_report import plot, tables
+from .report.depth_report import HEADER, plot, rows
+from .report.tables import console_table
 
 COUNTED = "by bytes counted, not by steps on a GPU"
 STEPPED = "by training steps on the GPU, under a limit on PyTorch's allocator"
-DEFAULT_BUDGET = "12GB"
+DEFAULT_BUDGET, QUICK_BUDGET, QUICK_SECONDS = "12GB", "500MB", 60.0
 BATCH = 16  # of the step that counts are compared with
 FLOAT32_TOLERANCE = 1e-2  # relative 2-norm, of providers that cannot run in float64
 
@@ -56,11 +57,9 @@ class Question:
 
     @property
     def grows(self) -> str:
-        """``"depth"`` or ``"batch"``."""
         return "depth" if self.batch else "batch"
 
     def shape(self, size: int) -> tuple[int, int, int, int]:
-        """Of the images."""
         return (self.batch or size, 3, self.pixels, self.pixels)
 
     def answer(self, size: int) -> int:
@@ -73,18 +72,15 @@ def _densenet264(size: int) -> NetworkSpec:
     return replace(MODELS["densenet264"], block_config=(6, 12, 4 * size, 3 * size))
 
 
-def _largest_batch(name: str) -> Question:
-    return Question(f"largest batch of {name} at 224 x 224", lambda size: MODELS[name], 224)
-
-
 _CIFAR = "deepest DenseNet-BC, k = 12, three equal blocks, 64 images of 32 x 32"
 _DENSENET264 = "deepest network of DenseNet-264's form, k = 32, 32 images of 224 x 224"
 QUESTIONS = {
     "cifar": Question(_CIFAR, lambda size: cifar(6 * size + 4), 32, batch=64),
     "densenet264": Question(_DENSENET264, _densenet264, 224, batch=32),
-    "batch-densenet121": _largest_batch("densenet121"),
-    "batch-densenet201": _largest_batch("densenet201"),
 }
+for _name in ("densenet121", "densenet201"):
+    _network = partial(lambda name, size: MODELS[name], _name)
+    QUESTIONS[f"batch-{_name}"] = Question(f"largest batch of {_name} at 224 x 224", _network, 224)
 QUICK = ("cifar", "batch-densenet121")
 
 # Counted: operators as they are written, whatever implements them. A compiler decides by itself what it saves.
@@ -92,47 +88,8 @@ COUNTABLE = (BASE, "memory-efficient", "efficient-densenet", "fastdense-activati
 ON_CUDA = (*COUNTABLE, "fastdense-activations-triton", "fastdense-bottlenecks-triton")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to find out."""
-
-    budget: int = 12 * 10**9  # bytes
-    device: str = "cpu"  # counts; "cuda" trains
-    questions: Sequence[str] = tuple(QUESTIONS)
-    providers: Sequence[str] = ()  # of PROVIDERS; empty for those that the device can run
-    seconds: float | None = None  # after which no further size is tried; what is known then is a lower bound
-    processes: int = 1  # that count at the same time; on CUDA there is one
-
-    @classmethod
-    def quick(cls, device: str = "cpu") -> Options:
-        """A small budget and two questions: under a minute on two CPU cores."""
-        return cls(budget=5 * 10**8, device=device, questions=QUICK, seconds=60.0)
-
-
-def settled(options: Options | options_module.Options) -> Options:
-    """The options that all benchmarks share, as this one's.
-
-    Raises:
-        ValueError: for another arithmetic than float32, whose bytes are not counted, or a budget that is none.
-    """
-    if isinstance(options, Options):
-        return options
-    if options.dtype != "fp32":
-        raise ValueError(f"depth is found out in fp32, got dtype {options.dtype!r}")
-    device = options.torch_device.type
-    own = Options.quick(device) if options.quick else Options(device=device)
-    if options.budget is not None and not (options.quick and options.budget == DEFAULT_BUDGET):
-        own = replace(own, budget=parse_bytes(options.budget))
-    providers = tuple(options.labels()) if options.providers else ()
-    return replace(own, providers=providers, processes=1 if options.quick else 2)
-
-
 def parse_bytes(text: str) -> int:
-    """``"12GB"`` is 12,000,000,000; ``"12GiB"`` is 12 * 2**30.
-
-    Raises:
-        ValueError: for anything that is no positive number with one of these units.
-    """
+    """``"12GB"`` is 12,000,000,000; ``"12GiB"`` is 12 * 2**30."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"a budget is a number with MB, GB, MiB or GiB, as 12GB, got {text!r}")
@@ -158,22 +115,30 @@ def beside_measured(provider: Provider) -> dict[str, int]:
     return {**found, "peak_measured": peak.bytes}
 
 
-def run(options: Options | options_module.Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def budget_bytes(options: Options) -> int:
+    """What a step may take; ``quick`` asks for less than the usual."""
+    usual = options.budget in (None, DEFAULT_BUDGET)
+    return parse_bytes(str(QUICK_BUDGET if options.quick and usual else options.budget or DEFAULT_BUDGET))
+
+
+def run(options: Options, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Checks, then searches; returns the record. ``say`` is told what was found, a line at a time."""
-    options = settled(options)
-    until = math.inf if options.seconds is None else time.monotonic() + options.seconds
-    cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' needs a CUDA GPU; 'cpu' counts bytes without one")
+    if options.dtype != "fp32":
+        raise ValueError(f"depth is found out in fp32, got dtype {options.dtype!r}")
+    budget, cuda = budget_bytes(options), options.torch_device.type == "cuda"
+    seconds = QUICK_SECONDS if options.quick and options.seconds is None else options.seconds
+    until = math.inf if seconds is None else time.monotonic() + seconds
     checks = _checks(options, say)
+    asked = options.questions or (QUICK if options.quick else QUESTIONS)
+    jobs = list(product(asked, [name for name, row in checks.items() if row["checked"]]))
     results: dict[str, dict[str, Any]] = {}
-    for (name, provider), row in _answers(options, [name for name, row in checks.items() if row["checked"]], until):
+    for (name, provider), row in _answers(options, jobs, budget, until):
         question = QUESTIONS[name]
         answers = results.setdefault(name, {"title": question.title, "grows": question.grows, "providers": {}})
         answers["providers"][provider] = row
         say(f"{name}, {row['label']}: {row[question.grows]}{'' if row['complete'] else ' or more: time was up'}")
-    settings = {"budget": options.budget, "method": STEPPED if cuda else COUNTED, "dtype": "float32"}
-    settings |= {"optimizer": "SGD with momentum", "seconds": options.seconds}
+    settings = {"budget": budget, "method": STEPPED if cuda else COUNTED, "dtype": "float32"}
+    settings |= {"optimizer": "SGD with momentum", "seconds": seconds}
     complete = all(row["complete"] for answers in results.values() for row in answers["providers"].values())
     about = {**environment(gpu=cuda), "kind": "depth", "complete": complete}
     return {**about, "settings": settings, "checks": checks, "results": results}
@@ -181,16 +146,14 @@ def run(options: Options | options_module.Options, say: Callable[[str], None] = 
 
 def _checks(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Each provider's check: one that does not pass takes no part."""
-    rows: dict[str, Any] = {}
-    cuda = options.device == "cuda"
-    check = Check(cifar(22), 4, 16, options_module.Options(device=options.device))
-    for name in options.providers or (ON_CUDA if cuda else COUNTABLE):
+    found: dict[str, Any] = {}
+    cuda, check = options.torch_device.type == "cuda", Check(cifar(22), 4, 16, options)
+    for name in options.labels() if options.providers else ON_CUDA if cuda else COUNTABLE:
         provider = PROVIDERS[name]
-        row: dict[str, Any] = {"label": provider.label, "checked": False}
+        row: dict[str, Any] = {"unavailable": "its bytes cannot be counted without a device"}
         if cuda or name in COUNTABLE:
-            row |= attempt(torch.device(options.device), check, provider)
-        else:
-            row["unavailable"] = "its bytes cannot be counted without a device"
+            row = attempt(options.torch_device, check, provider)
+        row = {"label": provider.label, "checked": False, **row}
         if not provider.exact:  # in float32, where half switched ReLUs part right networks
             row["checked"] = row["checked"] and row["relative_difference"] <= FLOAT32_TOLERANCE
         if not row["checked"]:
@@ -198,24 +161,24 @@ def _checks(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{provider.label} takes no part: {why}")
         elif not cuda:
             row["counted_beside_measured"] = beside_measured(provider)
-        rows[name] = row
-    return rows
+        found[name] = row
+    return found
 
 
 Job = tuple[str, str]  # a question and a provider
 
 
-def _answers(options: Options, providers: Sequence[str], until: float) -> Iterator[tuple[Job, dict[str, Any]]]:
+def _answers(options: Options, jobs: Sequence[Job], budget: int, until: float) -> Iterator[tuple[Job, dict[str, Any]]]:
     """The row of each question and provider."""
-    jobs = list(product(options.questions, providers))
-    if options.device == "cuda":
-        with closing(CudaMemory(options.budget, torch.device("cuda"))) as memory:
-            yield from ((job, _answer(job, options.budget, until, memory)) for job in jobs)
-    elif options.processes == 1:
-        yield from ((job, _answer(job, options.budget, until)) for job in jobs)
+    processes, answer = min(options.processes, os.cpu_count() or 1), partial(_answer, budget=budget, until=until)
+    if options.torch_device.type == "cuda":
+        with closing(CudaMemory(budget, options.torch_device)) as memory:
+            yield from ((job, answer(job, memory=memory)) for job in jobs)
+    elif processes == 1:
+        yield from zip(jobs, map(answer, jobs), strict=True)
     else:
-        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-            yield from zip(jobs, pool.map(partial(_answer, budget=options.budget, until=until), jobs), strict=True)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            yield from zip(jobs, pool.map(answer, jobs), strict=True)
 
 
 def _answer(job: Job, budget: int, until: float, memory: CudaMemory | None = None) -> dict[str, Any]:
@@ -223,17 +186,20 @@ def _answer(job: Job, budget: int, until: float, memory: CudaMemory | None = Non
 
     def fit(size: int) -> Fit:
         spec, shape = question.network(size), question.shape(size)
-        if memory is None:
-            return counted_fit(lambda: provider.network(spec), shape, spec.num_classes, budget)
-        return trained_fit(lambda: provider.build(spec), shape, spec.num_classes, memory)
+        if memory is not None:
+            return trained_fit(lambda: provider.build(spec), shape, spec.num_classes, memory)
+        details = counted_bytes(lambda: provider.network(spec), shape, spec.num_classes)._asdict()
+        peak = details.pop("peak")
+        return Fit(peak <= budget, peak, details)
 
-    found = largest(fit, budget, until=until)
+    tried, grows = search(fit, budget, until), question.grows
+    largest = max((size for size, found in tried.items() if found.fits), default=0)
     trials = [
-        {"size": size, question.grows: question.answer(size), "fits": fit.fits, "bytes": fit.bytes, **fit.details}
-        for size, fit in found.tried.items()
+        {"size": size, grows: question.answer(size), "fits": found.fits, "bytes": found.bytes, **found.details}
+        for size, found in tried.items()
     ]
-    row = {"label": provider.label, "size": found.largest, question.grows: question.answer(found.largest)}
-    return {**row, "complete": found.complete, "trials": trials}
+    row = {"label": provider.label, "size": largest, grows: question.answer(largest)}
+    return {**row, "complete": largest + 1 in tried, "trials": trials}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -247,19 +213,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small budget, two questions: under a minute")
     parser.add_argument("--json", type=Path, help="the record; default: benchmarks/results/cpu/depth-BUDGET.json")
     parser.add_argument("--plot", type=Path, help="a PNG of memory against depth; default: beside the record")
-    given = parser.parse_args(arguments)
-    options = Options.quick(given.device) if given.quick else Options(device=given.device)
-    names = ("budget", "questions", "providers", "processes")
-    options = replace(options, **{name: value for name in names if (value := getattr(given, name))})
-    path = given.json
-    if path is None and not given.quick and given.device == "cpu":  # a GPU's folder has the card's name
-        path = RESULTS / "cpu" / f"depth-{options.budget / 1e9:g}GB.json"
-    picture = given.plot or (path.with_suffix(".png") if path else None)
+    given = vars(parser.parse_args(arguments))
+    path, picture = given.pop("json"), given.pop("plot")
+    options = Options(**{name: value for name, value in given.items() if value is not None})
     console = Console()
     with console.status("checking, then searching"):
         record = run(options, say=lambda line: console.print(line, style="dim", highlight=False))
-    for table in tables(record):
-        console.print(table)
+    budget = f"{record['settings']['budget'] / 1e9:g}"
+    if path is None and not options.quick and options.device == "cpu":  # a GPU's folder has the card's name
+        path = RESULTS / "cpu" / f"depth-{budget}GB.json"
+    picture = picture or (path.with_suffix(".png") if path else None)
+    for title, cells in rows(record):
+        console.print(console_table(f"{title}, {budget} GB, {record['settings']['method']}", HEADER, cells))
     if path is not None:
         write_record(path, record)
         console.print(f"record: {path}")

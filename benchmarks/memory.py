@@ -2,8 +2,7 @@
 
     python -m benchmarks.memory [--models densenet121 densenet201] [--batch 8] [--size 224] [--depths 40 100 190]
 
-`fastdense bench memory` is the same with all options. On the CPU bytes do not depend on the machine's speed or load. A
-provider whose output or gradients differ from torchvision's is reported and not measured.
+`fastdense bench memory` is the same with all options. What computes something else than torchvision is left out.
 """
 
 from __future__ import annotations
@@ -54,11 +53,10 @@ def _row(provider: Provider, check: Check, size: int, options: Options) -> Recor
 
 def run(options: Options, watch: Watch = lambda record: None) -> Record:
     """Checks, then counts; see :func:`benchmarks.speed.run`."""
-    settings: Record = {"models": list(networks(options)), "batch": options.batch, "size": options.size}
+    record = options.new_record("memory", "batch", "size", models=list(networks(options)))
     if options.depths:
         depths = {f"densenet-bc-{depth}": depth for depth in sorted(options.depths)}
-        settings["depths"] = {"of": depths, "size": DEPTHS_SIZE, "growth_rate": GROWTH_RATE}
-    record = options.new_record("memory", settings)
+        record["settings"]["depths"] = {"of": depths, "size": DEPTHS_SIZE, "growth_rate": GROWTH_RATE}
 
     def add() -> Iterator[None]:
         for network, label, row in in_fresh_process(measure, options):

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.utils.benchmark import Timer
 
 from .compiled import traffic
@@ -36,54 +35,48 @@ BARS = 24
 
 @dataclass
 class Bar:
-    """One operation at one resolution, all of a training step together; ``measured`` is ``None`` where nothing ran.
-
-    ``m`` is 0 where there are no pixels: weight gradients that are added up.
-    """
+    """One operation at one resolution, all of a training step together."""
 
     operation: str
-    m: int
+    m: int  # 0 where there are no pixels: weight gradients that are added up
     times: int = 0
     floor: float = 0.0
-    measured: float | None = None
+    measured: float | None = None  # where nothing ran
 
     @property
     def fraction(self) -> float | None:
         """Of the floor's rate that was reached, 1 at best."""
         return self.floor / self.measured if self.measured and self.floor else None
 
+    @property
+    def percent(self) -> str:
+        return "" if self.fraction is None else f"{self.fraction:.0%}"
 
-def cpu_rates(threads: int) -> dict[str, Any]:
+
+def cpu_rates(threads: int) -> tuple[float, float]:
     """Bytes a second that a copy moves (read and written), operations a second of a matrix product, in float32."""
 
-    def timing(statement: str, **names: Any) -> Timing:
+    def seconds(statement: str, **names: Any) -> float:
         timer = Timer(statement, globals={"torch": torch, **names}, num_threads=threads)
-        return Timing.of(timer.blocked_autorange(min_run_time=0.5).times)
+        return timer.blocked_autorange(min_run_time=0.5).median
 
     x = torch.randn(COPY_BYTES // 4)
-    moved = timing("out.copy_(x)", x=x, out=torch.empty_like(x))
     a, b, out = torch.randn(3, MATMUL_SIZE, MATMUL_SIZE)
-    product = timing("torch.mm(a, b, out=out)", a=a, b=b, out=out)
-    return {
-        "copy": {"per_second": 2 * x.nbytes / moved.median, "bytes": 2 * x.nbytes, "timing": moved},
-        "float32": {"per_second": 2 * MATMUL_SIZE**3 / product.median, "size": MATMUL_SIZE, "timing": product},
-    }
+    copied = 2 * x.nbytes / seconds("out.copy_(x)", x=x, out=torch.empty_like(x))
+    return copied, 2 * MATMUL_SIZE**3 / seconds("torch.mm(a, b, out=out)", a=a, b=b, out=out)
 
 
-def floors(
-    network: traffic.Network, batch: int, size: int, itemsize: int, rates: tuple[float, float]
-) -> list[dict[str, Any]]:
-    """Each primitive of a training step, with its modelled floor."""
-    listed = traffic.operations(network, batch, size, itemsize) + traffic.around(network, batch, size, itemsize)
+def floors(rates: tuple[float, float], network: traffic.Network, *of: int) -> list[dict[str, Any]]:
+    """Each primitive of a training step, with its modelled floor; ``of`` a batch, a size, and bytes of a number."""
     found = []
-    for operation in listed:
+    for operation in traffic.operations(network, *of) + traffic.around(network, *of):
         moved = traffic.primitive(operation.name, operation.shape, bottleneck=network.bn_size is not None)
         row = {"operation": operation.name, **operation.shape._asdict(), "times": operation.times}
         found.append(row | moved._asdict() | {"floor_seconds": traffic.floor_seconds(*moved, *rates)})
     return found
 
 
-def _step(options: Options) -> dict[str, Any]:
+def _step(options: Options, floor: float) -> dict[str, Any]:
     """The PyTorch backend's training step: checked in float64, then timed."""
     spec, provider = MODELS[options.model], PROVIDERS["fastdense-activations"]
     row = Check(spec, 2, 64, options)(provider)
@@ -92,25 +85,23 @@ def _step(options: Options) -> dict[str, Any]:
         step = Step(build(provider, spec, options), x, cotangent, options.dtype)
         step()
         rounds = [step() for _ in range(options.repeats)]
-        row["step"] = Timing.of([phases["forward"] + phases["backward"] for phases in rounds])
+        row["step"] = found = Timing.of([phases["forward"] + phases["backward"] for phases in rounds])
+        row |= {"images_per_second": options.batch / found.median, "fraction_of_floor": floor / found.median}
     return row
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measures the CPU's rates and the PyTorch backend's step; returns the record."""
     torch.set_num_threads(options.threads)
-    network, batch, size = traffic.NETWORKS[options.model], options.batch, options.size
-    measured = cpu_rates(options.threads)
-    rates = measured["copy"]["per_second"], measured["float32"]["per_second"]
-    moved = traffic.network_traffic(network, batch, size, 4)
-    floor = traffic.network_floor_seconds(network, batch, size, 4, *rates)
-    modelled = {**moved._asdict(), "floor_seconds": floor, "images_per_second": batch / floor}
-    modelled["kernels"] = floors(network, batch, size, 4, rates)
-    step = _step(options)
-    if "step" in step:
-        step |= {"images_per_second": batch / step["step"].median, "fraction_of_floor": floor / step["step"].median}
-    settings = {"model": options.model, "batch": batch, "size": size, "dtype": "float32", "layout": "channels_last"}
-    return {**environment(), "settings": settings, "rates": measured, "modelled": modelled, "step": step}
+    of = (traffic.NETWORKS[options.model], options.batch, options.size, 4)
+    rates = cpu_rates(options.threads)
+    floor = traffic.network_floor_seconds(*of, *rates)
+    modelled = {**traffic.network_traffic(*of)._asdict(), "floor_seconds": floor}
+    modelled |= {"images_per_second": options.batch / floor, "kernels": floors(rates, *of)}
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("model", "batch", "size")}
+    settings |= {"dtype": "float32", "layout": "channels_last"}
+    record = {**environment(), "settings": settings, "rates": rates, "modelled": modelled}
+    return record | {"step": _step(options, floor)}
 
 
 def bars(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
@@ -152,11 +143,11 @@ def plot(groups: Mapping[str, Sequence[Bar]], path: Path) -> None:
         shown = group[:BARS]
         places = range(len(shown))
         measured = axis.barh(places, [(bar.measured or 0.0) * 1e3 for bar in shown], color="C0", label="measured")
-        axis.bar_label(measured, ["" if bar.fraction is None else f"{bar.fraction:.0%}" for bar in shown], fontsize=8)
+        axis.bar_label(measured, [bar.percent for bar in shown], fontsize=8)
         axis.barh(places, [bar.floor * 1e3 for bar in shown], 0.4, color="C1", label="floor (modelled)")
         axis.set_yticks(places, [f"{bar.times} x {bar.operation}, m = {bar.m:,}" for bar in shown], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlabel("ms a training step")
+        axis.set(xlabel="ms a training step")
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,31 +158,27 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     """Prints the bars of a record as tables; of one of :func:`run`, what was measured, too."""
     headings = ("kernel", "m", "times", "measured ms", "floor ms (modelled)", "of the floor's rate")
     for title, group in bars_of_record(record).items():
-        table = console_table(title, headings)
+        lines = []
         for bar in group:
             measured = "not measured" if bar.measured is None else f"{bar.measured * 1e3:.3f}"
-            fraction = "" if bar.fraction is None else f"{bar.fraction:.0%}"
-            table.add_row(bar.operation, f"{bar.m:,}", str(bar.times), measured, f"{bar.floor * 1e3:.3f}", fraction)
-        console.print(table)
-    if "modelled" in record:
-        console.print(_step_table(record))
-
-
-def _step_table(record: Mapping[str, Any]) -> Table:
+            lines.append((bar.operation, f"{bar.m:,}", bar.times, measured, f"{bar.floor * 1e3:.3f}", bar.percent))
+        console.print(console_table(title, headings, lines))
+    if "modelled" not in record:
+        return
     settings, rates, floor, step = (record[key] for key in ("settings", "rates", "modelled", "step"))
     measured = f"not timed: differs by {step['relative_difference']:.1e}"
     if "step" in step:
         measured = f"{step['step'].median * 1e3:.0f} ms, {step['images_per_second']:.1f} images/s"
         measured += f": {step['fraction_of_floor']:.0%} of the floor's rate"
     rows = (
-        ("copy, measured", f"{rates['copy']['per_second'] / 1e9:.1f} GB/s"),
-        ("matrix product, measured", f"{rates['float32']['per_second'] / 1e9:.0f} Gflop/s"),
+        ("copy, measured", f"{rates[0] / 1e9:.1f} GB/s"),
+        ("matrix product, measured", f"{rates[1] / 1e9:.0f} Gflop/s"),
         ("to move and to compute, modelled", f"{floor['bytes'] / 1e9:.2f} GB, {floor['flops'] / 1e9:.0f} Gflop"),
         ("floor, modelled", f"{floor['floor_seconds'] * 1e3:.0f} ms, {floor['images_per_second']:.1f} images/s"),
         ("PyTorch backend's step, measured", measured),
     )
     title = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, float32, {record['threads']} threads"
-    return console_table(title, ("", ""), rows, words=2)
+    console.print(console_table(title, ("", ""), rows, words=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,24 +192,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the record (default: nowhere)")
     parser.add_argument("--plot", type=Path, help="where to write the picture, a PNG (default: nowhere)")
-    given = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
+    file, path, picture = (given.pop(name) for name in ("record", "json", "plot"))
     console = Console()
-    if given.record is not None:
-        record = json.loads(given.record.read_text())
-        if not bars_of_record(record):
-            parser.error(f"{given.record} has no timed kernels: run python -m benchmarks.gpu --stages rates layers")
-    else:
-        names = ("model", "batch", "size", "repeats", "threads")
-        options = Options(**{name: getattr(given, name) for name in names})
-        with console.status("measuring rates, then the step"):
-            record = run(options)
+    with console.status("measuring rates, then the step"):
+        record = run(Options(**given)) if file is None else json.loads(file.read_text())
+    if not bars_of_record(record):
+        parser.error(f"{file} has no timed kernels: run python -m benchmarks.gpu --stages rates layers")
     show(record, console)
-    if given.record is None and given.json is not None:
-        write_record(given.json, record)
-        console.print(f"record: {given.json}")
-    if given.plot is not None:
-        plot(bars_of_record(record), given.plot)
-        console.print(f"picture: {given.plot}")
+    if file is None and path is not None:
+        write_record(path, record)
+        console.print(f"record: {path}")
+    if picture is not None:
+        plot(bars_of_record(record), picture)
+        console.print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

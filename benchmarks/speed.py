@@ -2,8 +2,7 @@
 
     python -m benchmarks.speed [--model densenet121] [--batch 8] [--size 128] [--threads 2] [--json FILE]
 
-`fastdense bench speed` is the same with all options. A provider whose output or gradients differ from torchvision's is
-reported and not timed.
+`fastdense bench speed` is the same with all options. Whatever computes something else than torchvision is not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS
 from .harness.runner import RESULTS, Timing, Watch, fill, in_fresh_process, interleave, write_record
 from .harness.training import Check, Step, attempt, build, count_bytes, images
-from .report.tables import console_table
+from .report.tables import console_table, measured
+from .report.tables import images as images_of
 
 Record = dict[str, Any]
 Event = tuple[str, int | None, Record]  # a provider; a batch of options.batches, or None; what was found
@@ -80,12 +80,8 @@ def _rounds(steps: dict[str, Step], repeats: int, batch: int | None) -> Iterator
 
 
 def run(options: Options, watch: Watch = lambda record: None) -> Record:
-    """Checks, counts bytes and times in fresh processes; returns the record.
-
-    ``watch`` is shown it whenever something has come in. After Ctrl-C its ``complete`` is false.
-    """
-    settings = {name: getattr(options, name) for name in ("model", "batch", "size", "processes")}
-    record = options.new_record("speed", settings)
+    """Checks, counts bytes and times in fresh processes; returns the record. ``watch`` is shown it as it grows."""
+    record = options.new_record("speed", "model", "batch", "size", "processes")
     return fill(record, _processes(options, record["results"]), watch)
 
 
@@ -115,33 +111,26 @@ def _processes(options: Options, rows: Record) -> Iterator[None]:
 def table(record: Record) -> Group:
     """The record as two tables, times and bytes; ratios are against torchvision's plain network."""
     settings, results = record["settings"], record["results"]
-    threads = f"{record['threads']} CPU thread" + "s" * (record["threads"] != 1)
-    what = f"{settings['model']}, {settings['batch']} x {settings['size']}^2, {settings['dtype']}, {settings['layout']}"
-    title = f"{what}, {threads if record['device'] == 'cpu' else record['device']}"
-    base = results.get(BASE, {})
+    title = f"{settings['model']}, {images_of(settings)}, {record['threads']} threads, {record['device']}"
+    base, sizes = results.get(BASE, {}), []
     times = [(label, *_times(row, base)) for label, row in results.items()]
-    sizes = [
-        (label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}")
-        for label, row in results.items()
-        if "bytes_kept" in row
-    ]
+    for label, row in measured(results, "bytes_kept").items():
+        sizes.append((label, *bytes_cells(row, base), f"{row['first_seconds']:.1f}"))
     of_times = ("", "step [ms]", "p20 - p80", "ratio", "forward", "backward", "SGD", "images/s")
     return Group(console_table(title, of_times, times), console_table(None, (*OF_BYTES, "first step [s]"), sizes))
 
 
-def trouble(row: Record) -> str | None:
-    """Why a row has no results, if it has none."""
+def _trouble(row: Record) -> str:
+    """Why a row has no results, if it was to have some."""
     for status, words in STATUS.items():
-        if status in row and "step" not in row:
+        if status in row:
             return f"{words}: {row[status]}"
-    return None if row.get("checked", True) else f"not measured: differs by {row['relative_difference']:.1e}"
+    return "" if row.get("checked", True) else f"not measured: differs by {row['relative_difference']:.1e}"
 
 
 def _times(row: Record, base: Record) -> list[str]:
-    if (words := trouble(row)) is not None:
-        return [words]
     if "step" not in row:
-        return []
+        return [_trouble(row)]
     step = row["step"]
     spread = f"{step.p20 * 1e3:.1f} - {step.p80 * 1e3:.1f}"
     ratio = f"{step.median / base['step'].median:.2f}" if "step" in base else ""
@@ -151,8 +140,8 @@ def _times(row: Record, base: Record) -> list[str]:
 
 def bytes_cells(row: Record, base: Record) -> list[str]:
     """Saved bytes and peak, each with its ratio; or why there are none."""
-    if (words := trouble(row)) is not None:
-        return [words]
+    if "bytes_kept" not in row:
+        return [_trouble(row)]
     cells = []
     for key in ("bytes_kept", "bytes_peak"):
         cells += [f"{row[key] / 1e6:.1f}", f"{row[key] / base[key]:.2f}" if key in base else ""]

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from benchmarks.harness.peers import torchvision_densenet
+from benchmarks.harness.providers import torchvision_densenet
 
 READERS = (
     "imageio", "imageio.v2", "pandas", "requests", "skimage", "skimage.filters", "skimage.io", "skimage.transform",

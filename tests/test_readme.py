@@ -22,7 +22,7 @@ RUNNABLE = tuple(page for page in PAGES if PYTHON.search(page.read_text()))
 # torchvision's own operators are missing beside a CPU build of PyTorch, its weights need a download, and the network
 # that a page names is larger than what a page must show.
 PRELUDE = """
-from benchmarks.harness.peers import torchvision_densenet
+from benchmarks.harness.providers import torchvision_densenet
 densenet = torchvision_densenet()
 import torchvision
 def small(weights=None, **options):

@@ -102,7 +102,7 @@ def test_the_gradient_that_is_added_to_is_read_and_written() -> None:
 def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     """As ``benchmarks.gpu`` writes it, with made-up times: each kernel takes twice its floor, a copy four times."""
     rows = []
-    for row in roofline.floors(traffic.NETWORKS["densenet121"], 64, 224, 2, (3e12, 8e14)):
+    for row in roofline.floors((3e12, 8e14), traffic.NETWORKS["densenet121"], 64, 224, 2):
         slower = 4 if row["operation"] == traffic.COPY else 2
         rows.append({**row, "seconds": slower * row["floor_seconds"]})
     environment = {"device": "Imaginary GPU", "rehearsal": rehearsal}

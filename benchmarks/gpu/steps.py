@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +29,7 @@ from .. import depth
 from ..compiled import launches
 from ..compiled.report import traffic_of
 from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds, network_traffic
-from ..harness.peers import torchvision_densenet
+from ..harness.providers import torchvision_densenet
 from ..harness.runner import Timing, interleave
 from .machine import measured_rates, name_of, relative_error, state, synchronize
 from .run import Job, describe, release
@@ -264,8 +263,8 @@ def deepest(job: Job) -> None:
     """Finds the deepest network and the largest batch that train within 12 GB, or bounds where time was up before."""
     seconds = max(1.0, job.seconds_left() - SPARE_SECONDS)
     if job.rehearsal:
-        quick = depth.Options.quick("cpu")
-        options = replace(quick, budget=10**8, seconds=min(seconds, 5.0), providers=("fastdense-activations",))
+        of = ("fastdense-activations",)
+        options = depth.Options(quick=True, processes=1, budget=10**8, seconds=min(seconds, 5.0), providers=of)
     else:
         options = depth.Options(budget=DEPTH_BYTES, device="cuda", seconds=seconds)
     job.result |= depth.run(options, print)

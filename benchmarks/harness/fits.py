@@ -2,14 +2,14 @@
 
 Counted, the network runs forward and backward on PyTorch's ``meta`` device, where tensors have shapes and no data:
 autograd and checkpoints make, save and free the tensors that they would elsewhere, and a network that needs a terabyte
-takes seconds. What an operator uses inside is not seen; of fastdense's block operators it is added, from
-docs/memory.md.
+takes seconds. What an operator uses inside is not seen; of fastdense's it is added, from docs/memory.md.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 import traceback
 import weakref
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from fastdense.recompute import WORKSPACE_BYTES
 
@@ -70,14 +70,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        tree_map(self._note, found)
+        tree_map_only(Tensor, self._note, found)
         inside = _inside(str(func), args) if func.namespace == "fastdense" else 0
         self.peak = max(self.peak, self.now + inside)
         return found
 
-    def _note(self, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            return
+    def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._there and key not in self._alive:
@@ -112,13 +110,6 @@ class Fit(NamedTuple):
     details: dict[str, Any]  # for the record
 
 
-def counted_fit(network: Build, shape: Shape, classes: int, budget: int) -> Fit:
-    """Whether the counted bytes of a step fit."""
-    details = counted_bytes(network, shape, classes)._asdict()
-    peak = details.pop("peak")
-    return Fit(peak <= budget, peak, details)
-
-
 class CudaMemory:
     """PyTorch's CUDA allocator, which raises ``torch.OutOfMemoryError`` beyond the budget."""
 
@@ -130,13 +121,11 @@ class CudaMemory:
         torch.cuda.set_per_process_memory_fraction(budget / total, device)
 
     def start(self) -> None:
-        """Forget earlier peaks."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """What the allocator had reserved at most, gaps included: that is what a card must have."""
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_reserved(self.device)
+        return torch.cuda.max_memory_reserved(self.device)  # gaps included: that is what a card must have
 
     def release(self) -> int:
         """Empty the cache; returns what is still in use."""
@@ -145,31 +134,28 @@ class CudaMemory:
         return torch.cuda.memory_allocated(self.device)
 
     def close(self) -> None:
-        """Lift the limit."""
         torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def trained_fit(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> Fit:
     """Trains for some steps; running out of memory is an answer, and leaves nothing behind for the next size."""
-    details: dict[str, Any] = {}
+    peak, details = None, {}
     try:
         peak = _train(build, shape, classes, memory)
-        fits = peak <= memory.budget
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
-        fits, peak, details = False, None, {"error": str(error).split(". ")[0]}
+        details["error"] = str(error).split(". ")[0]
         cause: BaseException | None = error
         while cause is not None:  # its frames hold network, gradients and graph
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
-    return Fit(fits, peak, {**details, "bytes_left": memory.release()})
+    return Fit(peak is not None and peak <= memory.budget, peak, {**details, "bytes_left": memory.release()})
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device had no memory left: PyTorch's own error, or a library's."""
-    texts = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)) is not None
 
 
 def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
@@ -187,37 +173,21 @@ def _train(build: Build, shape: Shape, classes: int, memory: CudaMemory) -> int:
     return memory.peak()
 
 
-class Search(NamedTuple):
-    """What a search found."""
-
-    largest: int  # size that fits; 0 if 1 does not
-    complete: bool  # whether the next size was tried, and does not fit
-    tried: dict[int, Fit]  # all sizes that were, in order
-
-
-def largest(attempt: Callable[[int], Fit], budget: int, *, until: float = math.inf) -> Search:
-    """Searches the largest size that fits: doubled until one does not, then by bisection.
+def search(attempt: Callable[[int], Fit], budget: int, until: float = math.inf) -> dict[int, Fit]:
+    """Searches the largest size that fits: doubled until one does not, then by bisection. Returns all sizes tried.
 
     Bytes grow smoothly with the size: two of three tries are where the line through earlier ones meets the budget.
-
-    Args:
-        attempt: tries one size. If a size does not fit, no larger one does.
-        budget: bytes.
-        until: ``time.monotonic()`` after which no further size is tried.
+    After ``until``, a ``time.monotonic()``, no further size is tried. If a size does not fit, no larger one does.
     """
     tried: dict[int, Fit] = {}
     low, high, size = 0, None, 1
     while high != low + 1 and time.monotonic() <= until:
         tried[size] = fit = attempt(size)
         low, high = (size, high) if fit.fits else (low, size)
-        guess = _crossing(tried, budget)
-        if high is None:
-            size = max(low + 1, min(guess or 2 * low, 2 * low))
-        elif guess is None or len(tried) % 3 == 0:
-            size = (low + high) // 2
-        else:
-            size = max(low + 1, min(guess, high - 1))
-    return Search(low, high == low + 1, dict(sorted(tried.items())))
+        usual, most = (2 * low, 2 * low) if high is None else ((low + high) // 2, high - 1)
+        guess = _crossing(tried, budget) if high is None or len(tried) % 3 else None
+        size = max(low + 1, min(guess or usual, most))
+    return dict(sorted(tried.items()))
 
 
 def _crossing(tried: dict[int, Fit], budget: int) -> int | None:

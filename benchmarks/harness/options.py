@@ -38,7 +38,9 @@ class Options:
     processes: int = 5
     threads: int = 0  # of the CPU; 0: PyTorch's own choice
     quick: bool = False  # under two minutes on two CPU cores
-    budget: str | None = None  # bytes that a training step may take, as 12GB
+    budget: int | str | None = None  # bytes that a training step may take, as 12GB
+    questions: tuple[str, ...] = ()  # of depth.QUESTIONS; empty: all, or the quick ones
+    seconds: float | None = None  # after which depth tries no further size: what is known then is a lower bound
     out: Path | None = None  # folder of records and pictures
 
     def __post_init__(self) -> None:
@@ -59,7 +61,6 @@ class Options:
 
     @property
     def torch_device(self) -> torch.device:
-        """``device`` as PyTorch's."""
         return torch.device(self.device)
 
     def labels(self) -> list[str]:
@@ -70,11 +71,11 @@ class Options:
         left_out = SLOW_ON_CPU if self.quick or not cuda else ALL_SLOW
         return [name for name in PROVIDERS if name not in left_out and (cuda or not name.endswith("-triton"))]
 
-    def new_record(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """A record without results: where it was made, ``settings``, and the arithmetic."""
+    def new_record(self, kind: str, *fields: str, **settings: Any) -> dict[str, Any]:
+        """A record without results: where it was made, ``fields`` of these options, and the arithmetic."""
         head = environment(gpu=self.torch_device.type == "cuda")
         head |= {"threads": self.threads} if self.threads else {}
-        settings = settings | {"dtype": NAMES[self.dtype], "layout": self.layout}
+        settings |= {name: getattr(self, name) for name in (*fields, "layout")} | {"dtype": NAMES[self.dtype]}
         return {**head, "kind": kind, "complete": False, "settings": settings, "results": {}}
 
     def folder(self) -> Path:

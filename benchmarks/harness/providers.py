@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ import fastdense
 from fastdense.backends import select
 from fastdense.reference import ConcatDenseLayer
 
-from .peers import torchvision_densenet
-
 BASE = "torchvision"  # the provider that all others are compared with
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
 
 class Unavailable(RuntimeError):
@@ -43,11 +43,7 @@ class NetworkSpec:
 
 
 def cifar(depth: int, growth_rate: int = 12) -> NetworkSpec:
-    """DenseNet-BC with three equal blocks for images of 32 x 32: ``depth = 6*n + 4``, as in arXiv 1608.06993.
-
-    Raises:
-        ValueError: for a depth that is not of that form.
-    """
+    """DenseNet-BC with three equal blocks for images of 32 x 32: ``depth = 6*n + 4``, as in arXiv 1608.06993."""
     layers, rest = divmod(depth - 4, 6)
     if layers < 1 or rest:
         raise ValueError(f"a depth must be 6*n + 4, as 40, 100 or 190, got {depth}")
@@ -96,6 +92,17 @@ class Provider:
         if self.compile_mode is not None:  # at the first call
             model.compile(dynamic=False, mode=self.compile_mode)
         return model
+
+
+def torchvision_densenet() -> ModuleType:
+    """The module ``torchvision.models.densenet``, also where torchvision's compiled part does not fit this PyTorch."""
+    try:
+        import torchvision.models.densenet as densenet
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        for name in ("nms", "qnms"):
+            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.models.densenet as densenet
+    return densenet
 
 
 def _torchvision(spec: NetworkSpec, **options: Any) -> nn.Module:
@@ -152,21 +159,16 @@ def _efficient(spec: NetworkSpec) -> nn.Module:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    return _no_torchvision() or (_no_triton() if device.type == "cuda" else _no_cxx_compiler())
-
-
-def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
-
-
-def _no_cxx_compiler() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, and most runs do not need it
 
+    found = _no_torchvision()
+    if device.type == "cuda":
+        return found or (None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU")
     try:
         get_cpp_compiler()
     except RuntimeError:
-        return "torch.compile needs a C++ compiler on the CPU, and finds none"
-    return None
+        return found or "torch.compile needs a C++ compiler on the CPU, and finds none"
+    return found
 
 
 def _ours(recompute: str, impl: str) -> Provider:
@@ -177,13 +179,12 @@ def _ours(recompute: str, impl: str) -> Provider:
 
 
 _MEMORY_EFFICIENT = partial(_torchvision, memory_efficient=True)
-_COMPILED: dict[str, Any] = {"network": _torchvision, "unsupported_reason": _no_compiler, "exact": False}
 _LISTED = (
     Provider(BASE, "torchvision", _torchvision, _no_torchvision),
     Provider("memory-efficient", "torchvision memory_efficient", _MEMORY_EFFICIENT, _no_torchvision),
     Provider("efficient-densenet", "efficient_densenet_pytorch's scheme", _efficient),
-    Provider("compile", "torch.compile", compile_mode="default", **_COMPILED),
-    Provider("compile-max-autotune", "torch.compile max-autotune", compile_mode="max-autotune", **_COMPILED),
+    Provider("compile", "torch.compile", _torchvision, _no_compiler, "default", exact=False),
+    Provider("compile-max-autotune", "torch.compile max-autotune", _torchvision, _no_compiler, "max-autotune", False),
     _ours("activations", "torch"),
     _ours("bottlenecks", "torch"),
     _ours("activations", "triton"),

@@ -13,14 +13,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
+
+import fastdense
+from fastdense.environment import versions
 
 Seconds = dict[str, dict[str, list[float]]]  # provider, phase, every round
 Watch = Callable[[dict[str, Any]], None]  # is shown a record whenever something has come in
@@ -29,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
 CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()  # or installed from a wheel
 SCHEMA = 2  # report/record.py says what a record holds
-QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """Summary of raw timings."""
-        p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(QUANTILES).tolist()
+        values, places = (torch.tensor(numbers, dtype=torch.float64) for numbers in (seconds, [0.5, 0.2, 0.8]))
+        median, p20, p80 = values.quantile(places).tolist()
         return cls(median, p20, p80, len(seconds))
 
 
@@ -53,23 +57,15 @@ def interleave(steps: Mapping[str, Callable[[], Mapping[str, float]]], *, repeat
 
     ``steps`` return seconds by phase; rounds of ``warmup`` are not counted.
     """
-    seconds: Seconds = {name: {} for name in steps}
-    for round_ in range(warmup + repeats):
-        for name, step in steps.items():
-            phases = step()
-            if round_ >= warmup:
-                for phase, duration in phases.items():
-                    seconds[name].setdefault(phase, []).append(duration)
-    return seconds
+    rounds = [{name: step() for name, step in steps.items()} for _ in range(warmup + repeats)][warmup:]
+    return {name: {phase: [found[name][phase] for found in rounds] for phase in rounds[0][name]} for name in steps}
 
 
 def in_fresh_process(generate: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
     """Yields what ``generate(*arguments)`` yields in a new process, as it comes.
 
     Where a process's memory comes to lie moves a whole run by several percent either way: one process is one sample.
-
-    Raises:
-        RuntimeError: the process ended early.
+    ``RuntimeError`` if it ended early.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -99,36 +95,21 @@ def _send(pipe: Connection, generate: Callable[..., Iterable[Any]], arguments: t
 
 
 def fill(record: dict[str, Any], steps: Iterable[None], watch: Watch) -> dict[str, Any]:
-    """Goes through ``steps``, each of which adds to ``record`` and shows it to ``watch``; returns it.
-
-    After Ctrl-C it holds what there is: then ``complete`` stays false.
-    """
-    try:
+    """Goes through ``steps``, which add to ``record``, and shows it to ``watch``; returns it, after Ctrl-C as it is."""
+    with suppress(KeyboardInterrupt):
         for _ in steps:
             watch(record)
         record["complete"] = True
-    except KeyboardInterrupt:
-        pass
     return record
 
 
 def environment(*, gpu: bool = False) -> dict[str, Any]:
     """Device (the GPU or the processor), versions, commit, date and command: what it takes to reproduce a record."""
-    record = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
-        "commit": _commit(),
-        "sources": _sources(),
-        "device": "cpu",
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "torchvision": _version("torchvision"),
-    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"schema": SCHEMA, "date": now, "command": _command(), "commit": _commit(), "sources": _sources()}
+    record |= {"device": "cpu", "processor": _processor(), "threads": torch.get_num_threads()}
+    record |= {"platform": platform.platform(), **versions()}
+    del record["fastdense"]  # the commit says more
     if gpu:
         found = query_gpu("name", "driver_version")
         record |= {"device": found.get("name", "unknown GPU"), "driver": found.get("driver_version", "unknown")}
@@ -147,8 +128,8 @@ def _commit() -> str:
     """``FASTDENSE_COMMIT``, for a checkout that came without its history, or what git says; a release has a version."""
     if "FASTDENSE_COMMIT" in os.environ:
         return os.environ["FASTDENSE_COMMIT"]
-    found = _output("git", "describe", "--always", "--dirty", "--abbrev=12") if CHECKOUT else _version("fastdense")
-    return found or "unknown"
+    described = CHECKOUT and (_output("git", "describe", "--always", "--dirty", "--abbrev=12") or "unknown")
+    return described or fastdense.__version__
 
 
 def _sources() -> str:
@@ -160,22 +141,17 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def _version(package: str) -> str | None:
-    return next((found.version for found in distributions(name=package)), None)
-
-
 def _output(*command: str) -> str:
     """What ``command`` prints; nothing where it fails or is not installed."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+    return ""
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
     """Fields of ``nvidia-smi --query-gpu`` for the GPU that PyTorch sees first; empty where there is no answer.
 
-    Reads only. Through the driver's own program, because asking CUDA would open a context that takes memory.
+    Through the driver's own program, because asking CUDA would open a context that takes memory.
     """
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
     answer = _output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
@@ -190,15 +166,8 @@ def _processor() -> str:
 
 def plain(value: Any) -> Any:
     """Returns ``value`` as JSON can hold it: timings as dictionaries, NaN and infinity, which JSON lacks, by name."""
-    if isinstance(value, Timing):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    value = tree_map_only(Timing, asdict, value)
+    return tree_map_only(float, lambda found: found if math.isfinite(found) else str(found), value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

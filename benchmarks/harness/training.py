@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,7 @@ def arithmetic(dtype: str, device: torch.device) -> Iterator[None]:
 
 
 def build(provider: Provider, spec: NetworkSpec, options: Options) -> nn.Module:
-    """The provider's network on the device, in the layout, with the weights that all have.
-
-    Raises:
-        Unavailable: it cannot run here.
-    """
+    """The provider's network on the device, in the layout, with the weights that all have."""
     provider.require(options.torch_device)
     torch.manual_seed(SEED)
     model: Any = provider.build(spec)
@@ -63,17 +60,16 @@ class Step:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True)
 
     def forward(self) -> Tensor:
-        """Class scores, in the step's arithmetic."""
         with arithmetic(self.dtype, self.x.device):
             return self.model(self.x)
 
     def backward(self, scores: Tensor) -> None:
-        """Gradients, which add up."""
         scores.backward(self.cotangent.to(scores.dtype))
 
     def __call__(self) -> Mapping[str, float]:
         """Seconds by phase on the device, and of the whole step until the device has finished."""
-        self._wait()
+        wait = partial(torch.cuda.synchronize, self.x.device) if self.x.is_cuda else lambda: None
+        wait()
         start = time.perf_counter()
         marks = [self._mark()]
         scores = self.forward()
@@ -83,23 +79,17 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(self._mark())
-        self._wait()
+        wait()
         total = time.perf_counter() - start
-        phases = zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False)
-        return {name: _between(first, second) for name, first, second in phases} | {"step": total}
-
-    def _wait(self) -> None:
         if self.x.is_cuda:
-            torch.cuda.synchronize(self.x.device)
+            marks = [marks[0].elapsed_time(mark) / 1e3 for mark in marks]
+        phases = zip(("forward", "backward", "optimizer"), marks, marks[1:], strict=False)
+        return {name: second - first for name, first, second in phases} | {"step": total}
 
     def _mark(self) -> Any:
         if not self.x.is_cuda:
             return time.perf_counter()
         return torch.cuda.current_stream(self.x.device).record_event(torch.cuda.Event(enable_timing=True))
-
-
-def _between(first: Any, second: Any) -> float:
-    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3
 
 
 def count_bytes(step: Step) -> dict[str, int]:
@@ -134,24 +124,20 @@ class Check:
         small = batch * size**2 <= CHECKED_PIXELS
         self.batch, self.size = (batch, size) if small else SMALL_CHECK
         self.base = REFERENCE if PROVIDERS[BASE].unsupported_reason(options.torch_device) else PROVIDERS[BASE]
+        self.limits = {"float64": TOLERANCE}  # of the relative difference, by arithmetic
         self.truth = self._outcome(self.base, "float64")
-        self.theirs: dict[str, float] = {}
 
     def __call__(self, provider: Provider) -> dict[str, Any]:
         """``checked``, and ``relative_difference`` in the arithmetic of the check."""
         if provider.name == BASE:
             return {"relative_difference": 0.0, "checked": True}
-        if provider.exact:
-            error = self._error(provider, "float64")
-            return {"relative_difference": error, "checked": error <= TOLERANCE}
-        found = []
-        for dtype in dict.fromkeys(["fp32", self.options.dtype]):
-            if dtype not in self.theirs:
-                self.theirs[dtype] = self._error(self.base, dtype)
-            limit = (4 if dtype == "fp32" else 1.3) * self.theirs[dtype] + 1e-2
-            error = self._error(provider, dtype)
-            found.append((error, error <= limit))
-        return {"relative_difference": found[0][0], "checked": all(right for _, right in found)}
+        errors: dict[str, float] = {}
+        for dtype in ["float64"] if provider.exact else ["fp32", self.options.dtype]:
+            if dtype not in self.limits:
+                self.limits[dtype] = (4 if dtype == "fp32" else 1.3) * self._error(self.base, dtype) + 1e-2
+            errors[dtype] = self._error(provider, dtype)
+        right = all(error <= self.limits[dtype] for dtype, error in errors.items())
+        return {"relative_difference": next(iter(errors.values())), "checked": right}
 
     def _outcome(self, provider: Provider, dtype: str) -> Tensor:
         model = build(provider, self.spec, self.options)

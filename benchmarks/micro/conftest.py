@@ -20,20 +20,15 @@ def _one_thread_and_a_seed() -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Without the machine's name, and of the processor what does not change from run to run."""
     for name in ("node", "python_build", "python_compiler", "release"):
-        machine_info.pop(name, None)
-    cpu = machine_info.get("cpu", {})
-    machine_info["cpu"] = {name: cpu[name] for name in ("arch", "brand_raw", "count") if name in cpu}
+        del machine_info[name]
+    machine_info["cpu"] = {name: machine_info["cpu"].get(name) for name in ("arch", "brand_raw", "count")}
     machine_info["torch"] = torch.__version__
 
 
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """The commit and whether it was changed; not the branch."""
-    for name in ("project", "branch", "author_time"):
-        commit_info.pop(name, None)
-
-
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Statistics without every round's time, and the fields that each record of this project carries."""
+    """Without every round's time and the branch, and with the fields that each record of this project carries."""
+    for name in ("project", "branch", "author_time"):
+        output_json["commit_info"].pop(name, None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
     output_json |= {**environment(), "threads": 1}

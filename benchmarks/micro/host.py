@@ -8,11 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from torch import Tensor
-
-from benchmarks.compiled.launches import SM_COUNT
+from benchmarks.compiled.launches import SM_COUNT, Planned
 from fastdense.backends import select
-from fastdense.backends.triton_backend import TritonBackend
 from fastdense.ops.bn_relu_pool import bn_relu_pool, bn_relu_pool_backward
 from fastdense.ops.dense_block import dense_block, dense_block_backward
 
@@ -28,19 +25,12 @@ def host_side() -> Iterator[Counter[str]]:
     """
     launches: Counter[str] = Counter()
 
-    class Silent(TritonBackend):
-        """Prepares everything and launches nothing."""
-
-        def __init__(self, x: Tensor) -> None:
-            super().__init__(x)
-            self.arch, self.sm_count = ARCH, SM_COUNT[ARCH]
-
+    class Silent(Planned):
         def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-            """Counts it."""
             launches[kernel.__name__] += 1
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(select, "create", lambda name, x: Silent(x)))
+        stack.enter_context(patch.object(select, "create", lambda name, x: Silent(x, ARCH, SM_COUNT[ARCH])))
         for operator in OPERATORS:
             body = operator._init_fn
             stack.enter_context(patch.object(operator, "_abstract_fn", body))

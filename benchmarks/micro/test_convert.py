@@ -8,7 +8,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastdense
-from benchmarks.harness.peers import torchvision_densenet
+from benchmarks.harness.providers import torchvision_densenet
 from fastdense.conversion.converted import Converted, resolve
 
 PARTS = 4  # two blocks, one transition, the stem

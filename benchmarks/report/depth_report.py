@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fastdense.recompute import WORKSPACE_BYTES
 
 from ..harness.providers import BASE, PROVIDERS
-from .tables import console_table, markdown
+from .tables import markdown
 
 CHECKPOINTED = "memory-efficient"
 HEADER = ["", "largest", "/ torchvision", "/ memory_efficient", "parameters", "the rest"]
@@ -37,26 +35,16 @@ def _parts(row: dict[str, Any]) -> tuple[int, int]:
     return share, best.get("bytes", 0) - share
 
 
-def tables(record: dict[str, Any]) -> Iterator[Table]:
-    """Yields one table for each question."""
-    for title, cells in rows(record):
-        table = console_table(f"{title}, {record['settings']['budget'] / 1e9:g} GB", HEADER, cells)
-        table.caption = record["settings"]["method"]
-        yield table
-
-
 def depth_table(record: dict[str, Any], file: str) -> str:
     """The record as Markdown, with its conditions and what limits the deepest network."""
     lines: list[str] = []
     for title, cells in rows(record):
         lines += ["", f"**{title[0].upper()}{title[1:]}**", "", *markdown(HEADER, cells)]
-    settings = record["settings"]
-    errors = [
-        f"{measured['kept_counted'] / measured['kept_measured'] - 1:+.1%} and "
-        f"{measured['peak_counted'] / measured['peak_measured'] - 1:+.1%} for {row['label']}"
-        for row in record["checks"].values()
-        if (measured := row.get("counted_beside_measured"))
-    ]
+    settings, errors = record["settings"], []
+    for row in record["checks"].values():
+        if of := row.get("counted_beside_measured"):
+            kept, peak = (of[f"{what}_counted"] / of[f"{what}_measured"] - 1 for what in ("kept", "peak"))
+            errors.append(f"{kept:+.1%} and {peak:+.1%} for {row['label']}")
     conditions = (
         f"Within {settings['budget'] / 1e9:g} GB, {settings['dtype']}, {settings['optimizer']}; "
         f"**{settings['method']}**. The column *parameters* holds their gradients and momentum, too. Counted against "
@@ -87,16 +75,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
     """One panel for each question: memory against depth, or the largest batches as bars."""
     from matplotlib.figure import Figure
 
+    from .plots import colours
+
     settings, questions = record["settings"], record["results"].values()
     columns = min(2, len(questions))
     lines = -(-len(questions) // columns)
     figure = Figure(figsize=(6 * columns, 4 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis, answers in zip(axes.flat, questions, strict=False):
-        if answers["grows"] == "depth":
-            _curves(axis, answers, settings["budget"] / 1e9)
-        else:
-            _bars(axis, answers["providers"])
+    shades = dict(zip(PROVIDERS, colours(provider.label for provider in PROVIDERS.values()), strict=True))
+    for axis, answers in zip(figure.subplots(lines, columns, squeeze=False).flat, questions, strict=False):
+        draw = _curves if answers["grows"] == "depth" else _bars
+        draw(axis, answers["providers"], shades, settings["budget"] / 1e9)
         axis.set_title(answers["title"], fontsize=10)
     what = f"{settings['budget'] / 1e9:g} GB ({settings['dtype']}, {settings['optimizer']})"
     figure.suptitle(f"What trains within {what}, {settings['method']}; {record['date'][:10]}")
@@ -104,37 +92,27 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _style(name: str) -> dict[str, Any]:
-    """A colour for each provider; dashes, because some lines lie on others."""
-    from .plots import colours
-
-    place = list(PROVIDERS).index(name)
-    shades = colours(provider.label for provider in PROVIDERS.values())
-    return {"color": shades[place], "linestyle": "-" if place % 2 else "--"}
-
-
-def _curves(axis: Any, answers: dict[str, Any], budget: float) -> None:
-    """One line for each provider, which ends at the deepest network that fits."""
-    found = sorted(answers["providers"].items(), key=lambda item: item[1]["depth"])
-    for name, row in found:
-        fitting = [trial for trial in row["trials"] if trial["bytes"] is not None and trial["fits"]]
+def _curves(axis: Any, found: dict[str, Any], shades: dict[str, str], budget: float) -> None:
+    """One line for each provider, which ends at the deepest network that fits; dashes, because some lie on others."""
+    fitting: list[dict[str, Any]] = []
+    for name, row in sorted(found.items(), key=lambda item: item[1]["depth"]):
+        fitting = [trial for trial in row["trials"] if trial["fits"]]
         points = [trial["depth"] for trial in fitting], [trial["bytes"] / 1e9 for trial in fitting]
-        label = f"{row['label']}: {row['depth']:,}"
-        axis.plot(*points, label=label, marker="o", markevery=[-1] if fitting else [], **_style(name))
-    counted = [trial for trial in found[-1][1]["trials"] if "parameters" in trial and trial["fits"]]
-    if counted:
+        style = {"color": shades[name], "linestyle": "-" if list(PROVIDERS).index(name) % 2 else "--", "marker": "o"}
+        axis.plot(*points, label=f"{row['label']}: {row['depth']:,}", markevery=slice(-1, None), **style)
+    if counted := [trial for trial in fitting if "parameters" in trial]:
         shares = [(trial["parameters"] + trial["gradients"]) / 1e9 for trial in counted]
-        depths = [trial["depth"] for trial in counted]
-        axis.plot(depths, shares, ":", color="black", label="parameters, gradients, momentum alone")
+        label = "parameters, gradients, momentum alone"
+        axis.plot([trial["depth"] for trial in counted], shares, ":", color="black", label=label)
     axis.axhline(budget, color="red", linewidth=1, label="the budget")
     axis.set(ylim=(0, 2 * budget), xlabel="depth (convolutions and classifier)", ylabel="memory [GB]")
     axis.legend(loc="upper right", fontsize=8)
 
 
-def _bars(axis: Any, found: dict[str, Any]) -> None:
+def _bars(axis: Any, found: dict[str, Any], shades: dict[str, str], budget: float) -> None:
     """The largest batch of each provider."""
     batches = [row["batch"] for row in found.values()]
-    bars = axis.barh(list(found), batches, color=[_style(name)["color"] for name in found])
+    bars = axis.barh(list(found), batches, color=[shades[name] for name in found])
     axis.bar_label(bars, [f"{row['batch']:,}  {row['label']}" for row in found.values()], padding=3, fontsize=8)
     axis.set(yticks=[], xlim=(0, 1.6 * max([1, *batches])), xlabel="images in a batch")
     axis.invert_yaxis()

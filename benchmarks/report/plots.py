@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..harness.runner import plain
-from .tables import made, speed_conditions
+from .tables import made, measured, speed_conditions
 
 Record = dict[str, Any]
 CAPTION_CHARACTERS = 120
@@ -29,7 +29,7 @@ def colours(labels: Iterable[str]) -> list[str]:
 
 def step_against_memory(record: Record, path: Path) -> None:
     """A record of speed: step time against bytes saved, each provider a point; the lower left corner is best."""
-    rows = measured(record, "step", "bytes_kept")
+    rows = measured(record["results"], "step", "bytes_kept")
     axes = _axes(rows)
     for label, row in rows.items():
         median, p20, p80 = (row["step"][name] * 1e3 for name in ("median", "p20", "p80"))
@@ -43,19 +43,17 @@ def step_against_memory(record: Record, path: Path) -> None:
 
 def images_against_batch(record: Record, path: Path) -> None:
     """A record of speed with several batches: images a second against the batch size."""
-    batch, rows = record["settings"]["batch"], measured(record, "step")
-    axes = _axes(rows)
+    batch, rows = record["settings"]["batch"], measured(record["results"], "step")
+    axes, sizes, steps = _axes(rows), {batch}, set()
     for label, row in rows.items():
-        points = {batch: row["images_per_second"]}
-        points |= {size: found["images_per_second"] for size, found in _sweep(row).items()}
-        axes.plot(*zip(*sorted(points.items()), strict=True), label=label)
-    swept = [(size, found) for row in rows.values() for size, found in _sweep(row).items()]
+        points = {batch: row, **_sweep(row)}
+        axes.plot(sorted(points), [points[size]["images_per_second"] for size in sorted(points)], label=label)
+        sizes |= points.keys()
+        steps |= {found["step"]["repeats"] for found in _sweep(row).values()}
     axes.set_xscale("log", base=2)
-    sizes = sorted({batch, *(size for size, _ in swept)})
-    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.set_xticks(sorted(sizes), list(map(str, sorted(sizes))))
     axes.set(xlabel="images a step (batch size)", ylabel="images a second, training")
-    steps = min(found["step"]["repeats"] for _, found in swept)
-    caption = f"{speed_conditions(record)} Batches other than {batch}: {steps} steps."
+    caption = f"{speed_conditions(record)} Batches other than {batch}: {min(steps)} steps."
     _save(axes, f"{record['settings']['model']}: higher is better", caption, path)
 
 
@@ -65,10 +63,9 @@ def memory_against_depth(record: Record, path: Path) -> None:
     labels = list(dict.fromkeys(label for name in depths["of"] for label in results.get(name, {})))
     axes = _axes(labels)
     for label in labels:
-        rows = {depth: results.get(name, {}).get(label, {}) for name, depth in sorted(depths["of"].items())}
-        saved = {depth: row["bytes_kept"] for depth, row in rows.items() if "bytes_kept" in row}
-        megabytes = [saved[depth] / settings["batch"] / 1e6 for depth in sorted(saved)]
-        axes.plot(sorted(saved), megabytes, label=label)
+        rows = [(depth, results.get(name, {}).get(label, {})) for name, depth in depths["of"].items()]
+        saved = {depth: row["bytes_kept"] / settings["batch"] / 1e6 for depth, row in rows if "bytes_kept" in row}
+        axes.plot(list(saved), list(saved.values()), label=label)
     axes.set_xticks(sorted(depths["of"].values()))
     axes.set(xlabel="depth (convolutions and classifier)", ylabel="saved for backward [MB an image]", xlim=(0, None))
     caption = (
@@ -82,24 +79,17 @@ def memory_against_depth(record: Record, path: Path) -> None:
 def pictures(record: Record, stem: Path) -> list[Path]:
     """Draws every picture that there is of ``record``, as ``STEM-*.png``; returns the files written."""
     record = plain(record)
-    found = []
-    if record["kind"] == "speed":
-        if measured(record, "step", "bytes_kept"):
-            found.append((step_against_memory, "step-memory"))
-        if any(map(_sweep, measured(record, "step").values())):
-            found.append((images_against_batch, "images-batch"))
-    elif "depths" in record["settings"] and record["results"]:
-        found.append((memory_against_depth, "depth"))
-    paths = []
-    for draw, name in found:
-        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
-        draw(record, paths[-1])
-    return paths
-
-
-def measured(record: Record, *keys: str) -> dict[str, Record]:
-    """The rows that have all of ``keys``."""
-    return {label: row for label, row in record["results"].items() if all(key in row for key in keys)}
+    speed, rows = record["kind"] == "speed", record["results"]
+    swept = speed and any(map(_sweep, measured(rows, "step").values()))
+    known = (
+        (step_against_memory, "step-memory", speed and measured(rows, "step", "bytes_kept")),
+        (images_against_batch, "images-batch", swept),
+        (memory_against_depth, "depth", not speed and rows and "depths" in record["settings"]),
+    )
+    found = {stem.with_name(f"{stem.name}-{name}.png"): draw for draw, name, shown in known if shown}
+    for path, draw in found.items():
+        draw(record, path)
+    return list(found)
 
 
 def _sweep(row: Record) -> dict[int, Record]:

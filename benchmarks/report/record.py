@@ -1,7 +1,5 @@
 """What a record holds, and whether one is whole.
 
-    python -m benchmarks.report.record FILE ...    # says what is wrong with each; a test asks it of the committed ones
-
 Every benchmark writes one JSON file an answer, under ``benchmarks/results/<device>/``, or into ``./fastdense-bench``
 where fastdense is installed. JSON knows neither NaN nor infinity: they are the strings ``"nan"``, ``"inf"``,
 ``"-inf"``. Forms of their own have ``compiled/kernels.json`` (:mod:`benchmarks.compiled.report`), ``cpu/micro.json``
@@ -10,11 +8,8 @@ where fastdense is installed. JSON knows neither NaN nor infinity: they are the 
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from ..harness.runner import SCHEMA
@@ -61,7 +56,7 @@ SETTINGS_OF: dict[str, Form] = {
     "memory": {"models": list, "depths": dict},  # CIFAR-style: {"of": {network: depth}, "size", "growth_rate"}
 }
 
-TIMING: Form = {"median": float, "p20": float, "p80": float, "repeats": int}
+TIMING = ("p20", "median", "p80", "repeats")
 
 # What was found of one provider.
 ROW: Form = {
@@ -83,67 +78,52 @@ ROW: Form = {
 }
 
 
-def complaints(record: Any) -> list[str]:
+def complaints(record: dict[str, Any]) -> list[str]:
     """Returns what is wrong with a record, as read from its file; empty if nothing is."""
-    return list(_wrong(record)) if isinstance(record, dict) else ["a record is an object"]
+    return list(_wrong(record))
 
 
 def _wrong(record: dict[str, Any]) -> Iterator[str]:
     if record.get("schema") != SCHEMA:
         yield f"schema must be {SCHEMA}, got {record.get('schema')!r}"
-    yield from (f"{name} is missing" for name in RECORD if name not in record)
-    yield from _types("", record, RECORD | SOMETIMES)
+    yield from _types("", record, RECORD, SOMETIMES)
     try:
         datetime.fromisoformat(str(record.get("date")))
     except ValueError:
         yield f"date: {record.get('date')!r} is no date of ISO 8601"
     yield from _timings("", record)
-    kind, settings, results = record.get("kind"), record.get("settings"), record.get("results")
-    if kind in SETTINGS_OF and isinstance(settings, dict) and isinstance(results, dict):
-        yield from (f"settings.{name} is missing" for name in SETTINGS if name not in settings)
-        yield from _types("settings.", settings, SETTINGS | SETTINGS_OF[kind], closed=True)
+    kind, results = record.get("kind"), record.get("results", {})
+    if kind in SETTINGS_OF:
+        yield from _types("settings.", record.get("settings", {}), SETTINGS, SETTINGS_OF[kind])
         for group, rows in ({"": results} if kind == "speed" else results).items():
             for label, row in rows.items():
                 yield from _row(f"results.{group}.{label}.", row)
 
 
 def _row(where: str, row: dict[str, Any]) -> Iterator[str]:
-    yield from _types(where, row, ROW, closed=True)
+    yield from _types(where, row, {}, ROW)
     if not {"checked", "unavailable", "error"} & row.keys():
         yield f"{where} must say checked, unavailable or error"
     if {"step", "bytes_kept", "bytes_peak"} & row.keys() and row.get("checked") is not True:
         yield f"{where} was measured although its check did not pass"
 
 
-def _types(where: str, found: dict[str, Any], form: Form, *, closed: bool = False) -> Iterator[str]:
+def _types(where: str, found: dict[str, Any], always: Form, sometimes: Form) -> Iterator[str]:
+    yield from (f"{where}{name} is missing" for name in always.keys() - found.keys())
+    form = always | sometimes
     for name, value in found.items():
-        kind = form.get(name)
-        if kind is None and closed:
+        if name not in form:
             yield f"{where}{name} is not known"
-        elif kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        elif not isinstance(value, form[name]) or (isinstance(value, bool) and form[name] is not bool):
             yield f"{where}{name} is {value!r}"
 
 
 def _timings(where: str, value: Any) -> Iterator[str]:
     """Every timing, however deep: whole, positive and in order."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return
-    if "median" not in value:
-        for key, inner in value.items():
+    if isinstance(value, dict) and "median" in value:
+        p20, median, p80, repeats = (value.get(name, -1) for name in TIMING)
+        if value.keys() != set(TIMING) or not 0 <= p20 <= median <= p80 or repeats < 1:
+            yield f"{where} is no timing, which has an order: {value}"
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _timings(f"{where}{key}.", inner)
-    elif value.keys() != TIMING.keys() or any(_types(where, value, TIMING)):
-        yield f"{where} is no timing: {value}"
-    elif not 0 <= value["p20"] <= value["median"] <= value["p80"] or value["repeats"] < 1:
-        yield f"{where} is no timing, which has an order: {value}"
-
-
-def main() -> None:
-    """Command line."""
-    read = {path: json.loads(Path(path).read_text()) for path in sys.argv[1:]}
-    sys.exit("\n".join(f"{path}: {text}" for path, found in read.items() for text in complaints(found)) or 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,13 +12,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..harness.runner import RESULTS, ROOT
 from ..roofline import bars
 from .depth_report import depth_table
-from .tables import images, markdown, speed_conditions
+from .tables import images, markdown, measured, speed_conditions
 
 Record = dict[str, Any]
 
@@ -30,8 +30,10 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]], conditions: s
     return "\n".join(["", *markdown(headings, rows, words=words), "", conditions, ""])
 
 
-def _less(base: float, value: float) -> str:
-    return "" if value == base else f"{base / value:.1f}x less"
+def _bytes(row: Record, base: Record, *keys: str) -> Iterator[str]:
+    for key in keys:
+        yield f"{row[key] / 1e6:.1f} MB"
+        yield "" if row[key] == base[key] else f"{base[key] / row[key]:.1f}x less"
 
 
 def _record(file: str, root: str = "../") -> str:
@@ -42,24 +44,20 @@ def speed_table(record: Record, file: str) -> str:
     """A record of ``benchmarks.speed`` as a Markdown table, with its conditions."""
     base = record["results"]["torchvision"]
     rows = []
-    for label, row in record["results"].items():
-        if "step" in row and "bytes_kept" in row:
-            saved, seconds = row["bytes_kept"], row["step"]["median"]
-            less, slower = _less(base["bytes_kept"], saved), seconds / base["step"]["median"]
-            rows.append((label, f"{saved / 1e6:.1f} MB", less, f"{seconds * 1e3:.0f} ms", f"{slower:.2f}"))
+    for label, row in measured(record["results"], "step", "bytes_kept").items():
+        slower = row["step"]["median"] / base["step"]["median"]
+        rows.append((label, *_bytes(row, base, "bytes_kept"), f"{row['step']['median'] * 1e3:.0f} ms", f"{slower:.2f}"))
     conditions = f"{speed_conditions(record)} Reproduce: `make bench`. {_record(file, '')}"
     return _table(("", "saved for backward", "", "training step", ""), rows, conditions)
 
 
 def memory_table(record: Record, file: str) -> str:
     """A record of ``benchmarks.memory`` as a Markdown table, with its conditions."""
-    rows = []
-    for name, group in record["results"].items():
-        for label, row in group.items():
-            if "bytes_peak" in row:
-                parts = [(row[key], group["torchvision"][key]) for key in ("bytes_kept", "bytes_peak")]
-                cells = [text for x, base in parts for text in (f"{x / 1e6:.1f} MB", _less(base, x))]
-                rows.append((name, label, *cells))
+    rows = [
+        (name, label, *_bytes(row, group["torchvision"], "bytes_kept", "bytes_peak"))
+        for name, group in record["results"].items()
+        for label, row in measured(group, "bytes_peak").items()
+    ]
     conditions = (
         f"{images(record['settings'])}, on the CPU; parameters, their gradients and the images left out. PyTorch "
         f"{record['torch']}, {record['date'][:10]}. Reproduce: `python -m benchmarks.memory`. {_record(file)}"
@@ -71,9 +69,8 @@ def compiled_table(record: Record, file: str) -> str:
     """The convolutions that a record of ``benchmarks.compiled`` shows, as a Markdown table."""
     rows = []
     for row in record["shown"]:
-        config, shape = row["config"], row["shape"]
-        tile = f"{config['block_m']} x {config['block_c']} x {config['block_k']}, {config['num_warps']}"
-        kernel = f"{row['kernel']}, {shape['reads']} to {shape['writes']}"
+        tile = "{block_m} x {block_c} x {block_k}, {num_warps}".format_map(row["config"])
+        kernel = f"{row['kernel']}, {row['shape']['reads']} to {row['shape']['writes']}"
         modelled = [f"{row[key]:.0f} us" for key in ("modelled_issue_us", "modelled_h100_floor_us")]
         shared = f"{row['shared_bytes'] / 1024:.0f} KB"
         rows.append((row["growth_rate"], kernel, tile, row["registers"], shared, *modelled))
@@ -120,12 +117,10 @@ def _gpu_cells(rows: Record, label: str) -> list[str]:
 def gpu_kernels_table(record: Record, file: str) -> str:
     """Where the device's time goes in a step of a record of ``benchmarks.gpu``: operations, the longest first."""
     name, made = "fastdense activations, batch 64", record["environment"]
-    found = record["stages"]["layers"]["result"][name]
-    rows = [
-        (bar.operation, f"{bar.m:,}", bar.times, f"{(bar.measured or 0.0) * 1e3:.2f} ms", f"{bar.floor * 1e3:.2f} ms",
-         f"{bar.fraction:.0%}")
-        for bar in bars(found["rows"])[:16]
-    ]  # fmt: skip
+    found, rows = record["stages"]["layers"]["result"][name], []
+    for bar in bars(found["rows"])[:16]:
+        times = [f"{(seconds or 0.0) * 1e3:.2f} ms" for seconds in (bar.measured, bar.floor)]
+        rows.append((bar.operation, f"{bar.m:,}", bar.times, *times, f"{bar.fraction:.0%}"))
     ours, everything = found["ours_seconds"] * 1e3, found["device_seconds"] * 1e3
     conditions = (
         f"{found['network']}, {name}, images of 224 x 224: {ours:.1f} ms in these kernels, {everything:.1f} ms in all, "
@@ -143,9 +138,7 @@ TABLES: dict[str, Callable[[Record, str], str]] = {
     "gpu-kernels": gpu_kernels_table,
     "gpu": gpu_table,
 }
-_MARKED = re.compile(
-    rf"(<!-- (?P<kind>{'|'.join(TABLES)}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL
-)
+_MARKED = re.compile(rf"(?s)(<!-- (?P<kind>{'|'.join(TABLES)}): (?P<file>\S+) -->\n).*?(<!-- end of (?P=kind) -->)")
 
 
 def render(text: str) -> str:

@@ -28,6 +28,11 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]], *, words: i
     return [lines[0], f"|{'|'.join(marks)}|", *lines[1:]]
 
 
+def measured(rows: dict[str, dict[str, Any]], *keys: str) -> dict[str, dict[str, Any]]:
+    """The rows that have all of ``keys``."""
+    return {label: row for label, row in rows.items() if row.keys() >= set(keys)}
+
+
 def images(settings: dict[str, Any]) -> str:
     """The images of a step."""
     size = settings["size"]

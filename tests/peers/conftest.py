@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.harness.peers import torchvision_densenet
+from benchmarks.harness.providers import torchvision_densenet
 
 
 @pytest.fixture(scope="session")
