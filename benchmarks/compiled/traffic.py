@@ -18,9 +18,10 @@ pass of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 GRADIENT_BYTES = 4  # weight gradients leave a kernel in fp32
@@ -107,12 +108,10 @@ def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: 
         shape = shape._replace(m=shape.m // window)
     elif operation in MEAN:  # one value an image and channel is left out
         shape = shape._replace(m=0)
-    parts = ("arg-max", kernel) if operation == MAX_POOL[1] else (kernel,)
-    return _sum(floor(part, shape, pixels) for part in parts)
-
-
-def _sum(parts: Iterable[Traffic]) -> Traffic:
-    return Traffic(*map(sum, zip(*parts, strict=True)))
+    found = floor(kernel, shape, pixels)
+    if operation == MAX_POOL[1]:
+        found = Traffic(*map(sum, zip(found, floor("arg-max", shape, pixels), strict=True)))
+    return found
 
 
 def floor_seconds(bytes_: float, flops: float, copy_rate: float, matmul_rate: float) -> float:
@@ -179,25 +178,14 @@ def operations(network: Network, batch: int, size: int, itemsize: int) -> list[O
 
     Each backward stands beside its forward. For ``recompute="bottlenecks"`` every 1x1 forward runs twice.
     """
-    k = network.growth_rate
-    found: dict[tuple[str, int, Shape], int] = {}
-
-    def add(name: str, block: int, m: int, reads: int, writes: int, taps: int) -> None:
-        key = (name, block, Shape(m, reads, writes, taps, itemsize))
-        found[key] = found.get(key, 0) + 1
-
-    for number, (layers, block) in enumerate(zip(network.layers, blocks(network, batch, size), strict=True), 1):
-        m, entering, _ = block
-        add(COPY, number, m, entering, entering, 1)
-        for reads in range(entering, entering + layers * k, k):
-            if network.bn_size is None:
-                convolutions: Sequence[tuple[int, int, int]] = [(reads, k, 9)]
-            else:
-                bottleneck = network.bn_size * k
-                convolutions = [(reads, bottleneck, 1), (bottleneck, k, 9)]
-            for conv in convolutions:
-                for names in (FORWARD, BACKWARD):
-                    add(names[conv[2] > 1], number, m, *conv)
+    k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 0)
+    found: Counter[tuple[str, int, Shape]] = Counter()
+    for number, block in enumerate(blocks(network, batch, size), 1):
+        found[COPY, number, Shape(block.m, block.entering, block.entering, 1, itemsize)] += 1
+        for reads in range(block.entering, block.leaving, k):
+            convolutions = [(reads, wide, 1), (wide, k, 9)] if wide else [(reads, k, 9)]
+            for conv, names in product(convolutions, (FORWARD, BACKWARD)):
+                found[names[conv[2] > 1], number, Shape(block.m, *conv, itemsize)] += 1
     return [Operation(*key, times) for key, times in found.items()]
 
 
@@ -226,16 +214,10 @@ def around(network: Network, batch: int, size: int, itemsize: int) -> list[Opera
     return found
 
 
-def outside_blocks(network: Network, batch: int, size: int, itemsize: int) -> Traffic:
-    """All of :func:`around` together."""
-    return _sum(primitive(o.name, o.shape) for o in around(network, batch, size, itemsize))
-
-
 def _parts(network: Network, batch: int, size: int, itemsize: int) -> Iterator[tuple[int, Traffic]]:
     """How often, and what, for everything that a training step does."""
-    for name, _, shape, times in around(network, batch, size, itemsize):
-        yield times, primitive(name, shape)
-    for name, _, shape, times in operations(network, batch, size, itemsize):
+    every = around(network, batch, size, itemsize) + operations(network, batch, size, itemsize)
+    for name, _, shape, times in every:
         yield times, primitive(name, shape, bottleneck=network.bn_size is not None)
 
 

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,12 +49,10 @@ class Fit:
 
 def filled(launch: Launch, sm_count: int) -> float:
     """Work over places times time, modelled: 1 where every place is busy until the end."""
-    a, places = launch.arguments, sm_count * launch.config.resident
-    work, longest = 0, 0
-    for tiles, columns, each, cost in _kinds(launch):
-        work += tiles * columns * cost
-        longest = max(longest, each * cost)
-    return work / (math.ceil(launch.programs / places) * places * longest) if a["m"] else 1.0
+    places, kinds = sm_count * launch.config.resident, list(_kinds(launch))
+    work = sum(tiles * columns * cost for tiles, columns, _, cost in kinds)
+    longest = max(each * cost for _, _, each, cost in kinds)
+    return work / (math.ceil(launch.programs / places) * places * longest)
 
 
 def _kinds(launch: Launch) -> Iterator[tuple[int, int, int, int]]:
@@ -92,19 +90,15 @@ def fits(arch: int, name: str, batch: int) -> list[Fit]:
 def show(found: list[Fit]) -> Table:
     """A row for each kernel and block: that of the layer that fills the device least."""
     headings = ("network", "kernel", "sm", "batch", "map", "layers", "programs", "places", "waves", "filled")
-
-    def key(fit: Fit) -> tuple[Any, ...]:
-        return fit.arch, fit.network, fit.batch, fit.kernel, -fit.side
-
-    rows = []
-    for _, layers in groupby(sorted(found, key=key), key):
+    of_launch = attrgetter("arch", "network", "batch", "kernel")
+    table = console_table("each block's worst layer; counted and modelled, not measured", headings, words=2)
+    for key, layers in groupby(sorted(found, key=of_launch), lambda fit: (*of_launch(fit), fit.side)):
         same = list(layers)
-        row = min(same, key=lambda fit: fit.filled)
-        rows.append(
-            (row.network, row.kernel, row.arch, row.batch, f"{row.side} x {row.side}", len(same), row.programs,
-             row.places, f"{row.waves:.2f}", f"{row.filled:.0%}")
-        )  # fmt: skip
-    return console_table("each block's worst layer; counted and modelled, not measured", headings, rows, words=2)
+        row = min(same, key=attrgetter("filled"))
+        arch, network, batch, kernel, side = key
+        cells = (network, kernel, arch, batch, f"{side} x {side}", len(same), row.programs, row.places)
+        table.add_row(*map(str, cells), f"{row.waves:.2f}", f"{row.filled:.0%}")
+    return table
 
 
 def main() -> None:
