@@ -34,7 +34,6 @@ from ..compiled.traffic import NETWORKS
 from ..harness.training import arithmetic
 from . import checks, fake
 from .kernels import DTYPE, DTYPES, OPERATION, Change, tried
-from .machine import name_of
 from .primitives import Case, Primitive
 from .run import brief
 from .steps import COMPARISONS, CONVERTED, MODES, OURS, SIZE, Step, images, models
@@ -44,17 +43,12 @@ NEEDED = (".cubin", ".json", ".so")
 CPU = torch.device("cpu")
 TOGETHER = 8  # pieces of work that one process takes at a time: neighbours share kernels
 
-Work = Callable[[], None]  # something that launches kernels; a function of this module and its arguments
+
+Work = partial[None]  # launches kernels; of a function of this module
 
 
-def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
-    """Compiles what is launched, for an H100 that is not there, into ``triton-cache.tar.xz`` in ``folder``.
-
-    Args:
-        folder: created if need be.
-        work: what launches it, by what it is.
-        say: takes a line for each piece of work, and at the end one on what was made.
-        processes: that compile; as many as there are processors by default.
+def make(folder: Path, work: Sequence[Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
+    """Compiles what ``work`` launches, for an H100 that is not there, into ``triton-cache.tar.xz`` in ``folder``.
 
     Returns:
         What could not be compiled, and why.
@@ -65,17 +59,15 @@ def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], proces
     if (reason := fake.unsupported_reason()) is not None:
         raise RuntimeError(f"nothing can be compiled ahead here: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    failed = []
+    start, failed = time.perf_counter(), []
     with (
         tempfile.TemporaryDirectory(prefix="fastdense-ahead-", ignore_cleanup_errors=True) as cache,
         ProcessPoolExecutor(processes, get_context("spawn"), _begin, (cache,)) as pool,
     ):
-        found = pool.map(_failure, work.values(), chunksize=TOGETHER)
-        for label, error in zip(work, found, strict=True):
-            say(f"{label}: {error or 'compiled'}")
-            if error:
-                failed.append(f"{label}: {error}")
+        found = pool.map(_failure, work, chunksize=TOGETHER)
+        for one, error in zip(work, found, strict=True):
+            failed += [f"{one}: {error}"] * bool(error)
+            say(f"{one.func.__name__} {', '.join(map(str, one.args))[:80]}: {error or 'compiled'}")
         path = folder / ARCHIVE
         pack(Path(cache), path)
         count, size = len(kernels_in(Path(cache))), path.stat().st_size / 1e6
@@ -140,39 +132,34 @@ def take(folder: Path) -> Callable[[], str]:
     return report
 
 
-def everything() -> dict[str, Work]:
-    """Returns what a run on a GPU launches, by what it is."""
-    timed = [(name, batch, SIZE, DTYPE) for name, batch, *_ in COMPARISONS.values()]
+def everything() -> list[Work]:
+    """Returns what launches all that a run on a GPU does."""
+    timed = {(name, batch, SIZE, DTYPE): None for name, batch, *_ in COMPARISONS.values()}
     checked = [("densenet121", *checks.CHECKED, dtype) for dtype in (torch.float32, DTYPE)]
-    work: dict[str, Work] = {}
-    for (name, batch, size, dtype), provider in [*product(timed, OURS), *product(checked, (*OURS, CONVERTED))]:
-        label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)}"
-        work[label] = partial(network_step, name, provider, batch, size, dtype)
+    networks = [*product(OURS, timed), *product((*OURS, CONVERTED), checked)]
     # Of float32 exact products, and in TF32 as PyTorch's convolutions are by default; of 16 bit there is one kind.
     kinds = [*((dtype, "tf32") for dtype in DTYPES), (torch.float32, "fp32")]
-    looks = product(kinds, MODES, (checks.SHAPE, checks.LARGER), {"plain": {}, **checks.SIMPLER}.items())
-    for (dtype, products), mode, shape, (form, simpler) in looks:
-        label = f"smoke {name_of(dtype)} {products} {mode} {shape[2]} {form}"
-        work[label] = partial(smoke_step, shape, dtype, products, mode, simpler)
-    work |= {f"self-test {name_of(dtype)}": partial(self_test, dtype) for dtype in DTYPES}
-    for case, changes in tried().items():
-        work[f"candidates for {case.operation}, {case.shape.m} rows"] = partial(launched, case, changes)
-    return work
+    looks = product(kinds, MODES, (checks.SHAPE, checks.LARGER), ({}, *checks.SIMPLER.values()))
+    return [
+        *(partial(network_step, provider, *settings) for provider, settings in networks),
+        *(partial(smoke_step, *kind, *settings) for kind, *settings in looks),
+        *(partial(self_test, dtype) for dtype in DTYPES),
+        *(partial(launched, case, changes) for case, changes in tried().items()),
+    ]
 
 
-def network_step(name: str, provider: str, batch: int, size: int, dtype: torch.dtype) -> None:
+def network_step(provider: str, name: str, batch: int, size: int, dtype: torch.dtype) -> None:
     """Launches a network's training step."""
     (model,) = models(NETWORKS[name], [provider], CPU).values()
     with arithmetic("fp32", CPU):
         Step(model, *images(batch, size, CPU), dtype).launch()
 
 
-def smoke_step(shape: tuple[int, ...], dtype: torch.dtype, products: str, mode: str, changes: checks.Changes) -> None:
+def smoke_step(dtype: torch.dtype, products: str, mode: str, shape: tuple[int, ...], changes: Change) -> None:
     """Launches what the stage ``smoke`` looks at."""
     fast = checks.pair(checks.BLOCK, "triton", mode).to(dtype)
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    with arithmetic(products, CPU), checks.changed(changes):
-        checks.step(fast, x, 0)
+    with arithmetic(products, CPU), checks.changed(**changes):
+        checks.step(fast, checks.features(shape, dtype, CPU), 0)
 
 
 def self_test(dtype: torch.dtype) -> None:

@@ -72,14 +72,13 @@ def rehearsed(job: Job, name: str, batch: int, size: int = SIZE) -> tuple[Networ
     return (REHEARSED, 2, REHEARSED_SIZE) if job.rehearsal else (NETWORKS[name], batch, size)
 
 
-def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
+def build(of: Network, label: str) -> Any:
     """Returns a provider's network; ``Any``, because ``Module.to(memory_format=...)`` has no type."""
-    arguments = of.growth_rate, of.layers, of.init_features
+    arguments, rehearsal = (of.growth_rate, of.layers, of.init_features), of is REHEARSED
     if label in OURS:
         # The interpreter takes seconds for a step: in a rehearsal one mode runs the kernels, the other PyTorch's.
         impl = "torch" if rehearsal and label == OURS[0] else "triton"
-        mode = MODES[OURS.index(label)]
-        return fastdense.DenseNet(*arguments, num_classes=CLASSES, recompute=mode, impl=impl)
+        return fastdense.DenseNet(*arguments, num_classes=CLASSES, recompute=MODES[OURS.index(label)], impl=impl)
     densenet = torchvision_densenet().DenseNet
     model = densenet(*arguments, num_classes=CLASSES, memory_efficient=label == EFFICIENT)
     if label == CONVERTED:
@@ -90,11 +89,11 @@ def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
     return model
 
 
-def models(of: Network, labels: Iterable[str], device: torch.device, *, rehearsal: bool = False) -> dict[str, Any]:
+def models(of: Network, labels: Iterable[str], device: torch.device) -> dict[str, Any]:
     """Returns the providers' networks, all with the same weights."""
     torch.manual_seed(0)
     weights = build(of, BASE).state_dict()
-    found = {label: build(of, label, rehearsal=rehearsal) for label in labels}
+    found = {label: build(of, label) for label in labels}
     for label, model in found.items():
         model.load_state_dict(weights)
         found[label] = model.to(device).to(memory_format=torch.channels_last)
@@ -112,20 +111,17 @@ def images(batch: int, size: int, device: torch.device, seed: int = 0) -> tuple[
 class Step:
     """One training step: forward, cross-entropy and backward under autocast, without an optimizer.
 
-    Args:
-        model: one provider's network.
-        x, classes: fixed images and their classes.
-        dtype: of 16 bit for autocast.
-        graphed: captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
+    With ``graphed`` it is captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
     """
+
+    loss: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(
         self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE, *, graphed: bool = False
     ) -> None:
         self.model, self.x, self.classes, self.dtype, self.graphed = model, x, classes, dtype, graphed
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.loss: Tensor | None = None
-        if not graphed or x.device.type != "cuda":
+        if not graphed or not x.is_cuda:
             return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -163,7 +159,6 @@ class Step:
     def gradients(self) -> Tensor:
         """Returns the loss and all gradients of a step, as one vector."""
         self()
-        assert self.loss is not None
         return with_gradients(self.loss, self.model).float()
 
 
@@ -177,7 +172,7 @@ def compile_ahead(job: Job) -> None:
     """Fills Inductor's cache on disk while the tests run: what the timed stages compile then takes seconds."""
     batch, label = COMPILATIONS[job.name]
     of, batch, size = rehearsed(job, "densenet121", batch)
-    (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
+    (model,) = models(of, [label], job.device).values()
     start = time.perf_counter()
     Step(model, *images(batch, size, job.device))()
     job.result["first_seconds"] = time.perf_counter() - start
@@ -199,7 +194,7 @@ def compare(job: Job) -> None:
             # The interpreter takes seconds for a step: the kernels run in one of the stages.
             labels = tuple(label for label in labels if label != OURS[1])
         steps = {}
-        for label, model in models(of, labels, job.device, rehearsal=job.rehearsal).items():
+        for label, model in models(of, labels, job.device).items():
             if (step := _prepared(job, label, way, model, x, classes)) is not None:
                 steps[f"{label}, {way}"] = step
         _interleave(job, steps)
@@ -276,7 +271,7 @@ def profile_layers(job: Job) -> None:
     for batch in PROFILED_BATCHES[: 1 if job.rehearsal else None]:
         for label in OURS[1:] if job.rehearsal else (BASE, *OURS):
             of, count, size = rehearsed(job, "densenet121", batch)
-            (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
+            (model,) = models(of, [label], job.device).values()
             found = _profile(Step(model, *images(count, size, job.device)), job)
             job.result[f"{label}, batch {batch}"] = found | {"network": "densenet121", "batch": batch}
             timed = job.earlier.get(f"batch{batch}", {"rows": {}})["rows"].get(f"{label}, eager", {})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..report.tables import console_table
 from ..roofline import bars
 from .run import last_line
 from .steps import COMPARISONS
@@ -52,12 +52,10 @@ def _blocks(stages: Mapping[str, Result]) -> Blocks:
             yield from show(result)
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = console_table(title, headings, rows)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
     return table
 
 
