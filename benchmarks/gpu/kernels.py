@@ -32,7 +32,7 @@ from fastdense.kernels import launch
 from ..compiled import traffic
 from ..harness.runner import ROOT, Timing
 from .machine import device_timing, measured_rates, state, synchronize
-from .primitives import Case, Primitive, errors, expected, passes
+from .primitives import METHOD, Case, Primitive, errors, expected, passes
 from .run import ERROR_CHARACTERS, Job, Skip, brief
 
 BATCH, SIZE = 64, 224
@@ -88,11 +88,9 @@ CHANGES: dict[str, list[Change]] = {
         *_tiles("32x32x64 w8 s1", group=4),
     ],
 }  # fmt: skip
-OPERATION = {  # of the launch table
-    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
-    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
-    **dict(zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)),
-}
+OPERATION = METHOD | dict(  # of the launch table
+    zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)
+)
 
 
 def cases() -> Iterator[Case]:
@@ -159,7 +157,11 @@ def _row(sets: list[Primitive], want: dict[str, Tensor], job: Job) -> dict[str, 
     elif row["checked"]:  # from replays of a graph of many launches: the host takes no part
         from triton.testing import do_bench_cudagraph  # needs a GPU's driver
 
-        times = do_bench_cudagraph(lambda: [one() for one in sets], rep=GRAPH_MS, return_mode="all")
+        def all_in_turn() -> None:
+            for one in sets:
+                one()
+
+        times = do_bench_cudagraph(all_in_turn, rep=GRAPH_MS, return_mode="all")
         row["timing"] = Timing.of([ms / 1e3 / len(sets) for ms in times])
     return row
 

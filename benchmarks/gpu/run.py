@@ -182,14 +182,7 @@ class _Worker:
 
 
 class Run:
-    """One run into one folder.
-
-    Args:
-        out: for ``gpu.json`` and ``gpu.log``; what an earlier run left there is overwritten.
-        minutes: the longest that all stages together may take.
-        rehearsal: on the CPU, in Triton's interpreter.
-        say: takes a line about each stage as it ends.
-    """
+    """One run into one folder: ``gpu.json`` and ``gpu.log`` there are overwritten, ``say`` takes a line a stage."""
 
     def __init__(self, out: Path, *, minutes: float, rehearsal: bool, say: Callable[[str], None]) -> None:
         self.out, self.minutes, self.rehearsal, self.say = out, minutes, rehearsal, say
