@@ -23,7 +23,7 @@ from ..harness.runner import ROOT
 from ..harness.training import arithmetic
 from .machine import name_of, relative_error
 from .run import Job, brief
-from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
+from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, Step, images, models, rehearsed
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -143,16 +143,12 @@ def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
     block.zero_grad(set_to_none=True)
     output = block(x)
-    output.backward(cotangent(output, seed))
+    generator = torch.Generator().manual_seed(seed)
+    output.backward(torch.randn(output.shape, generator=generator).to(output))
     found = {"output": output.detach(), "x.grad": x.grad}
     found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}
     found |= {name: buffer.clone() for name, buffer in block.named_buffers() if buffer.is_floating_point()}
     return found
-
-
-def cotangent(output: Tensor, seed: int) -> Tensor:
-    """Returns random values, the same ones on every device."""
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
 
 
 @contextmanager
@@ -176,16 +172,16 @@ def networks(job: Job) -> None:
     """
     of, batch, size = rehearsed(job, "densenet121", *CHECKED)
     found = models(of, [BASE, *OURS, CONVERTED], job.device)
-    x, _ = images(batch, size, job.device, seed=1)
+    given = images(batch, size, job.device, seed=1)
     base = found.pop(BASE)
-    truth = _outcome(base, x, torch.float64)
+    truth = _outcome(base, *given, torch.float64)
     job.result |= {label: {"checked": True} for label in found}
     for dtype in (torch.float32, DTYPE):
         with arithmetic("fp32", job.device):
-            theirs = relative_error(_outcome(base, x, dtype), truth)
+            theirs = relative_error(_outcome(base, *given, dtype), truth)
             allowed = 4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs
             for label, model in found.items():
-                mine = relative_error(_outcome(model, x, dtype), truth)
+                mine = relative_error(_outcome(model, *given, dtype), truth)
                 job.result[label][name_of(dtype)] = {"error": mine, "torchvision": theirs}
                 job.result[label]["checked"] &= mine <= allowed
     job.save()
@@ -194,14 +190,10 @@ def networks(job: Job) -> None:
         raise RuntimeError(f"wrong: {', '.join(wrong)}")
 
 
-def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Class scores and all gradients of one step of a copy, as one vector; a ``dtype`` of 16 bit means autocast."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = copy.deepcopy(model).to(exact)
-    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
-        scores = model(x.to(exact))
-    scores.backward(cotangent(scores, 1))
-    return with_gradients(scores, model)
+def _outcome(model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Loss and all gradients of one step of a copy; a ``dtype`` of 16 bit means autocast."""
+    exact = torch.promote_types(dtype, torch.float32)
+    return Step(copy.deepcopy(model).to(exact), x.to(exact), classes, dtype).gradients()
 
 
 def gpu_tests(job: Job) -> None:

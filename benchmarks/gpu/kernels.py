@@ -31,7 +31,7 @@ from fastdense.kernels import launch
 
 from ..compiled import traffic
 from ..harness.runner import ROOT, Timing
-from .machine import device_timing, measured_rates, state, synchronize
+from .machine import device_timing, measured_rates, synchronize
 from .primitives import METHOD, Case, Primitive, errors, expected, passes
 from .run import ERROR_CHARACTERS, Job, Skip, brief
 
@@ -117,14 +117,13 @@ def tried() -> dict[Case, list[Change]]:
 
 def candidates(job: Job) -> None:
     """Checks, then times everything; ``rows`` is complete up to where the time ran out."""
-    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    job.result["rows"] = []
     rates = measured_rates(job)
     for case, changes in (REHEARSED if job.rehearsal else tried()).items():
         bound = None
         for change in changes:
             if job.seconds_left() < SECONDS_A_ROW:
-                job.result["not_reached"] += 1
-                continue
+                return
             bound = bound or _bound(case, job)
             row = {"operation": case.operation, **case.shape._asdict(), "change": change}
             try:
@@ -137,7 +136,6 @@ def candidates(job: Job) -> None:
                 row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
             job.result["rows"].append(row)
             job.save()
-    job.result["after"] = state(job.device)
 
 
 def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:

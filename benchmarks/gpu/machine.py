@@ -21,8 +21,6 @@ FIELDS = (
     "name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode",
     "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory",
 )  # fmt: skip
-STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
@@ -36,11 +34,6 @@ def describe(job: Job) -> None:
     job.result |= {"torch": torch.__config__.show(), "gpu": {} if job.rehearsal else query_gpu(*FIELDS)}
 
 
-def state(device: torch.device) -> dict[str, str]:
-    """Returns clocks, temperature and power as they are; read, never set. A slow card shows here."""
-    return query_gpu(*STATE) | query_gpu(SLOWED_BY) if device.type == "cuda" else {}
-
-
 def rates(job: Job) -> None:
     """Measures bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
     moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
@@ -50,14 +43,12 @@ def rates(job: Job) -> None:
         job.result[name] = {"per_second": amount / timing.median, **of, "timing": timing}
         job.save()
 
-    job.result["before"] = state(job.device)
     values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
     measure("copy", partial(torch.empty_like(values).copy_, values), moved, bytes=moved)
     for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
         a, b, out = torch.randn(3, size, size, device=job.device).to(dtype)
         with arithmetic("tf32", job.device):
             measure(label, partial(torch.mm, a, b, out=out), 2 * size**3, size=size)
-    job.result["after"] = state(job.device)
 
 
 def measured_rates(job: Job) -> tuple[float, float] | None:

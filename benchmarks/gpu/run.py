@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..harness.runner import ROOT, SCHEMA, environment, plain, write_record
+from ..harness.runner import ROOT, SCHEMA, environment, plain, query_gpu, write_record
 
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 5.0
@@ -31,6 +31,7 @@ LEAST_SECONDS = 2.0  # with less a stage is not started
 START_SECONDS = 60.0  # until a worker begins its first stage: importing PyTorch over a slow disk takes long
 REHEARSAL_PATIENCE = 10.0  # times as long: a rehearsal is about what runs, on however busy a machine
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
+STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")  # of the GPU after each stage
 HEADING = "====="  # before the name of each stage in the log
 
 Entry = dict[str, Any]
@@ -237,6 +238,8 @@ class Run:
 
     def _enter(self, name: str, entry: Entry) -> None:
         self.stages[name] = {**entry, "environment": self.environment}
+        if not self.rehearsal:  # read, never set: a card that has slowed down shows here
+            self.stages[name]["gpu"] = query_gpu(*STATE)
         self._save()
         status = ": ".join(filter(None, (entry["status"], last_line(entry))))
         self.say(f"{name}: {status} ({entry['seconds']:.0f} s)")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -29,10 +30,10 @@ from fastdense.memory import peak_bytes
 from .. import depth
 from ..compiled import launches
 from ..compiled.report import traffic_of
-from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds, network_traffic
+from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds
 from ..harness.peers import torchvision_densenet
 from ..harness.runner import Timing, interleave
-from .machine import measured_rates, name_of, relative_error, state, synchronize
+from .machine import measured_rates, name_of, relative_error, synchronize
 from .run import Job, describe, release
 
 DTYPE = torch.bfloat16
@@ -159,13 +160,8 @@ class Step:
     def gradients(self) -> Tensor:
         """Returns the loss and all gradients of a step, as one vector."""
         self()
-        return with_gradients(self.loss, self.model).float()
-
-
-def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
-    """Returns ``output`` and all gradients of ``model`` as one vector, in float64."""
-    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    return torch.cat([tensor.double().flatten() for tensor in found])
+        found = [self.loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        return torch.cat([tensor.double().flatten() for tensor in found])
 
 
 def compile_ahead(job: Job) -> None:
@@ -182,12 +178,11 @@ def compare(job: Job) -> None:
     """Times interleaved steps of the stage's providers, those that are right and fit into memory."""
     network, count, eager, graphed = COMPARISONS[job.name]
     of, batch, size = rehearsed(job, network, count)
-    job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
-    job.result |= {"layout": "channels_last", "before": state(job.device), "rows": {}}
-    moved = network_traffic(of, batch, size, DTYPE.itemsize)
-    job.result["modelled"] = {"bytes": moved.bytes, "flops": moved.flops}
+    job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE), "layout": "channels_last"}
+    job.result["rows"] = {}
     if (rates := measured_rates(job)) is not None:
-        job.result["modelled"]["floor_seconds"] = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
+        floor = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
+        job.result["modelled"] = {"floor_seconds": floor}
     x, classes = images(batch, size, job.device)
     for way, labels in (("eager", eager), ("graph", graphed)):  # one after another: a graph holds its memory
         if job.rehearsal and (network, count) != ("densenet121", 64):
@@ -200,33 +195,28 @@ def compare(job: Job) -> None:
         _interleave(job, steps)
         steps.clear()
         release(job.device)  # a capture cannot ask for what is cached
-    job.result["after"] = state(job.device)
 
 
 def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, classes: Tensor) -> Step | None:
     """The step, warmed up, if it is right and fits into memory; what is known of it is in ``job.result``."""
-    row: dict[str, Any] = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
+    row = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
     job.result["rows"][f"{label}, {way}"] = row
     if way == "graph" and label == EFFICIENT:  # and what has failed under capture may take later captures along
         row["status"] = "cannot be captured: checkpointing asks for the random generator's state"
     if row["checked"] is False or "status" in row:
         return None
+    step: Step | None = None
     try:
         start = time.perf_counter()
         step = Step(model, x, classes, graphed=way == "graph")
         step()
         row["first_seconds"] = time.perf_counter() - start  # with compiling whatever was not compiled yet
         if step.graphed:
-            replayed = step.gradients()
-            eager = Step(model, x, classes).gradients()
             # The stem's own convolution is cuDNN's, which may add up its weight's gradient in any order.
-            row |= {"equals_eager": torch.equal(replayed, eager), "differs_by": relative_error(replayed, eager)}
+            row["differs_by"] = relative_error(step.gradients(), Step(model, x, classes).gradients())
             if label in OURS and not row["differs_by"] < SAME:
-                row["checked"] = False
-                return None
-        elif job.rehearsal:
-            row["peak_bytes"] = None
-        else:
+                row["checked"], step = False, None
+        elif not job.rehearsal:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             with peak_bytes(job.device) as peak:  # above what was there before the step
@@ -234,11 +224,11 @@ def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, class
             row["peak_bytes"] = peak.bytes
     except Exception as error:  # one provider that does not fit must not take the others' times with it
         row |= describe(error)
+        job.save()
         synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
         model.zero_grad(set_to_none=True)
         return None
-    finally:
-        job.save()
+    job.save()
     return step
 
 
@@ -337,18 +327,11 @@ def traced(step: Step) -> list[tuple[str, float]]:
 def _rows(recorded: list[launches.Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
     """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
     rates = measured_rates(job)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: defaultdict[tuple[tuple[str, Any], ...], list[float]] = defaultdict(list)
     for launch, seconds in zip(recorded, kernels, strict=True):
-        operation, tile = launches.name_of(launch), launch.config
-        moved, shape = traffic_of(launch, DTYPE.itemsize)
+        tile, (moved, shape) = launch.config, traffic_of(launch, DTYPE.itemsize)
         config = f"{tile.block_m}x{tile.block_c}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
-        row = rows.setdefault(
-            (operation, *shape.items(), launch.programs),
-            {"operation": operation, **shape, "programs": launch.programs, "times": 0, "seconds": 0.0,
-             "config": config, "bytes": moved.bytes, "flops": moved.flops},
-        )  # fmt: skip
-        row["times"] += 1
-        row["seconds"] += seconds
-        if rates is not None:
-            row["floor_seconds"] = floor_seconds(*moved, *rates)
-    return [row | {"seconds": row["seconds"] / row["times"]} for row in rows.values()]
+        row = {"operation": launches.name_of(launch), **shape, "programs": launch.programs, "config": config}
+        row |= moved._asdict() | ({} if rates is None else {"floor_seconds": floor_seconds(*moved, *rates)})
+        found[tuple(row.items())].append(seconds)
+    return [dict(row) | {"times": len(seconds), "seconds": fmean(seconds)} for row, seconds in found.items()]
