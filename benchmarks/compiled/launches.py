@@ -25,7 +25,6 @@ from fastdense.kernels.launch import LaunchConfig
 from fastdense.ops import bn_relu_pool
 
 SM_COUNT = {80: 108, 86: 84, 90: 132, 100: 148}  # A100, RTX 3090, H100, B200
-SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program can have
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 _TYPES = {
@@ -46,10 +45,7 @@ class Launch(NamedTuple):
 class Planned(TritonBackend):
     """A backend that notes launches instead of making them.
 
-    Args:
-        x: features without memory (device ``meta``).
-        arch, sm_count: the GPU to plan for.
-        precision: how fp32 products are formed, ``"tf32"`` or ``"ieee"``.
+    ``x`` are features without memory (device ``meta``), ``precision`` is how fp32 products are formed.
     """
 
     def __init__(self, x: Tensor, arch: int, sm_count: int, precision: str = "ieee") -> None:
@@ -173,20 +169,17 @@ def identity(launch: Launch) -> tuple[Any, ...]:
 
 def name_of(launch: Launch) -> str:
     """``kernel``, with the taps of a convolution and what it is lazy in."""
-    a, name = launch.arguments, launch.kernel.__name__.removesuffix("_kernel")
-    if "KD" in a:
-        name += f" {'x'.join(str(size) for size in (a['KD'], a['KH'], a['KW']) if size > 1) or '1x1'}"
-    if a.get("TOGETHER") is False and a["LAZY"]:
-        name += " lazy"
-    if a.get("PD", 1) * a.get("PH", 1) * a.get("PW", 1) > 1:
-        name += " pooled"
-    if a.get("tap_ptr") is not None and "MAXIMUM" not in a:
-        name += " arg-max"
-    if a.get("MAXIMUM") is False:
-        name = name.removesuffix(" 1x1") + " mean"
-    if a.get("HAS_DROPOUT"):
-        name += " dropout"
-    return name
+    a = launch.arguments
+    mean, taps = a.get("MAXIMUM") is False, "x".join(str(a[size]) for size in ("KD", "KH", "KW") if a.get(size, 1) > 1)
+    suffixes = {
+        taps or "1x1": "KD" in a and not (mean and not taps),
+        "lazy": a.get("TOGETHER") is False and a["LAZY"],
+        "pooled": prod(a.get(size, 1) for size in ("PD", "PH", "PW")) > 1,
+        "arg-max": a.get("tap_ptr") is not None and "MAXIMUM" not in a,
+        "mean": mean,
+        "dropout": a.get("HAS_DROPOUT"),
+    }
+    return " ".join([launch.kernel.__name__.removesuffix("_kernel"), *(name for name, so in suffixes.items() if so)])
 
 
 def waves_of(launch: Launch, sm_count: int) -> float:

@@ -2,14 +2,10 @@
 
     python -m benchmarks.compiled [--arch 80 90] [--all] [--json FILE]
 
-compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, for each: registers, spilled bytes,
-shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; how
-often its programs fill the device; and two *modelled* times, the floor that these imply on an H100 and the time to
-issue the inner loops' instructions.
-
-Without options: each kernel once for every architecture and dtype; with ``--all`` every
-row (of sm_86 those in 16 bit), and the record is their sum: the worst of each kernel, and a digest of every row.
-Ends with 1 if a row breaks a rule (:func:`defects`).
+compiles the launches of DenseNet layers with growth rates 12 to 48, each kernel once for every architecture and dtype,
+or with ``--all`` every row (of sm_86 those in 16 bit), and lists what :class:`Row` says of each, with two *modelled*
+times: the floor on an H100, and the time to issue the inner loops' instructions. ``--all`` records the worst of each
+kernel, and a digest of every row. Ends with 1 if a row breaks a rule (:func:`defects`).
 """
 
 from __future__ import annotations
@@ -36,18 +32,7 @@ from rich.table import Table
 from ..harness.runner import RESULTS, ROOT
 from ..report.tables import console_table
 from . import traffic
-from .launches import (
-    SHARED_LIMIT,
-    SM_COUNT,
-    Case,
-    Launch,
-    compile_launch,
-    identity,
-    name_of,
-    plan,
-    plan_around,
-    waves_of,
-)
+from .launches import SM_COUNT, Case, Launch, compile_launch, identity, name_of, plan, plan_around, waves_of
 
 RECORD = RESULTS / "compiled" / "kernels.json"
 KERNELS = ROOT / "kernels"
@@ -62,6 +47,7 @@ PRECISIONS = {"fp16": (torch.float16, "ieee"), "bf16": (torch.bfloat16, "ieee"),
 
 # An H100 SXM, for the modelled times: its clock and issue slots, and rates that copies and products reach.
 CLOCK = {80: 1.41e9, 86: 1.695e9, 90: 1.755e9, 100: 1.85e9}
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program can have
 ISSUE = 4 * 0.7  # warp instructions a cycle and multiprocessor, at 70 % of the schedulers' rate
 COPY_RATE = 3.0e12
 MATMUL_RATE = {"fp16": 8.0e14, "bf16": 8.0e14, "tf32": 4.0e14, "fp32": 5.0e13}

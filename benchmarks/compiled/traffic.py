@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import NamedTuple
 
+from ..harness.providers import MODELS
+
 GRADIENT_BYTES = 4  # weight gradients leave a kernel in fp32
 
 FORWARD = ("forward 1x1", "forward 3x3")
@@ -121,29 +123,19 @@ def floor_seconds(bytes_: float, flops: float, copy_rate: float, matmul_rate: fl
 
 @dataclass(frozen=True)
 class Network:
-    """What decides a DenseNet's shapes.
+    """What decides a DenseNet's shapes."""
 
-    Attributes:
-        growth_rate: ``k``.
-        layers: layers of each block.
-        init_features: channels that the stem hands on.
-        bn_size: ``B/k``; ``None`` for the basic layer without bottleneck.
-        stem_stride: by how much the stem divides height and width.
-    """
-
-    growth_rate: int
-    layers: tuple[int, ...]
-    init_features: int
-    bn_size: int | None = 4
-    stem_stride: int = 4
+    growth_rate: int  # k
+    layers: tuple[int, ...]  # of each block
+    init_features: int  # channels that the stem hands on
+    bn_size: int | None = 4  # B/k; None for the basic layer without bottleneck
+    stem_stride: int = 4  # by how much the stem divides height and width
 
 
 NETWORKS = {
-    "densenet121": Network(32, (6, 12, 24, 16), 64),
-    "densenet161": Network(48, (6, 12, 36, 24), 96),
-    "densenet169": Network(32, (6, 12, 32, 32), 64),
-    "densenet201": Network(32, (6, 12, 48, 32), 64),
-    "densenet264": Network(32, (6, 12, 64, 48), 64),
+    name: Network(spec.growth_rate, spec.block_config, spec.num_init_features)
+    for name, spec in MODELS.items()
+    if not spec.small_inputs
 }
 
 

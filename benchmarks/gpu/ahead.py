@@ -1,11 +1,9 @@
 """Compiles, without a GPU, every kernel that a run on one launches; and uses there what was compiled.
 
 Each piece of work goes through the code that runs there, at the sizes that run there, on a GPU that computes nothing:
-what is compiled depends on them.
-
-The archive holds machine code, its metadata, and the compiled launchers. Nothing in the names depends on where the
-cache, Triton or this project lies: they are hashes of the kernels' sources, of what they were compiled for, and of
-Triton itself. Only the lists of each kernel's files hold absolute paths, and are written again when unpacked.
+what is compiled depends on them. The archive holds machine code, its metadata, and the compiled launchers. Nothing in
+the names depends on where the cache, Triton or this project lies: they are hashes of what goes in. Only the lists of
+each kernel's files hold absolute paths, and are written again when unpacked.
 """
 
 from __future__ import annotations
@@ -50,11 +48,7 @@ Work = partial[None]  # launches kernels; of a function of this module
 def make(folder: Path, work: Sequence[Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
     """Compiles what ``work`` launches, for an H100 that is not there, into ``triton-cache.tar.xz`` in ``folder``.
 
-    Returns:
-        What could not be compiled, and why.
-
-    Raises:
-        RuntimeError: there cannot be a fake GPU here, with the reason.
+    Returns what could not be compiled, and why; raises ``RuntimeError`` where there cannot be a fake GPU.
     """
     if (reason := fake.unsupported_reason()) is not None:
         raise RuntimeError(f"nothing can be compiled ahead here: {reason}")
@@ -69,7 +63,9 @@ def make(folder: Path, work: Sequence[Work], say: Callable[[str], None], process
             failed += [f"{one}: {error}"] * bool(error)
             say(f"{one.func.__name__} {', '.join(map(str, one.args))[:80]}: {error or 'compiled'}")
         path = folder / ARCHIVE
-        pack(Path(cache), path)
+        with tarfile.open(path, "w:xz") as archive:  # of what another machine needs
+            for file in sorted(file for suffix in NEEDED for file in Path(cache).glob(f"*/*{suffix}")):
+                archive.add(file, file.relative_to(cache))
         count, size = len(kernels_in(Path(cache))), path.stat().st_size / 1e6
     say(f"{path}: {count} kernels, {size:.1f} MB, after {time.perf_counter() - start:.0f} s")
     return failed
@@ -96,22 +92,10 @@ def kernels_in(cache: Path) -> dict[str, str]:
     return {path.parent.name: path.stem for path in sorted(cache.glob("*/*.cubin"))}
 
 
-def pack(cache: Path, archive: Path) -> None:
-    """Writes what another machine needs of ``cache`` to ``archive``, a ``.tar.xz``."""
-    with tarfile.open(archive, "w:xz") as opened:
-        for path in sorted(cache.glob("*/*")):
-            if path.suffix in NEEDED:
-                opened.add(path, path.relative_to(cache))
-
-
 def take(folder: Path) -> Callable[[], str]:
     """Unpacks ``folder``'s archive and lets Triton use it, in this process and in those that it starts.
 
-    Returns:
-        A function that says what was there, and what any process has had to compile after all.
-
-    Raises:
-        FileNotFoundError: there is no archive.
+    Returns a function that says what was there, and what any process has had to compile after all.
     """
     cache = Path(tempfile.mkdtemp(prefix="fastdense-triton-")).resolve()
     with tarfile.open(folder / ARCHIVE) as opened:
@@ -123,11 +107,10 @@ def take(folder: Path) -> Callable[[], str]:
     had = kernels_in(cache)
 
     def report() -> str:
-        new = [name for entry, name in kernels_in(cache).items() if entry not in had]
-        counts = Counter("of torch.compile's" if name.startswith("triton_") else name for name in new)
-        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-        line = f"cache: {len(had)} kernels brought along, {len(new)} compiled after all"
-        return f"{line}: {listed}" if listed else line
+        names = (name for entry, name in kernels_in(cache).items() if entry not in had)
+        new = Counter("of torch.compile's" if name.startswith("triton_") else name for name in names)
+        listed = ", ".join(f"{count} {name}" for name, count in new.items())
+        return f"cache: {len(had)} kernels brought along, {new.total()} compiled after all" + f": {listed}" * bool(new)
 
     return report
 

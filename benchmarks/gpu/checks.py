@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +101,11 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
         with arithmetic("fp32", job.device):
             want = step(truth.double(), x.double(), seed)
             theirs = [step(peer, x, seed) for peer in peers]
-            with _unwritten_memory_is_nan():
+            torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
+            try:
                 got = step(fast, x, seed)
+            finally:
+                torch.use_deterministic_algorithms(False)
         for name in want:
             mine, *others = (relative_error(one[name], want[name]) for one in (got, *theirs))
             squares[name] += torch.tensor([mine, max(others)], dtype=torch.float64).square()
@@ -149,17 +151,6 @@ def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
     found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}
     found |= {name: buffer.clone() for name, buffer in block.named_buffers() if buffer.is_floating_point()}
     return found
-
-
-@contextmanager
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that cuBLAS is not repeatable: the memory is what this is about
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 def networks(job: Job) -> None:

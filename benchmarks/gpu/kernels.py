@@ -192,13 +192,11 @@ def counted() -> list[Case]:
 
 def sanitized() -> Iterator[Case]:
     """Yields every primitive at 2 images of 7 x 7 (a transition's of 14 x 14), with channels that fill no tile."""
-    m, k, bottleneck, entering = 2 * 7 * 7, 12, 40, 20
-    widths = {"1x1": (entering, bottleneck, 1), "3x3": (bottleneck, k, 9)}
     for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND):
-        reads, writes, taps = widths.get(operation[-3:], (entering, entering, 1))
+        widths = {"1x1": (20, 40, 1), "3x3": (40, 12, 9)}.get(operation[-3:], (20, 20, 1))
         if operation in traffic.TRANSITION:
-            writes = k
-        yield Case(operation, traffic.Shape(m, reads, writes, taps, 2), 2, entering + 2 * k)
+            widths = 20, 12, 1
+        yield Case(operation, traffic.Shape(2 * 7 * 7, *widths, 2), 2, 44)
 
 
 def counters(job: Job) -> None:
@@ -206,8 +204,7 @@ def counters(job: Job) -> None:
     if job.rehearsal:
         raise Skip("nothing is counted in a rehearsal")
     options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:bn_relu_conv", "--print-units", "base"]
-    options += ["--metrics", ",".join(METRICS)]
-    status, said = _under("ncu", options, "counters", job.seconds_left() - 2)
+    status, said = _under("ncu", [*options, "--metrics", ",".join(METRICS)], "counters", job.seconds_left() - 2)
     job.result["rows"] = list(rows(said))
     if not job.result["rows"]:
         raise RuntimeError(f"ncu counted nothing, exit status {status}: {said[-ERROR_CHARACTERS:]}")

@@ -156,24 +156,24 @@ class Primitive:
 
     def __call__(self) -> None:
         source, conv, output = self.source, self.conv, self.output
-        arguments: Any = {
-            "copy_with_moments": (self.images, output),
-            "moments": (source,),
-            "resolve": (self.grad, source),
-            "bn_relu_conv": (source, conv, output),
-            "bn_relu_conv_backward": (self.grad, output, conv, source, self.into),
-            "bn_relu_pool": (source, conv.norm, conv.pool, output),
-            "bn_relu_pool_backward": (self.grad.D, conv.norm, conv.pool, source, self.into),
-        }[self.method]
-        options: dict[str, Any] = {}
-        if self.method == "resolve":
-            options["out"] = self.written
-        elif self.method == "bn_relu_conv_backward":
-            options["accumulate"] = self._start is not None
-        found = getattr(self.be, self.method)(*arguments, **options)
+        be: Any = self.be
+        calls = {
+            "copy_with_moments": lambda: be.copy_with_moments(self.images, output),
+            "moments": lambda: be.moments(source),
+            "resolve": lambda: be.resolve(self.grad, source, out=self.written),
+            "bn_relu_conv": lambda: be.bn_relu_conv(source, conv, output),
+            "bn_relu_conv_backward": lambda: be.bn_relu_conv_backward(
+                self.grad, output, conv, source, self.into, accumulate=self._start is not None
+            ),
+            "bn_relu_pool": lambda: be.bn_relu_pool(source, conv.norm, conv.pool, output),
+            "bn_relu_pool_backward": lambda: be.bn_relu_pool_backward(
+                self.grad.D, conv.norm, conv.pool, source, self.into
+            ),
+        }
+        found = calls[self.method]()
         if self.method.endswith("backward"):
             self.gradients = found
-            self.be.finish()
+            be.finish()
 
     def results(self) -> dict[str, Tensor]:
         """Returns everything that the primitive writes, by name."""

@@ -285,13 +285,11 @@ def _profile(step: Step, job: Job) -> dict[str, Any]:
     for name, seconds in kernels:
         if name not in names:
             others[name[:NAME_CHARACTERS]] += seconds
-    matched = len(ours) == len(recorded)
     return {
         "kernels": len(kernels),
         "device_seconds": sum(seconds for _, seconds in kernels),
         "ours_seconds": sum(ours),
-        "matched": matched,
-        "rows": _rows(recorded, ours, job) if matched else [],
+        "rows": _rows(recorded, ours, job) if len(ours) == len(recorded) else [],
         "others": dict(sorted(others.items(), key=lambda pair: -pair[1])[:OTHERS]),
     }
 
