@@ -143,23 +143,20 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
     attributes: dict[Any, Any] = {}
     for index, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
-        if param.is_constexpr or value is None or (_specialised(param, value) and value == 1):
+        special, aligned = type(value) is int and not param.do_not_specialize, False
+        if param.is_constexpr or value is None or (special and value == 1):
             signature[param.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[param.name] = "*" + _TYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
             signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and _specialised(param, value) and not param.do_not_specialize_on_alignment:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            aligned = special and value % 16 == 0 and not param.do_not_specialize_on_alignment
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
-
-
-def _specialised(param: Any, value: Any) -> bool:
-    return type(value) is int and not param.do_not_specialize
 
 
 def identity(launch: Launch) -> tuple[Any, ...]:
@@ -192,12 +189,9 @@ def _compile(launch: Launch, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config = launch.config
-    return triton.compile(
-        ASTSource(launch.kernel, *specialise(launch)),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
-    )
+    source, config = ASTSource(launch.kernel, *specialise(launch)), launch.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def products_in_flight(launch: Launch, arch: int) -> int:

@@ -60,13 +60,10 @@ class Traffic(NamedTuple):
 
 
 def floor(kernel: str, shape: Shape, pixels: int | None = None) -> Traffic:
-    """The floor of one kernel.
+    """The floor of one kernel, a row of the table below.
 
-    Args:
-        kernel: a row of the table below. ``"backward of the only reader"`` writes the gradient of what it read, where
-            ``"backward"`` adds to it; ``"pooled backward"`` meets no lazy gradient.
-        shape: ``m`` counts what is written: a pooling kernel's windows, or images.
-        pixels: values per channel of the input, where windows of them are pooled.
+    ``"backward of the only reader"`` writes the gradient of what it read, where ``"backward"`` adds to it. ``m`` counts
+    what is written, a pooling kernel's windows or images; ``pixels`` what is read where that is more.
     """
     m, reads, writes, taps, itemsize = shape
     x, y, weight = (m if pixels is None else pixels) * reads, m * writes, taps * reads * writes

@@ -72,18 +72,15 @@ def _kinds(launch: Launch) -> Iterator[tuple[int, int, int, int]]:
 
 def fits(arch: int, name: str, batch: int) -> list[Fit]:
     """Every launch of the layers of one network's blocks in bfloat16, layer by layer."""
-    network, found = traffic.NETWORKS[name], []
-    for layers, block in zip(network.layers, traffic.blocks(network, batch, SIZE), strict=True):
+    network, found, sm_count = traffic.NETWORKS[name], [], SM_COUNT[arch]
+    for block in traffic.blocks(network, batch, SIZE):
         side = math.isqrt(block.m // batch)
-        for layer in range(layers):
-            reads = block.entering + layer * network.growth_rate
+        for reads in range(block.entering, block.leaving, network.growth_rate):
             for launch in plan(Case(network.growth_rate, reads, batch, (side, side), torch.bfloat16), arch):
-                if not launch.kernel.__name__.startswith("bn_relu_conv"):
-                    continue
-                places = SM_COUNT[arch] * launch.config.resident
-                waves, share = (round(measure(launch, SM_COUNT[arch]), 2) for measure in (waves_of, filled))
-                kernel = name_of(launch).removesuffix(" lazy")
-                found.append(Fit(arch, name, batch, side, kernel, launch.programs, places, waves, share))
+                if launch.kernel.__name__.startswith("bn_relu_conv"):
+                    waves, share = (round(measure(launch, sm_count), 2) for measure in (waves_of, filled))
+                    of, places = (arch, name, batch, side), sm_count * launch.config.resident
+                    found.append(Fit(*of, name_of(launch).removesuffix(" lazy"), launch.programs, places, waves, share))
     return found
 
 

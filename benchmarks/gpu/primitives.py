@@ -62,8 +62,8 @@ class Case:
 
     @property
     def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Spatial sizes of what is read and of what is written."""
-        if self.operation in traffic.TRANSITION:  # whose shape is its convolution's
+        """Spatial sizes of what is read and of what is written; a transition's shape is its convolution's."""
+        if self.operation in traffic.TRANSITION:
             return tuple(2 * size for size in self.spatial), self.spatial
         return self.spatial, self.spatial if self.pool is None else self.pool.sizes(self.spatial)
 

@@ -84,9 +84,8 @@ class Skip(Exception):
 
 def describe(error: BaseException) -> dict[str, str]:
     """Returns status and message of a failure; running out of memory is a result of its own."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    text = "".join(traceback.format_exception(error))
-    return {"status": "out of memory" if out_of_memory else "failed", "error": text[-ERROR_CHARACTERS:]}
+    status = "out of memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
+    return {"status": status, "error": "".join(traceback.format_exception(error))[-ERROR_CHARACTERS:]}
 
 
 def brief(error: BaseException) -> str:
@@ -237,9 +236,8 @@ class Run:
         self._background.clear()
 
     def _enter(self, name: str, entry: Entry) -> None:
-        self.stages[name] = {**entry, "environment": self.environment}
-        if not self.rehearsal:  # read, never set: a card that has slowed down shows here
-            self.stages[name]["gpu"] = query_gpu(*STATE)
+        gpu = {} if self.rehearsal else {"gpu": query_gpu(*STATE)}  # a card that has slowed down shows here
+        self.stages[name] = {**entry, "environment": self.environment, **gpu}
         self._save()
         status = ": ".join(filter(None, (entry["status"], last_line(entry))))
         self.say(f"{name}: {status} ({entry['seconds']:.0f} s)")
