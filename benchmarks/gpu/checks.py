@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense.kernels import launch
-from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
 from ..harness.runner import ROOT
 from ..harness.training import arithmetic
@@ -86,7 +85,7 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     """
     squares: defaultdict[str, Any] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     arguments, shape, seeds = (REHEARSED_BLOCK, REHEARSED_SHAPE, 1) if job.rehearsal else (BLOCK, SHAPE, 3)
-    *peers, fast = pair(arguments), *(pair(arguments, impl, mode) for impl in ("torch", "triton"))
+    *peers, fast = (pair(arguments, impl, mode) for impl in ("reference", "torch", "triton"))
     for seed in range(seeds):
         torch.manual_seed(seed)
         truth = pair(arguments).to(job.device, dtype)
@@ -130,14 +129,12 @@ def features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
 
 
-def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recompute: str = MODES[0]) -> nn.Module:
-    """Returns a block and the transition behind it: the reference ones, or with ``impl`` fastdense's."""
+def pair(arguments: tuple[int, int, int, int], impl: str = "reference", recompute: str = MODES[0]) -> nn.Module:
+    """Returns a block and the transition behind it."""
     layers, entering, _, growth_rate = arguments
     leaving = entering + layers * growth_rate
-    if impl is None:
-        return nn.Sequential(ConcatDenseBlock(*arguments), ConcatTransition(leaving, leaving // 2))
-    transition = fastdense.Transition(leaving, leaving // 2, impl=impl)
-    return nn.Sequential(fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute), transition)
+    block = fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute)
+    return nn.Sequential(block, fastdense.Transition(leaving, leaving // 2, impl=impl))
 
 
 def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:

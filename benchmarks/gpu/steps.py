@@ -48,12 +48,9 @@ PLAIN = (BASE, EFFICIENT, *OURS)
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 SAME = 1e-3  # relative 2-norm of a graph's gradients against the eager step's
 PROFILED_BATCHES = (64, 256)
-OTHERS = 12  # kernels that are not ours, listed by name
-NAME_CHARACTERS = 80
+OTHERS, NAME_CHARACTERS = 12, 80  # kernels that are not ours, listed by name
 DEPTH_BYTES = 12 * 10**9
 SPARE_SECONDS = 8.0  # for the depth that is being tried when time is up
-
-
 # By the stage's name: who is timed on which network and how many images, eager, and as a CUDA graph.
 COMPARISONS: dict[str, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
     "batch64": ("densenet121", 64, PLAIN, PLAIN),  # the main question
@@ -192,7 +189,15 @@ def compare(job: Job) -> None:
         for label, model in models(of, labels, job.device).items():
             if (step := _prepared(job, label, way, model, x, classes)) is not None:
                 steps[f"{label}, {way}"] = step
-        _interleave(job, steps)
+        rounds = 1
+        if steps and not job.rehearsal:  # as many as fit into a quarter of what time is left, within reason
+            seconds = sum(step()["step"] for step in steps.values())
+            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(job.seconds_left() / 4 / seconds)))
+        for label, phases in interleave(steps, repeats=rounds, warmup=0).items():
+            row = job.result["rows"][label]
+            row |= {phase: Timing.of(values) for phase, values in phases.items()}
+            row["images_per_second"] = job.result["batch"] / row["step"].median
+        job.save()
         steps.clear()
         release(job.device)  # a capture cannot ask for what is cached
 
@@ -230,19 +235,6 @@ def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, class
         return None
     job.save()
     return step
-
-
-def _interleave(job: Job, steps: Mapping[str, Step]) -> None:
-    """As many rounds as fit into a quarter of what time is left, within reason."""
-    rounds = 1
-    if steps and not job.rehearsal:
-        seconds = sum(step()["step"] for step in steps.values())
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(job.seconds_left() / 4 / seconds)))
-    for label, phases in interleave(steps, repeats=rounds, warmup=0).items():
-        row = job.result["rows"][label]
-        row |= {phase: Timing.of(values) for phase, values in phases.items()}
-        row["images_per_second"] = job.result["batch"] / row["step"].median
-    job.save()
 
 
 def deepest(job: Job) -> None:
