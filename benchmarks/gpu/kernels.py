@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from glob import glob
 from itertools import product
 from operator import itemgetter
@@ -46,47 +47,40 @@ Change = dict[str, Any]
 REHEARSED = {Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32): [{}, {"num_warps": 8}, {}]}
 
 
+_OPTIONS = {"w": "num_warps", "s": "num_stages", "g": "group"}
+
+
 def _tiles(listed: str, **more: Any) -> list[Change]:
-    """Of ``"64x32x128 w4 s3, ..."``: rows of a tile, channels, products; warps; stages."""
-    names = ("block_m", "block_c", "block_k", "num_warps", "num_stages")
-    return [dict(zip(names, map(int, re.findall(r"\d+", tile)), strict=True)) | more for tile in listed.split(",")]
+    """Of ``"64x32x128 w4 s3, ..."``: rows of a tile, channels, products; then warps, stages, group."""
+    found = []
+    for tile, *options in map(str.split, listed.split(", ")):
+        change: Change = dict(zip(("block_m", "block_c", "block_k"), map(int, tile.split("x")), strict=True))
+        found.append(change | {_OPTIONS[option[0]]: int(option[1:]) for option in options} | more)
+    return found
 
 
-def _grid(**values: tuple[Any, ...]) -> list[Change]:
+def _grid(**values: tuple[int, ...]) -> list[Change]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 _OUT: Change = {"resolved": True}  # the lazy gradient written out first
 # Of each operation: what is tried beside the table's own choice.
 CHANGES: dict[str, list[Change]] = {
-    "forward 1x1": _tiles(
-        "64x64x64 w4 s3, 64x64x64 w4 s4, 64x32x64 w4 s3, 64x64x128 w4 s4, 32x64x128 w4 s3, 64x32x128 w4 s4, "
-        "64x128x64 w4 s3, 128x64x64 w8 s3"
-    ),
-    "forward 3x3": [
-        *_tiles("64x128x32 w4 s2, 128x64x32 w8 s3, 128x64x32 w4 s3, 32x64x32 w4 s3, 64x64x32 w4 s4, 32x128x32 w4 s3"),
-        *_tiles("64x64x16 w4 s3"), {"form": "scratch"},
-    ],
-    "backward 1x1": [
-        _OUT, *_tiles("64x64x128 w8 s3, 64x64x128 w4 s3, 64x64x128 w4 s2, 128x64x128 w8 s2, 64x32x128 w4 s3", **_OUT),
-        *_tiles("32x64x128 w4 s3", **_OUT), *_tiles("64x64x128 w8 s4"),
-    ],
-    "backward 3x3": [
-        _OUT, *_tiles("64x64x32 w4 s3, 32x64x32 w4 s3, 128x64x32 w8 s3, 64x128x32 w8 s3", **_OUT),
-        {"weight_block_c": 64, **_OUT}, {"weight_block_m": 32, **_OUT}, {"weight_block_m": 128, **_OUT},
-    ],
-    traffic.MOMENTS: [
-        *_grid(programs_per_sm=(2, 8), block_m=(32, 64)), *_grid(programs_per_sm=(2, 4), block_m=(128,), num_warps=(8,))
-    ],
+    "forward 1x1": _tiles("64x64x64 w4 s3, 64x64x64 w4 s4, 64x32x64 w4 s3, 64x64x128 w4 s4, 32x64x128 w4 s3, "
+                          "64x32x128 w4 s4, 64x128x64 w4 s3, 128x64x64 w8 s3"),
+    "forward 3x3": [*_tiles("64x128x32 w4 s2, 128x64x32 w8 s3, 128x64x32 w4 s3, 32x64x32 w4 s3, 64x64x32 w4 s4, "
+                            "32x128x32 w4 s3, 64x64x16 w4 s3"), {"form": "scratch"}],
+    "backward 1x1": [_OUT, *_tiles("64x64x128 w8 s3, 64x64x128 w4 s3, 64x64x128 w4 s2, 128x64x128 w8 s2, "
+                                   "64x32x128 w4 s3, 32x64x128 w4 s3", **_OUT), *_tiles("64x64x128 w8 s4")],
+    "backward 3x3": [_OUT, *_tiles("64x64x32 w4 s3, 32x64x32 w4 s3, 128x64x32 w8 s3, 64x128x32 w8 s3", **_OUT),
+                     *({**size, **_OUT} for size in _grid(weight_block_c=(64,)) + _grid(weight_block_m=(32, 128)))],
+    traffic.MOMENTS: _grid(programs_per_sm=(2, 8), block_m=(32, 64))
+                     + _grid(programs_per_sm=(2, 4), block_m=(128,), num_warps=(8,)),
     traffic.MAX_POOL[0]: _grid(programs_per_sm=(2, 4, 8), block_m=(16, 32)),
     traffic.MAX_POOL[1]: _grid(programs_per_sm=(2, 4), block_m=(16, 32)),
-    traffic.TRANSITION[0]: _tiles(
-        "64x32x128 w8 s2, 64x64x128 w8 s2, 32x64x128 w4 s2, 32x64x64 w4 s2, 32x32x64 w4 s2, 16x64x128 w4 s1"
-    ),
-    traffic.TRANSITION[1]: [
-        *_tiles("32x32x64 w4 s2, 64x32x64 w8 s1", group=4), *_tiles("32x64x64 w8 s1", group=2),
-        *_tiles("32x32x64 w8 s1", group=4),
-    ],
+    traffic.TRANSITION[0]: _tiles("64x32x128 w8 s2, 64x64x128 w8 s2, 32x64x128 w4 s2, 32x64x64 w4 s2, "
+                                  "32x32x64 w4 s2, 16x64x128 w4 s1"),
+    traffic.TRANSITION[1]: _tiles("32x32x64 w4 s2 g4, 64x32x64 w8 s1 g4, 32x64x64 w8 s1 g2, 32x32x64 w8 s1 g4"),
 }  # fmt: skip
 OPERATION = METHOD | dict(  # of the launch table
     zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)
@@ -262,11 +256,10 @@ def _under(tool: str, options: list[str], what: str, seconds: float) -> tuple[in
     command = [found, *options, sys.executable, "-m", "benchmarks.gpu.kernels", what]
     # Under the sanitizer every tensor has bounds of its own.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if what == "sanitizer" else {})
+    run = partial(subprocess.call, command, cwd=ROOT, env=environment, timeout=max(seconds, 1.0))
     with TemporaryFile("w+", errors="replace") as output:
         try:
-            status = subprocess.call(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=max(seconds, 1.0)
-            )
+            status = run(stdout=output, stderr=output)
         except subprocess.TimeoutExpired:
             status = None
         output.seek(0)

@@ -18,9 +18,13 @@ from ..harness.training import arithmetic
 from .run import Job
 
 FIELDS = (
-    "name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode",
-    "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory",
-)  # fmt: skip
+    "memory.total",
+    "power.limit",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "clocks.current.sm",
+    "clocks.current.memory",
+)
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
