@@ -17,14 +17,7 @@ from ..harness.runner import Timing, query_gpu
 from ..harness.training import arithmetic
 from .run import Job
 
-FIELDS = (
-    "memory.total",
-    "power.limit",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "clocks.current.sm",
-    "clocks.current.memory",
-)
+FIELDS = ("power.limit", "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
