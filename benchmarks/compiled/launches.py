@@ -77,16 +77,8 @@ def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def _norm(channels: int) -> Norm:
-    return Norm(_empty(channels), _empty(channels), 1e-5)
-
-
-def _with_moments(rows: Tensor) -> Features:
-    return Features(rows, _empty(rows.shape[1]), _empty(rows.shape[1]))
-
-
-def _lazy(D: Tensor) -> LazyGradient:
-    return LazyGradient(D, _empty(D.shape[1]), _empty(D.shape[1]))
+def _vectors(channels: int) -> tuple[Tensor, Tensor]:
+    return _empty(channels), _empty(channels)
 
 
 def plan(case: Case, arch: int) -> list[Launch]:
@@ -99,14 +91,17 @@ def plan(case: Case, arch: int) -> list[Launch]:
 
     def conv(inputs: int, outputs: int, size: int) -> Conv:
         weight = _empty(outputs, *(size,) * len(case.spatial), inputs, dtype=case.dtype)
-        return Conv(_norm(inputs), weight.movedim(-1, 1))
+        return Conv(Norm(*_vectors(inputs), 1e-5), weight.movedim(-1, 1))
 
     dropout = Dropout(_empty(1, dtype=torch.int64), 0, 0.1, False) if case.drop else None
     layers = [Layer(reads, k, conv(reads, wide, 1), conv(wide, k, 3), dropout)]
-    features, Z = _with_moments(as_rows(X)), [_with_moments(x.new_empty(x.numel() // reads, wide))]
+    features = Features(as_rows(X), *_vectors(reads + k))
+    Z = [Features(x.new_empty(x.numel() // reads, wide), *_vectors(wide))]
     backend = Planned(x, arch, SM_COUNT[arch], case.precision)
     schedule.forward(backend, x, layers, features, Z, given_moments=False)
-    schedule.backward(backend, _lazy(as_rows(D)), layers, features, Z, first=0, recompute=False)
+    schedule.backward(
+        backend, LazyGradient(as_rows(D), *_vectors(reads + k)), layers, features, Z, first=0, recompute=False
+    )
     return backend.launches
 
 
@@ -123,13 +118,13 @@ def plan_around(case: Case, arch: int) -> list[Launch]:
     ):
         x = empty_features((case.batch, channels, *size), dtype=case.dtype, device=torch.device("meta"))
         writes, windows = channels if conv is None else conv.shape[0], case.batch * prod(pool.sizes(size))
-        norm, source = _norm(channels), _with_moments(as_rows(x))
+        norm, source = Norm(*_vectors(channels), 1e-5), Features(as_rows(x), *_vectors(channels))
         y = x.new_empty_strided((windows, writes), (row_stride(writes, case.dtype), 1))
         backend = Planned(x, arch, SM_COUNT[arch], case.precision)
         backend.moments(source)
-        output = Features(y, None, None) if pool.kind == "mean" else _with_moments(y)
-        bn_relu_pool.forward(backend, source, norm, conv, pool, output)
-        into = _lazy(torch.empty_like(source.rows))
+        moments = (None, None) if pool.kind == "mean" else _vectors(writes)
+        bn_relu_pool.forward(backend, source, norm, conv, pool, Features(y, *moments))
+        into = LazyGradient(torch.empty_like(source.rows), *_vectors(channels))
         bn_relu_pool.backward(backend, y, source, norm, conv, pool, (True, True, True), into)
         backend.resolve(into, source, out=torch.empty_like(x))
         found += backend.launches

@@ -210,12 +210,11 @@ def defects(row: Row) -> list[str]:
     if row.shared_bytes > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared_bytes} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}")
     if row.kernel.startswith("bn_relu_conv"):
-        wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch)
+        wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch, "")
         if row.kernel == "bn_relu_conv_backward 1x1 pooled" and wanted == "HGMMA":
-            wanted = None  # 32 rows a tile, too few for HGMMA: bytes bind, and larger tiles issue no less
-        if row.dtype in ("fp16", "bf16") and (
-            not row.tensor_core_instructions or (wanted and wanted not in row.tensor_core.split("/"))
-        ):
+            wanted = ""  # 32 rows a tile, too few for HGMMA: bytes bind, and larger tiles issue no less
+        products = row.tensor_core.split("/") if row.tensor_core_instructions else []
+        if row.dtype in ("fp16", "bf16") and (not products or wanted not in ("", *products)):
             found.append(f"tensor cores by {row.tensor_core or 'nothing'}, expected {wanted or 'some'}")
         if not row.vector128_loads:
             found.append("no 128-bit load")
