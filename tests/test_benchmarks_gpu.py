@@ -203,9 +203,7 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     assert {row["operation"] for row in results["candidates"]["rows"]} == {"forward 1x1"}
     assert all("timing" in row and row["floor_seconds"] > 0 for row in results["candidates"]["rows"])
     (profile,) = results["layers"].values()
-    assert profile["matched"] and {"bn_relu_conv 1x1", "bn_relu_conv_backward 1x1"} <= {
-        row["operation"] for row in profile["rows"]
-    }
+    assert {"bn_relu_conv 1x1", "bn_relu_conv_backward 1x1"} <= {row["operation"] for row in profile["rows"]}
     labels: set[str] = set()
     for name in ("batch64", "batch256", "batch1", "densenet201", "compiled-batch8", "compiled-batch256"):
         rows = results[name]["rows"]
@@ -217,7 +215,7 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
         *(f"{label}, eager" for label in (*steps.PLAIN, steps.COMPILED, steps.REDUCED)),
         *(f"{label}, graph" for label in steps.PLAIN if label != steps.EFFICIENT),
     }
-    assert all(row["equals_eager"] for row in results["batch64"]["rows"].values() if "equals_eager" in row)
+    assert all(row["differs_by"] == 0 for row in results["batch64"]["rows"].values() if "differs_by" in row)
     assert results["sanitizer"]["primitives"] == 13
 
 

@@ -228,12 +228,12 @@ class Wrong(nn.Module):
 def test_a_network_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     real = steps.build
 
-    def build(of: traffic.Network, label: str, *, rehearsal: bool = False) -> Any:
+    def build(of: traffic.Network, label: str) -> Any:
         if label == steps.EFFICIENT:
             return Greedy()
         if label == steps.OURS[1]:
-            return Wrong(real(of, steps.OURS[0], rehearsal=True))
-        return real(of, label, rehearsal=rehearsal)
+            return Wrong(real(of, steps.OURS[0]))
+        return real(of, label)
 
     monkeypatch.setattr(steps, "build", build)
     with pytest.raises(RuntimeError, match="wrong: fastdense bottlenecks"):

@@ -112,4 +112,4 @@ def test_loops_are_read_from_the_code() -> None:
         /*0050*/ FFMA R1, R1, R1, R1 ;
         /*0060*/ @P0 BRA `(.L_x_2) ;
 """
-    assert _loops(code) == ((3, (2,)),)
+    assert _loops(code) == [[3, 2]]

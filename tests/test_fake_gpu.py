@@ -46,13 +46,13 @@ def note(*, fn, compile, **_):
 knobs.runtime.jit_cache_hook = note
 for name, batch, size in json.loads(sys.argv[1]):
     found.clear()
-    ahead.network_step(name, OURS[0], batch, size, torch.bfloat16)
+    ahead.network_step(OURS[0], name, batch, size, torch.bfloat16)
     print(len(found), len(found - known))
     known |= found
 """
 MAKE = """
 if __name__ == "__main__":
-    work = {"one": partial(ahead.launched, CASE, [{}])}
+    work = [partial(ahead.launched, CASE, [{}])]
     print(len(ahead.make(Path(sys.argv[1]), work, lambda line: None, processes=1)))
 """
 TAKE = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import fastdense
@@ -82,6 +84,12 @@ def test_shapes_are_those_of_the_networks(name: str) -> None:
     assert sorted(listed) == sorted(map(tuple, convolutions))
 
 
+def outside_blocks(*given: Any) -> Traffic:
+    """All of ``traffic.around`` together."""
+    parts = [traffic.primitive(one.name, one.shape) for one in traffic.around(*given)]
+    return Traffic(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+
+
 def test_densenet121_in_16_bit_moves_about_160_mb_an_image() -> None:
     network = traffic.NETWORKS["densenet121"]
     one, two = (traffic.network_traffic(network, batch, 224, 2).bytes for batch in (1, 2))
@@ -92,7 +100,7 @@ def test_densenet121_in_16_bit_moves_about_160_mb_an_image() -> None:
         + 49 * (4 * 12032 + 16 * 864)
     )  # fmt: skip
     copies = 2 * (3136 * 64 + 784 * 128 + 196 * 256 + 49 * 512)
-    outside = traffic.outside_blocks(network, 2, 224, 2).bytes - traffic.outside_blocks(network, 1, 224, 2).bytes
+    outside = outside_blocks(network, 2, 224, 2).bytes - outside_blocks(network, 1, 224, 2).bytes
     assert image == 2 * (layers + copies) + outside
     assert 155e6 < image < 165e6
 
@@ -106,7 +114,7 @@ def test_outside_the_blocks_counted_by_hand() -> None:
     inputs = 2 * 3 * (64 * 16 + 16 * 12)
     transition = 2 * (3 * 64 * 24 + 2 * 16 * 12) + 24 * 12 * (2 + 2 + 4)
     head = 2 * 3 * 16 * 20
-    found = traffic.outside_blocks(network, 1, 32, 2)
+    found = outside_blocks(network, 1, 32, 2)
     assert found.bytes == stem + inputs + transition + head
     products = 2 * 2 * 256 * weight + (2 + 4) * 16 * 24 * 12
     assert found.flops == products + 3 * (conv + 64 * 16 + 16 * 12)
@@ -118,7 +126,7 @@ def test_outside_the_blocks_of_a_network_for_small_images() -> None:
         *traffic.STEM, traffic.RESOLVE, *traffic.MEAN
     ]  # fmt: skip
     stem = 1024 * 2 * (3 + 16) + 9 * 3 * 16 * (1 + 4)
-    assert traffic.outside_blocks(small, 1, 32, 1).bytes == stem + 1024 * (3 * 16 + 3 * 24)
+    assert outside_blocks(small, 1, 32, 1).bytes == stem + 1024 * (3 * 16 + 3 * 24)
 
 
 @pytest.mark.parametrize("name", traffic.NETWORKS)

@@ -2,14 +2,10 @@
 
     python -m benchmarks.compiled [--arch 80 90] [--all] [--json FILE]
 
-compiles the launches of DenseNet layers with growth rates 12 to 48 and lists, for each: registers, spilled bytes,
-shared memory, tensor-core instructions and 128-bit loads; bytes and operations of the shape it was planned for; how
-often its programs fill the device; and two *modelled* times, the floor that these imply on an H100 and the time to
-issue the inner loops' instructions.
-
-Without options: each kernel once for every architecture and dtype; with ``--all`` every
-row (of sm_86 those in 16 bit), and the record is their sum: the worst of each kernel, and a digest of every row.
-Ends with 1 if a row breaks a rule (:func:`defects`).
+compiles the launches of DenseNet layers with growth rates 12 to 48, each kernel once for every architecture and dtype,
+or with ``--all`` every row (of sm_86 those in 16 bit), and lists what :class:`Row` says of each, with two *modelled*
+times: the floor on an H100, and the time to issue the inner loops' instructions. ``--all`` records the worst of each
+kernel, and a digest of every row. Ends with 1 if a row breaks a rule (:func:`defects`).
 """
 
 from __future__ import annotations
@@ -21,9 +17,10 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,19 +32,7 @@ from rich.table import Table
 from ..harness.runner import RESULTS, ROOT
 from ..report.tables import console_table
 from . import traffic
-from .launches import (
-    SHARED_LIMIT,
-    SM_COUNT,
-    Case,
-    Compiled,
-    Launch,
-    compile_launch,
-    identity,
-    name_of,
-    plan,
-    plan_around,
-    waves_of,
-)  # fmt: skip
+from .launches import SM_COUNT, Case, Launch, compile_launch, identity, name_of, plan, plan_around, waves_of
 
 RECORD = RESULTS / "compiled" / "kernels.json"
 KERNELS = ROOT / "kernels"
@@ -62,6 +47,7 @@ PRECISIONS = {"fp16": (torch.float16, "ieee"), "bf16": (torch.bfloat16, "ieee"),
 
 # An H100 SXM, for the modelled times: its clock and issue slots, and rates that copies and products reach.
 CLOCK = {80: 1.41e9, 86: 1.695e9, 90: 1.755e9, 100: 1.85e9}
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program can have
 ISSUE = 4 * 0.7  # warp instructions a cycle and multiprocessor, at 70 % of the schedulers' rate
 COPY_RATE = 3.0e12
 MATMUL_RATE = {"fp16": 8.0e14, "bf16": 8.0e14, "tf32": 4.0e14, "fp32": 5.0e13}
@@ -77,13 +63,13 @@ class Row:
     growth_rate: int
     shape: dict[str, int]
     config: dict[str, Any]
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
+    registers: int  # of a thread
+    stack_bytes: int  # of a thread: what does not fit into registers is spilled there
+    shared_bytes: int  # of a program
     tensor_core_instructions: int
-    tensor_core: str
-    vector128_loads: int
-    loop_instructions: list[list[int]]
+    tensor_core: str  # HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100)
+    vector128_loads: int  # from global memory, 16 bytes a thread, asynchronous ones among them
+    loop_instructions: list[list[int]]  # of each loop with matrix products, its own and those of each loop in it
     bytes: int
     flops: int
     modelled_h100_floor_us: float
@@ -97,46 +83,46 @@ class Row:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sources_digest() -> str:
     """A digest of the kernels' code, comments and docstrings left out: a record with another one is out of date."""
-    digest = hashlib.sha256()
+    text = ""
     for path in sorted(KERNELS.glob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 del node.body[0]
-        digest.update(f"{path.name}\0{ast.unparse(tree)}\0".encode())
-    return digest.hexdigest()[:16]
+        text += f"{path.name}\0{ast.unparse(tree)}\0"
+    return _digest(text)
 
 
-def cases(precision: str) -> Iterator[Case]:
-    """The layers whose launches are reported: each growth rate at a large and a small size, and one in 3D."""
-    dtype, products = PRECISIONS[precision]
-    for k, reads in sorted(READS.items(), key=lambda item: item[0] != 32):
-        for batch, side in ((64, 56), (4, 28)):
-            yield Case(k, reads, batch, (side, side), dtype, precision=products, drop=k == 32 and batch == 4)
-    yield Case(32, READS[32], 4, (16, 28, 28), dtype, precision=products)
+def cases(precision: str) -> Iterator[tuple[Callable[[Case, int], list[Launch]], Case]]:
+    """What is reported, and what plans it.
 
+    Layers of each growth rate at a large and a small size, and one in 3D; what stands round the blocks, each transition
+    at the size of a large network's, and one in 3D.
+    """
 
-def cases_around(precision: str) -> Iterator[Case]:
-    """The same for what stands round the blocks: each transition at the size of a large network's, and one in 3D."""
-    dtype, products = PRECISIONS[precision]
-    for k, widths in sorted(TRANSITIONS.items(), key=lambda item: item[0] != 32):
-        for reads in widths:
-            yield Case(k, reads, 64, (28, 28), dtype, precision=products)
-    yield Case(32, 256, 4, (16, 28, 28), dtype, precision=products)
+    def case(k: int, reads: int, batch: int, *spatial: int) -> Case:
+        dtype, products = PRECISIONS[precision]
+        return Case(k, reads, batch, spatial, dtype, precision=products, drop=(k, batch, len(spatial)) == (32, 4, 2))
+
+    growth_rates = sorted(READS, key=lambda k: k != 32)
+    for k, (batch, side) in product(growth_rates, ((64, 56), (4, 28))):
+        yield plan, case(k, READS[k], batch, side, side)
+    yield plan, case(32, READS[32], 4, 16, 28, 28)
+    for k in growth_rates:
+        yield from ((plan_around, case(k, reads, 64, 28, 28)) for reads in TRANSITIONS[k])
+    yield plan_around, case(32, 256, 4, 16, 28, 28)
 
 
 def launches(arch: int, precision: str, *, every: bool) -> list[tuple[int, Launch]]:
     """``(growth rate, launch)``, each compiled code once; unless ``every``, each kernel once."""
     found: dict[Any, tuple[int, Launch]] = {}
-    planned = [(case, plan(case, arch)) for case in cases(precision)]
-    planned += [(case, plan_around(case, arch)) for case in cases_around(precision)]
-    for case, made in planned:
-        for launch in made:
+    for planned, case in cases(precision):
+        for launch in planned(case, arch):
             if launch.kernel.__name__.startswith(("bn_relu", "copy", "resolve", "reduce")):
                 key = identity(launch) if every else name_of(launch).removesuffix(" lazy")
                 found.setdefault(key, (case.growth_rate, launch))
@@ -171,57 +157,49 @@ def traffic_of(launch: Launch, itemsize: int) -> tuple[traffic.Traffic, dict[str
     return traffic.floor(kernel, shape, pixels), described
 
 
-def issue_seconds(launch: Launch, compiled: Compiled, arch: int) -> float | None:
+def issue_seconds(launch: Launch, loops: list[list[int]], arch: int) -> float | None:
     """Modelled: the instructions of the loops with matrix products, as often as they run, at ``ISSUE``.
 
-    What runs once a program is left out, and both sides of a branch count. ``None`` where there are no such loops.
+    What runs once a program is left out, and both sides of a branch count. ``None`` where there are no such loops, or
+    the compiler has unrolled one of them.
     """
-    a, loops = launch.arguments, compiled.loops
-    if "KD" not in a or not compiled.tensor_core:
+    a = launch.arguments
+    if "KD" not in a or not loops:
         return None
-    m, taps = a["m"], a["KD"] * a["KH"] * a["KW"]
+    taps = a["KD"] * a["KH"] * a["KW"]
 
     def tiles(rows: int, columns: int, channels: int) -> int:
-        return -(-m // rows) * -(-channels // columns)
+        return -(-a["m"] // rows) * -(-channels // columns)
 
-    own, inner = loops[0]
+    own, *inner = loops[0]
     if launch.kernel.__name__ == "bn_relu_conv_kernel":
         steps = taps // a["SHIFTS"] * -(-a["C"] // a["BLOCK_C"])
         count = tiles(a["BLOCK_M"] - a["SHIFTS"] + 1, a["BLOCK_N"], a["K"]) * (own + steps * sum(inner))
     elif a["TOGETHER"]:
         count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * own
+    elif len(loops) != 2:
+        return None
     else:
         units = taps * a["K_BLOCKS"]
-        if len(loops) != 2:  # the compiler unrolled one of them
-            return None
-        data, weight = (
-            loops if loops[0][1] or not loops[1][1] else loops[::-1]
-        )  # where taps are unrolled, data is first
-        count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * (data[0] + units * sum(data[1]))
-        groups = -(-units // a["GROUP"])
-        count += tiles(a["WEIGHT_BLOCK_M"], a["WEIGHT_BLOCK_C"], a["C"]) * groups * weight[0]
+        # Where taps are unrolled, the data's gradient comes first.
+        (own, *inner), weight = loops if inner or not loops[1][1:] else reversed(loops)
+        count = tiles(a["BLOCK_M"], a["BLOCK_C"], a["C"]) * (own + units * sum(inner))
+        count += tiles(a["WEIGHT_BLOCK_M"], a["WEIGHT_BLOCK_C"], a["C"]) * -(-units // a["GROUP"]) * weight[0]
     return count * launch.config.num_warps / (SM_COUNT[arch] * ISSUE * CLOCK[arch])
 
 
-def _row(arch: int, precision: str, growth_rate: int, launch: Launch) -> Row:
-    compiled = compile_launch(launch, arch)
-    moved, shape = traffic_of(launch, PRECISIONS[precision][0].itemsize)
-    floor = traffic.floor_seconds(*moved, COPY_RATE, MATMUL_RATE[precision])
-    issue = issue_seconds(launch, compiled, arch)
-    read = compiled._asdict()
-    return Row(
-        kernel=name_of(launch), arch=arch, dtype=precision, growth_rate=growth_rate, shape=shape,
-        config=asdict(launch.config), loop_instructions=[[own, *inner] for own, inner in read.pop("loops")],
-        modelled_h100_floor_us=round(floor * 1e6, 1), waves=round(waves_of(launch, SM_COUNT[arch]), 2),
-        modelled_issue_us=None if issue is None else round(issue * 1e6, 1), **moved._asdict(), **read,
-    )  # fmt: skip
-
-
-def _job(job: tuple[int, str, bool, int]) -> Row:
-    """Row number ``index`` of an architecture and precision: kernels themselves do not travel between processes."""
+def _row(job: tuple[int, str, bool, int]) -> Row:
+    """Launch number ``index`` of an architecture and precision: kernels do not travel between processes."""
     arch, precision, every, index = job
     growth_rate, launch = launches(arch, precision, every=every)[index]
-    return _row(arch, precision, growth_rate, launch)
+    row: dict[str, Any] = {"kernel": name_of(launch), "arch": arch, "dtype": precision, "growth_rate": growth_rate}
+    moved, row["shape"] = traffic_of(launch, PRECISIONS[precision][0].itemsize)
+    row |= {"config": asdict(launch.config), **compile_launch(launch, arch), **moved._asdict()}
+    floor = traffic.floor_seconds(*moved, COPY_RATE, MATMUL_RATE[precision])
+    issue = issue_seconds(launch, row["loop_instructions"], arch)
+    row["modelled_h100_floor_us"] = round(floor * 1e6, 1)
+    row["modelled_issue_us"] = None if issue is None else round(issue * 1e6, 1)
+    return Row(**row, waves=round(waves_of(launch, SM_COUNT[arch]), 2))
 
 
 def defects(row: Row) -> list[str]:
@@ -232,12 +210,11 @@ def defects(row: Row) -> list[str]:
     if row.shared_bytes > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared_bytes} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}")
     if row.kernel.startswith("bn_relu_conv"):
-        wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch)
+        wanted = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}.get(row.arch, "")
         if row.kernel == "bn_relu_conv_backward 1x1 pooled" and wanted == "HGMMA":
-            wanted = None  # 32 rows a tile, too few for HGMMA: bytes bind, and larger tiles issue no less
-        if row.dtype in ("fp16", "bf16") and (
-            not row.tensor_core_instructions or (wanted and wanted not in row.tensor_core.split("/"))
-        ):
+            wanted = ""  # 32 rows a tile, too few for HGMMA: bytes bind, and larger tiles issue no less
+        products = row.tensor_core.split("/") if row.tensor_core_instructions else []
+        if row.dtype in ("fp16", "bf16") and (not products or wanted not in ("", *products)):
             found.append(f"tensor cores by {row.tensor_core or 'nothing'}, expected {wanted or 'some'}")
         if not row.vector128_loads:
             found.append("no 128-bit load")
@@ -249,15 +226,6 @@ def precisions(arch: int) -> list[str]:
     return [name for name, (dtype, _) in PRECISIONS.items() if arch != 86 or dtype.itemsize == 2]
 
 
-def jobs(archs: list[int], dtypes: list[str], *, every: bool) -> Iterator[tuple[int, str, bool, int]]:
-    """What to compile, as ``_job`` takes it."""
-    for arch in archs:
-        for precision in precisions(arch):
-            if precision in dtypes:
-                for index in range(len(launches(arch, precision, every=every))):
-                    yield arch, precision, every, index
-
-
 def summary(rows: list[Row]) -> dict[str, Any]:
     """The record: the worst of each kernel, architecture and dtype, digests of all rows, and those that docs show."""
     import triton
@@ -265,23 +233,19 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.arch, row.dtype), []).append(row)
-    worst = [
-        {
-            "kernel": kernel, "arch": arch, "dtype": dtype,
-            **{name: max(getattr(row, name) for row in same) for name in WORST},
-            "growth_rates": sorted({row.growth_rate for row in same}), "digests": [row.digest for row in same],
-        }
-        for (kernel, arch, dtype), same in groups.items()
-    ]  # fmt: skip
-    shown = [asdict(row) for row in rows if _is_shown(row)]
+    worst = []
+    for (kernel, arch, dtype), same in groups.items():
+        key = {"kernel": kernel, "arch": arch, "dtype": dtype}
+        most = {name: max(getattr(row, name) for row in same) for name in WORST}
+        growth_rates = sorted({row.growth_rate for row in same})
+        worst.append({**key, **most, "growth_rates": growth_rates, "digests": [row.digest for row in same]})
+    shown = []
+    for row in rows:  # the large 2D convolutions for Hopper in bfloat16
+        large = row.arch == 90 and row.dtype == "bf16" and row.shape.get("m", 0) > 10**5
+        if large and row.modelled_issue_us is not None and row.kernel.startswith("bn_relu_conv"):
+            shown.append(asdict(row))
     head = {"triton": triton.__version__, "sources": sources_digest(), "rows": len(rows)}
-    return {**head, "digest": _digest("".join(row.digest for row in rows))[:16], "shown": shown, "kernels": worst}
-
-
-def _is_shown(row: Row) -> bool:
-    """The large 2D convolutions for Hopper in bfloat16."""
-    large = row.arch == 90 and row.dtype == "bf16" and row.shape.get("m", 0) > 10**5
-    return large and row.modelled_issue_us is not None and row.kernel.startswith("bn_relu_conv")
+    return {**head, "digest": _digest("".join(row.digest for row in rows)), "shown": shown, "kernels": worst}
 
 
 def write_lines(path: Path, record: dict[str, Any]) -> None:
@@ -298,14 +262,12 @@ def show(rows: list[Row]) -> Table:
     """The rows as a table; red where a rule is broken."""
     headings = ("kernel", "tensor", "sm", "dtype", "k", "tile", "warps", "regs", "stack", "shared", "128-bit", "waves",
                 "floor H100", "issue")  # fmt: skip
-    table = console_table("compiled kernels; times are modelled, not measured", headings, words=2)
+    table = console_table("compiled kernels; times in us are modelled, not measured", headings, words=2)
     for row in rows:
-        config = row.config
-        tile = f"{config['block_m']} {config['block_c']} {config['block_k']}"
-        issue = "" if row.modelled_issue_us is None else f"{row.modelled_issue_us:.0f} us"
+        tile = " ".join(str(row.config[name]) for name in ("block_m", "block_c", "block_k"))
         cells = (row.kernel, f"{row.tensor_core} {row.tensor_core_instructions}", row.arch, row.dtype, row.growth_rate,
-                 tile, config["num_warps"], row.registers, row.stack_bytes, row.shared_bytes, row.vector128_loads,
-                 row.waves, f"{row.modelled_h100_floor_us:.0f} us", issue)  # fmt: skip
+                 tile, row.config["num_warps"], row.registers, row.stack_bytes, row.shared_bytes, row.vector128_loads,
+                 row.waves, round(row.modelled_h100_floor_us), round(row.modelled_issue_us or 0) or "")  # fmt: skip
         table.add_row(*map(str, cells), style="red" if defects(row) else None)
     return table
 
@@ -323,10 +285,16 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET=1 interprets kernels, this compiles them: unset it")
     console = Console(width=None if sys.stdout.isatty() else 160)
     archs = options.arch or sorted(SM_COUNT)
-    todo = list(jobs(archs, options.dtype, every=options.all))
+    todo = [
+        (arch, precision, options.all, index)
+        for arch in archs
+        for precision in precisions(arch)
+        if precision in options.dtype
+        for index in range(len(launches(arch, precision, every=options.all)))
+    ]
     rows: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(_job, todo):
+        for row in pool.map(_row, todo):
             rows.append(row)
             for defect in defects(row):
                 console.print(f"[red]{row.kernel} sm_{row.arch} {row.dtype} k = {row.growth_rate}: {defect}")

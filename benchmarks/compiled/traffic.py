@@ -18,10 +18,13 @@ pass of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
+
+from ..harness.providers import MODELS
 
 GRADIENT_BYTES = 4  # weight gradients leave a kernel in fp32
 
@@ -57,13 +60,10 @@ class Traffic(NamedTuple):
 
 
 def floor(kernel: str, shape: Shape, pixels: int | None = None) -> Traffic:
-    """The floor of one kernel.
+    """The floor of one kernel, a row of the table below.
 
-    Args:
-        kernel: a row of the table below. ``"backward of the only reader"`` writes the gradient of what it read, where
-            ``"backward"`` adds to it; ``"pooled backward"`` meets no lazy gradient.
-        shape: ``m`` counts what is written: a pooling kernel's windows, or images.
-        pixels: values per channel of the input, where windows of them are pooled.
+    ``"backward of the only reader"`` writes the gradient of what it read, where ``"backward"`` adds to it. ``m`` counts
+    what is written, a pooling kernel's windows or images; ``pixels`` what is read where that is more.
     """
     m, reads, writes, taps, itemsize = shape
     x, y, weight = (m if pixels is None else pixels) * reads, m * writes, taps * reads * writes
@@ -107,12 +107,10 @@ def primitive(operation: str, shape: Shape, *, bottleneck: bool = True, window: 
         shape = shape._replace(m=shape.m // window)
     elif operation in MEAN:  # one value an image and channel is left out
         shape = shape._replace(m=0)
-    parts = ("arg-max", kernel) if operation == MAX_POOL[1] else (kernel,)
-    return _sum(floor(part, shape, pixels) for part in parts)
-
-
-def _sum(parts: Iterable[Traffic]) -> Traffic:
-    return Traffic(*map(sum, zip(*parts, strict=True)))
+    found = floor(kernel, shape, pixels)
+    if operation == MAX_POOL[1]:
+        found = Traffic(*map(sum, zip(found, floor("arg-max", shape, pixels), strict=True)))
+    return found
 
 
 def floor_seconds(bytes_: float, flops: float, copy_rate: float, matmul_rate: float) -> float:
@@ -122,29 +120,19 @@ def floor_seconds(bytes_: float, flops: float, copy_rate: float, matmul_rate: fl
 
 @dataclass(frozen=True)
 class Network:
-    """What decides a DenseNet's shapes.
+    """What decides a DenseNet's shapes."""
 
-    Attributes:
-        growth_rate: ``k``.
-        layers: layers of each block.
-        init_features: channels that the stem hands on.
-        bn_size: ``B/k``; ``None`` for the basic layer without bottleneck.
-        stem_stride: by how much the stem divides height and width.
-    """
-
-    growth_rate: int
-    layers: tuple[int, ...]
-    init_features: int
-    bn_size: int | None = 4
-    stem_stride: int = 4
+    growth_rate: int  # k
+    layers: tuple[int, ...]  # of each block
+    init_features: int  # channels that the stem hands on
+    bn_size: int | None = 4  # B/k; None for the basic layer without bottleneck
+    stem_stride: int = 4  # by how much the stem divides height and width
 
 
 NETWORKS = {
-    "densenet121": Network(32, (6, 12, 24, 16), 64),
-    "densenet161": Network(48, (6, 12, 36, 24), 96),
-    "densenet169": Network(32, (6, 12, 32, 32), 64),
-    "densenet201": Network(32, (6, 12, 48, 32), 64),
-    "densenet264": Network(32, (6, 12, 64, 48), 64),
+    name: Network(spec.growth_rate, spec.block_config, spec.num_init_features)
+    for name, spec in MODELS.items()
+    if not spec.small_inputs
 }
 
 
@@ -179,25 +167,14 @@ def operations(network: Network, batch: int, size: int, itemsize: int) -> list[O
 
     Each backward stands beside its forward. For ``recompute="bottlenecks"`` every 1x1 forward runs twice.
     """
-    k = network.growth_rate
-    found: dict[tuple[str, int, Shape], int] = {}
-
-    def add(name: str, block: int, m: int, reads: int, writes: int, taps: int) -> None:
-        key = (name, block, Shape(m, reads, writes, taps, itemsize))
-        found[key] = found.get(key, 0) + 1
-
-    for number, (layers, block) in enumerate(zip(network.layers, blocks(network, batch, size), strict=True), 1):
-        m, entering, _ = block
-        add(COPY, number, m, entering, entering, 1)
-        for reads in range(entering, entering + layers * k, k):
-            if network.bn_size is None:
-                convolutions: Sequence[tuple[int, int, int]] = [(reads, k, 9)]
-            else:
-                bottleneck = network.bn_size * k
-                convolutions = [(reads, bottleneck, 1), (bottleneck, k, 9)]
-            for conv in convolutions:
-                for names in (FORWARD, BACKWARD):
-                    add(names[conv[2] > 1], number, m, *conv)
+    k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 0)
+    found: Counter[tuple[str, int, Shape]] = Counter()
+    for number, block in enumerate(blocks(network, batch, size), 1):
+        found[COPY, number, Shape(block.m, block.entering, block.entering, 1, itemsize)] += 1
+        for reads in range(block.entering, block.leaving, k):
+            convolutions = [(reads, wide, 1), (wide, k, 9)] if wide else [(reads, k, 9)]
+            for conv, names in product(convolutions, (FORWARD, BACKWARD)):
+                found[names[conv[2] > 1], number, Shape(block.m, *conv, itemsize)] += 1
     return [Operation(*key, times) for key, times in found.items()]
 
 
@@ -226,16 +203,10 @@ def around(network: Network, batch: int, size: int, itemsize: int) -> list[Opera
     return found
 
 
-def outside_blocks(network: Network, batch: int, size: int, itemsize: int) -> Traffic:
-    """All of :func:`around` together."""
-    return _sum(primitive(o.name, o.shape) for o in around(network, batch, size, itemsize))
-
-
 def _parts(network: Network, batch: int, size: int, itemsize: int) -> Iterator[tuple[int, Traffic]]:
     """How often, and what, for everything that a training step does."""
-    for name, _, shape, times in around(network, batch, size, itemsize):
-        yield times, primitive(name, shape)
-    for name, _, shape, times in operations(network, batch, size, itemsize):
+    every = around(network, batch, size, itemsize) + operations(network, batch, size, itemsize)
+    for name, _, shape, times in every:
         yield times, primitive(name, shape, bottleneck=network.bn_size is not None)
 
 

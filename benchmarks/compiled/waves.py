@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,12 +49,10 @@ class Fit:
 
 def filled(launch: Launch, sm_count: int) -> float:
     """Work over places times time, modelled: 1 where every place is busy until the end."""
-    a, places = launch.arguments, sm_count * launch.config.resident
-    work, longest = 0, 0
-    for tiles, columns, each, cost in _kinds(launch):
-        work += tiles * columns * cost
-        longest = max(longest, each * cost)
-    return work / (math.ceil(launch.programs / places) * places * longest) if a["m"] else 1.0
+    places, kinds = sm_count * launch.config.resident, list(_kinds(launch))
+    work = sum(tiles * columns * cost for tiles, columns, _, cost in kinds)
+    longest = max(each * cost for _, _, each, cost in kinds)
+    return work / (math.ceil(launch.programs / places) * places * longest)
 
 
 def _kinds(launch: Launch) -> Iterator[tuple[int, int, int, int]]:
@@ -74,37 +72,30 @@ def _kinds(launch: Launch) -> Iterator[tuple[int, int, int, int]]:
 
 def fits(arch: int, name: str, batch: int) -> list[Fit]:
     """Every launch of the layers of one network's blocks in bfloat16, layer by layer."""
-    network, found = traffic.NETWORKS[name], []
-    for layers, block in zip(network.layers, traffic.blocks(network, batch, SIZE), strict=True):
+    network, found, sm_count = traffic.NETWORKS[name], [], SM_COUNT[arch]
+    for block in traffic.blocks(network, batch, SIZE):
         side = math.isqrt(block.m // batch)
-        for layer in range(layers):
-            reads = block.entering + layer * network.growth_rate
+        for reads in range(block.entering, block.leaving, network.growth_rate):
             for launch in plan(Case(network.growth_rate, reads, batch, (side, side), torch.bfloat16), arch):
-                if not launch.kernel.__name__.startswith("bn_relu_conv"):
-                    continue
-                places = SM_COUNT[arch] * launch.config.resident
-                waves, share = (round(measure(launch, SM_COUNT[arch]), 2) for measure in (waves_of, filled))
-                kernel = name_of(launch).removesuffix(" lazy")
-                found.append(Fit(arch, name, batch, side, kernel, launch.programs, places, waves, share))
+                if launch.kernel.__name__.startswith("bn_relu_conv"):
+                    waves, share = (round(measure(launch, sm_count), 2) for measure in (waves_of, filled))
+                    of, places = (arch, name, batch, side), sm_count * launch.config.resident
+                    found.append(Fit(*of, name_of(launch).removesuffix(" lazy"), launch.programs, places, waves, share))
     return found
 
 
 def show(found: list[Fit]) -> Table:
     """A row for each kernel and block: that of the layer that fills the device least."""
     headings = ("network", "kernel", "sm", "batch", "map", "layers", "programs", "places", "waves", "filled")
-
-    def key(fit: Fit) -> tuple[Any, ...]:
-        return fit.arch, fit.network, fit.batch, fit.kernel, -fit.side
-
-    rows = []
-    for _, layers in groupby(sorted(found, key=key), key):
+    of_launch = attrgetter("arch", "network", "batch", "kernel")
+    table = console_table("each block's worst layer; counted and modelled, not measured", headings, words=2)
+    for key, layers in groupby(sorted(found, key=of_launch), lambda fit: (*of_launch(fit), fit.side)):
         same = list(layers)
-        row = min(same, key=lambda fit: fit.filled)
-        rows.append(
-            (row.network, row.kernel, row.arch, row.batch, f"{row.side} x {row.side}", len(same), row.programs,
-             row.places, f"{row.waves:.2f}", f"{row.filled:.0%}")
-        )  # fmt: skip
-    return console_table("each block's worst layer; counted and modelled, not measured", headings, rows, words=2)
+        row = min(same, key=attrgetter("filled"))
+        arch, network, batch, kernel, side = key
+        cells = (network, kernel, arch, batch, f"{side} x {side}", len(same), row.programs, row.places)
+        table.add_row(*map(str, cells), f"{row.waves:.2f}", f"{row.filled:.0%}")
+    return table
 
 
 def main() -> None:

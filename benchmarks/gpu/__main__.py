@@ -22,7 +22,7 @@ import torch
 
 from ..roofline import bars_of_record, plot
 from . import ahead, checks, kernels, machine, steps
-from .run import MINUTES, PICTURE, Run, Stage
+from .run import MINUTES, PICTURE, Run, Stage, brief
 from .summary import summary
 
 STAGES = (
@@ -59,11 +59,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="the second run: what takes minutes")
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", metavar="NAME", choices=names, help="only these, of both runs")
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="the same stages at tiny shapes on the CPU, in Triton's interpreter: they run, and measure nothing",
-    )
+    rehearse = "the same stages at tiny shapes on the CPU, in Triton's interpreter: they run, and measure nothing"
+    parser.add_argument("--rehearse", action="store_true", help=rehearse)
     options = parser.parse_args()
     say = partial(print, flush=True)
     if options.ahead is not None:
@@ -78,11 +75,11 @@ def main() -> None:
     report = None if options.cache is None else ahead.take(options.cache)
     run = Run(options.out, minutes=options.minutes, rehearsal=options.rehearse, say=say)
     complete = run.run(chosen(options.stages, again=options.again))
-    if groups := bars_of_record({"stages": run.stages}):
-        try:
+    try:
+        if groups := bars_of_record({"stages": run.stages}):
             plot(groups, run.out / PICTURE)
-        except Exception as error:  # whatever a picture needs, the results are there without it
-            say(f"no picture: {type(error).__name__}: {error}")
+    except Exception as error:  # whatever a picture needs, the results are there without it
+        say(f"no picture: {brief(error)}")
     say(summary(run.stages))
     if report is not None:
         say(report())
@@ -91,9 +88,8 @@ def main() -> None:
 
 def chosen(names: list[str] | None, *, again: bool) -> list[Stage]:
     """The stages of one of the two runs, or those that are named."""
-    if names is not None:
-        return [stage for stage in STAGES if stage.name in names]
-    return [stage for stage in STAGES if stage.runs in ("both", "again" if again else "first")]
+    runs = ("both", "again" if again else "first")
+    return [stage for stage in STAGES if (stage.runs in runs if names is None else stage.name in names)]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Compiles, without a GPU, every kernel that a run on one launches; and uses there what was compiled.
 
 Each piece of work goes through the code that runs there, at the sizes that run there, on a GPU that computes nothing:
-what is compiled depends on them.
-
-The archive holds machine code, its metadata, and the compiled launchers. Nothing in the names depends on where the
-cache, Triton or this project lies: they are hashes of the kernels' sources, of what they were compiled for, and of
-Triton itself. Only the lists of each kernel's files hold absolute paths, and are written again when unpacked.
+what is compiled depends on them. The archive holds machine code, its metadata, and the compiled launchers. Nothing in
+the names depends on where the cache, Triton or this project lies: they are hashes of what goes in. Only the lists of
+each kernel's files hold absolute paths, and are written again when unpacked.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ from ..compiled.traffic import NETWORKS
 from ..harness.training import arithmetic
 from . import checks, fake
 from .kernels import DTYPE, DTYPES, OPERATION, Change, tried
-from .machine import name_of
 from .primitives import Case, Primitive
 from .run import brief
 from .steps import COMPARISONS, CONVERTED, MODES, OURS, SIZE, Step, images, models
@@ -44,40 +41,31 @@ NEEDED = (".cubin", ".json", ".so")
 CPU = torch.device("cpu")
 TOGETHER = 8  # pieces of work that one process takes at a time: neighbours share kernels
 
-Work = Callable[[], None]  # something that launches kernels; a function of this module and its arguments
+
+Work = partial[None]  # launches kernels; of a function of this module
 
 
-def make(folder: Path, work: dict[str, Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
-    """Compiles what is launched, for an H100 that is not there, into ``triton-cache.tar.xz`` in ``folder``.
+def make(folder: Path, work: Sequence[Work], say: Callable[[str], None], processes: int | None = None) -> list[str]:
+    """Compiles what ``work`` launches, for an H100 that is not there, into ``triton-cache.tar.xz`` in ``folder``.
 
-    Args:
-        folder: created if need be.
-        work: what launches it, by what it is.
-        say: takes a line for each piece of work, and at the end one on what was made.
-        processes: that compile; as many as there are processors by default.
-
-    Returns:
-        What could not be compiled, and why.
-
-    Raises:
-        RuntimeError: there cannot be a fake GPU here, with the reason.
+    Returns what could not be compiled, and why; raises ``RuntimeError`` where there cannot be a fake GPU.
     """
     if (reason := fake.unsupported_reason()) is not None:
         raise RuntimeError(f"nothing can be compiled ahead here: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    failed = []
+    start, failed = time.perf_counter(), []
     with (
         tempfile.TemporaryDirectory(prefix="fastdense-ahead-", ignore_cleanup_errors=True) as cache,
         ProcessPoolExecutor(processes, get_context("spawn"), _begin, (cache,)) as pool,
     ):
-        found = pool.map(_failure, work.values(), chunksize=TOGETHER)
-        for label, error in zip(work, found, strict=True):
-            say(f"{label}: {error or 'compiled'}")
-            if error:
-                failed.append(f"{label}: {error}")
+        found = pool.map(_failure, work, chunksize=TOGETHER)
+        for one, error in zip(work, found, strict=True):
+            failed += [f"{one}: {error}"] * bool(error)
+            say(f"{one.func.__name__} {', '.join(map(str, one.args))[:80]}: {error or 'compiled'}")
         path = folder / ARCHIVE
-        pack(Path(cache), path)
+        with tarfile.open(path, "w:xz") as archive:  # of what another machine needs
+            for file in sorted(file for suffix in NEEDED for file in Path(cache).glob(f"*/*{suffix}")):
+                archive.add(file, file.relative_to(cache))
         count, size = len(kernels_in(Path(cache))), path.stat().st_size / 1e6
     say(f"{path}: {count} kernels, {size:.1f} MB, after {time.perf_counter() - start:.0f} s")
     return failed
@@ -104,22 +92,10 @@ def kernels_in(cache: Path) -> dict[str, str]:
     return {path.parent.name: path.stem for path in sorted(cache.glob("*/*.cubin"))}
 
 
-def pack(cache: Path, archive: Path) -> None:
-    """Writes what another machine needs of ``cache`` to ``archive``, a ``.tar.xz``."""
-    with tarfile.open(archive, "w:xz") as opened:
-        for path in sorted(cache.glob("*/*")):
-            if path.suffix in NEEDED:
-                opened.add(path, path.relative_to(cache))
-
-
 def take(folder: Path) -> Callable[[], str]:
     """Unpacks ``folder``'s archive and lets Triton use it, in this process and in those that it starts.
 
-    Returns:
-        A function that says what was there, and what any process has had to compile after all.
-
-    Raises:
-        FileNotFoundError: there is no archive.
+    Returns a function that says what was there, and what any process has had to compile after all.
     """
     cache = Path(tempfile.mkdtemp(prefix="fastdense-triton-")).resolve()
     with tarfile.open(folder / ARCHIVE) as opened:
@@ -131,48 +107,42 @@ def take(folder: Path) -> Callable[[], str]:
     had = kernels_in(cache)
 
     def report() -> str:
-        new = [name for entry, name in kernels_in(cache).items() if entry not in had]
-        counts = Counter("of torch.compile's" if name.startswith("triton_") else name for name in new)
-        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-        line = f"cache: {len(had)} kernels brought along, {len(new)} compiled after all"
-        return f"{line}: {listed}" if listed else line
+        names = (name for entry, name in kernels_in(cache).items() if entry not in had)
+        new = Counter("of torch.compile's" if name.startswith("triton_") else name for name in names)
+        listed = ", ".join(f"{count} {name}" for name, count in new.items())
+        return f"cache: {len(had)} kernels brought along, {new.total()} compiled after all" + f": {listed}" * bool(new)
 
     return report
 
 
-def everything() -> dict[str, Work]:
-    """Returns what a run on a GPU launches, by what it is."""
-    timed = [(name, batch, SIZE, DTYPE) for name, batch, *_ in COMPARISONS.values()]
+def everything() -> list[Work]:
+    """Returns what launches all that a run on a GPU does."""
+    timed = {(name, batch, SIZE, DTYPE): None for name, batch, *_ in COMPARISONS.values()}
     checked = [("densenet121", *checks.CHECKED, dtype) for dtype in (torch.float32, DTYPE)]
-    work: dict[str, Work] = {}
-    for (name, batch, size, dtype), provider in [*product(timed, OURS), *product(checked, (*OURS, CONVERTED))]:
-        label = f"{name} {provider}, {batch} x {size}^2, {name_of(dtype)}"
-        work[label] = partial(network_step, name, provider, batch, size, dtype)
+    networks = [*product(OURS, timed), *product((*OURS, CONVERTED), checked)]
     # Of float32 exact products, and in TF32 as PyTorch's convolutions are by default; of 16 bit there is one kind.
     kinds = [*((dtype, "tf32") for dtype in DTYPES), (torch.float32, "fp32")]
-    looks = product(kinds, MODES, (checks.SHAPE, checks.LARGER), {"plain": {}, **checks.SIMPLER}.items())
-    for (dtype, products), mode, shape, (form, simpler) in looks:
-        label = f"smoke {name_of(dtype)} {products} {mode} {shape[2]} {form}"
-        work[label] = partial(smoke_step, shape, dtype, products, mode, simpler)
-    work |= {f"self-test {name_of(dtype)}": partial(self_test, dtype) for dtype in DTYPES}
-    for case, changes in tried().items():
-        work[f"candidates for {case.operation}, {case.shape.m} rows"] = partial(launched, case, changes)
-    return work
+    looks = product(kinds, MODES, (checks.SHAPE, checks.LARGER), ({}, *checks.SIMPLER.values()))
+    return [
+        *(partial(network_step, provider, *settings) for provider, settings in networks),
+        *(partial(smoke_step, *kind, *settings) for kind, *settings in looks),
+        *(partial(self_test, dtype) for dtype in DTYPES),
+        *(partial(launched, case, changes) for case, changes in tried().items()),
+    ]
 
 
-def network_step(name: str, provider: str, batch: int, size: int, dtype: torch.dtype) -> None:
+def network_step(provider: str, name: str, batch: int, size: int, dtype: torch.dtype) -> None:
     """Launches a network's training step."""
     (model,) = models(NETWORKS[name], [provider], CPU).values()
     with arithmetic("fp32", CPU):
         Step(model, *images(batch, size, CPU), dtype).launch()
 
 
-def smoke_step(shape: tuple[int, ...], dtype: torch.dtype, products: str, mode: str, changes: checks.Changes) -> None:
+def smoke_step(dtype: torch.dtype, products: str, mode: str, shape: tuple[int, ...], changes: Change) -> None:
     """Launches what the stage ``smoke`` looks at."""
     fast = checks.pair(checks.BLOCK, "triton", mode).to(dtype)
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    with arithmetic(products, CPU), checks.changed(changes):
-        checks.step(fast, x, 0)
+    with arithmetic(products, CPU), checks.changed(**changes):
+        checks.step(fast, checks.features(shape, dtype, CPU), 0)
 
 
 def self_test(dtype: torch.dtype) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import math
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense.kernels import launch
-from fastdense.reference import ConcatDenseBlock, ConcatTransition
 
 from ..harness.runner import ROOT
 from ..harness.training import arithmetic
 from .machine import name_of, relative_error
 from .run import Job, brief
-from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, images, models, rehearsed, with_gradients
+from .steps import BASE, CONVERTED, DTYPE, MODES, OURS, Step, images, models, rehearsed
 
 # About one rounding of a result, beside twice PyTorch's own error: the tests' budget.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -36,21 +34,15 @@ MOST_FAILURES, REASON_CHARACTERS = 100, 400
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak"))
 PROCESSES = 12
 # What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
-Changes = Mapping[str, Mapping[str, Any]]  # of the launch table, by operation
-_ONE_STAGE: Changes = {op: {"num_stages": 1} for op in ("bn_relu_conv", "bn_relu_conv_backward")}
-SIMPLER: dict[str, Changes] = {
-    "taps": {"bn_relu_conv": {"form": "taps"}},
-    "one stage": _ONE_STAGE,
-    "taps, one stage": {**_ONE_STAGE, "bn_relu_conv": {"form": "taps", "num_stages": 1}},
-}
+SIMPLER: dict[str, dict[str, Any]] = {
+    "taps": {"form": "taps"}, "one stage": {"num_stages": 1}, "taps, one stage": {"form": "taps", "num_stages": 1}
+}  # fmt: skip
 
 
 @contextmanager
-def changed(changes: Changes) -> Iterator[None]:
-    """Within the ``with``, kernels are launched with these changes."""
-    with ExitStack() as stack:
-        for op, change in changes.items():
-            stack.enter_context(launch.override(op, **change))
+def changed(**changes: Any) -> Iterator[None]:
+    """Within the ``with``, convolutions are launched with these changes, forward and backward."""
+    with launch.override("bn_relu_conv", **changes), launch.override("bn_relu_conv_backward", **changes):
         yield
 
 
@@ -58,9 +50,6 @@ def smoke(job: Job) -> None:
     """Checks a block and a transition in every dtype and mode against float64, and reruns bit for bit.
 
     Where something is wrong, the same at once in forms with fewer parts, to say which part is at fault.
-
-    Raises:
-        RuntimeError: if a result is wrong. Which one, and by how much, is in ``job.result``.
     """
     wrong: list[str] = []
     for dtype in TOLERANCE:
@@ -68,24 +57,24 @@ def smoke(job: Job) -> None:
         for mode in MODES[dtype == torch.float16 :][:1] if job.rehearsal else MODES:
             label = f"{name_of(dtype)} {mode}"
             found = job.result[label] = _look(dtype, mode, job)
-            problems = [f"{name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
+            problems = [f"{label}: {name} is off by {found['errors'][name]['error']:.1e}" for name in found["wrong"]]
             if found["differing_reruns"]:
-                problems.append(f"{found['differing_reruns']} reruns differ")
+                problems.append(f"{label}: {found['differing_reruns']} reruns differ")
             if problems:
-                wrong += [f"{label}: {problem}" for problem in problems]
+                wrong += problems
                 found["simpler"] = {name: _look_again(changes, dtype, mode, job) for name, changes in SIMPLER.items()}
             job.save()
     if wrong:
         raise RuntimeError("the Triton kernels are wrong here: " + "; ".join(wrong))
 
 
-def _look_again(changes: Changes, dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
+def _look_again(changes: dict[str, Any], dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     try:
-        with changed(changes):
+        with changed(**changes):
             looked = _look(dtype, mode, job)
     except Exception as error:  # what does not even run says something, too
         return {"error": brief(error)}
-    return {"wrong": looked["wrong"], "differing_reruns": looked["differing_reruns"]}
+    return {name: looked[name] for name in ("wrong", "differing_reruns")}
 
 
 def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
@@ -94,9 +83,9 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
     A value within a rounding of 0 switches a ReLU, on any backend: hence several inputs, and for PyTorch's error the
     larger one of the reference's and the torch backend's.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
+    squares: defaultdict[str, Any] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     arguments, shape, seeds = (REHEARSED_BLOCK, REHEARSED_SHAPE, 1) if job.rehearsal else (BLOCK, SHAPE, 3)
-    fast: nn.Module = nn.Module()
+    *peers, fast = (pair(arguments, impl, mode) for impl in ("reference", "torch", "triton"))
     for seed in range(seeds):
         torch.manual_seed(seed)
         truth = pair(arguments).to(job.device, dtype)
@@ -105,21 +94,23 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
                 nn.init.uniform_(norm.bias, -0.5, 0.5)
         weights = truth.state_dict()  # rounded to the dtype: all start from the same values
-        *peers, fast = pair(arguments), *(pair(arguments, impl, mode) for impl in ("torch", "triton"))
         for one in (*peers, fast):
             one.to(job.device, dtype).load_state_dict(weights)
-        x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
+        x = features(shape, dtype, job.device)
         with arithmetic("fp32", job.device):
             want = step(truth.double(), x.double(), seed)
             theirs = [step(peer, x, seed) for peer in peers]
-            with _unwritten_memory_is_nan():
+            torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
+            try:
                 got = step(fast, x, seed)
+            finally:
+                torch.use_deterministic_algorithms(False)
         for name in want:
             mine, *others = (relative_error(one[name], want[name]) for one in (got, *theirs))
-            found.setdefault(name, []).append((mine, max(others)))
+            squares[name] += torch.tensor([mine, max(others)], dtype=torch.float64).square()
     errors = {}
-    for name, pairs in found.items():
-        mine, their = (math.hypot(*column) / math.sqrt(seeds) for column in zip(*pairs, strict=True))
+    for name, both in squares.items():
+        mine, their = (both / seeds).sqrt().tolist()
         errors[name] = {"error": mine, "allowed": 2 * their + TOLERANCE[dtype]}
     wrong = [name for name, row in errors.items() if not row["error"] <= row["allowed"]]
     return {"wrong": wrong, "differing_reruns": _differing(fast, dtype, job), "errors": errors}
@@ -127,21 +118,23 @@ def _look(dtype: torch.dtype, mode: str, job: Job) -> dict[str, Any]:
 
 def _differing(fast: nn.Module, dtype: torch.dtype, job: Job) -> int:
     """Of a few reruns, how many differ in a single bit."""
-    shape = REHEARSED_SHAPE if job.rehearsal else LARGER
-    x = torch.randn(shape, device=job.device).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = features(REHEARSED_SHAPE if job.rehearsal else LARGER, dtype, job.device)
     first, *others = (step(fast, x, 0) for _ in range(2 if job.rehearsal else 1 + RERUNS))
     names = [name for name in first if "running" not in name]  # what a step leaves behind differs, as it should
     return sum(not all(torch.equal(first[name], other[name]) for name in names) for other in others)
 
 
-def pair(arguments: tuple[int, int, int, int], impl: str | None = None, recompute: str = MODES[0]) -> nn.Module:
-    """Returns a block and the transition behind it: the reference ones, or with ``impl`` fastdense's."""
+def features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns random features, channels last."""
+    return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+
+
+def pair(arguments: tuple[int, int, int, int], impl: str = "reference", recompute: str = MODES[0]) -> nn.Module:
+    """Returns a block and the transition behind it."""
     layers, entering, _, growth_rate = arguments
     leaving = entering + layers * growth_rate
-    if impl is None:
-        return nn.Sequential(ConcatDenseBlock(*arguments), ConcatTransition(leaving, leaving // 2))
-    transition = fastdense.Transition(leaving, leaving // 2, impl=impl)
-    return nn.Sequential(fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute), transition)
+    block = fastdense.DenseBlock(*arguments, impl=impl, recompute=recompute)
+    return nn.Sequential(block, fastdense.Transition(leaving, leaving // 2, impl=impl))
 
 
 def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
@@ -150,22 +143,11 @@ def step(block: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
     block.zero_grad(set_to_none=True)
     output = block(x)
     generator = torch.Generator().manual_seed(seed)
-    output.backward(torch.randn(output.shape, generator=generator).to(output.device, output.dtype))
+    output.backward(torch.randn(output.shape, generator=generator).to(output))
     found = {"output": output.detach(), "x.grad": x.grad}
     found |= {f"{name}.grad": parameter.grad for name, parameter in block.named_parameters()}
     found |= {name: buffer.clone() for name, buffer in block.named_buffers() if buffer.is_floating_point()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-@contextmanager
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that cuBLAS is not repeatable: the memory is what this is about
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
+    return found
 
 
 def networks(job: Job) -> None:
@@ -175,22 +157,19 @@ def networks(job: Job) -> None:
     by as much as a percent in float32, and in bfloat16 torchvision itself is off by 70 %, where gradients of 0 would be
     off by 100. So float32 is what finds a wrong network, and bfloat16 must be about as good as torchvision's. The tight
     bounds are the kernels' own.
-
-    Raises:
-        RuntimeError: if one is not.
     """
     of, batch, size = rehearsed(job, "densenet121", *CHECKED)
-    found = models(of, [BASE, *OURS, CONVERTED], job.device, rehearsal=job.rehearsal)
-    x, _ = images(batch, size, job.device, seed=1)
+    found = models(of, [BASE, *OURS, CONVERTED], job.device)
+    given = images(batch, size, job.device, seed=1)
     base = found.pop(BASE)
-    truth = _outcome(base, x, torch.float64)
+    truth = _outcome(base, *given, torch.float64)
     job.result |= {label: {"checked": True} for label in found}
     for dtype in (torch.float32, DTYPE):
         with arithmetic("fp32", job.device):
-            theirs = relative_error(_outcome(base, x, dtype), truth)
+            theirs = relative_error(_outcome(base, *given, dtype), truth)
             allowed = 4 * theirs + 1e-2 if dtype == torch.float32 else 1.3 * theirs
             for label, model in found.items():
-                mine = relative_error(_outcome(model, x, dtype), truth)
+                mine = relative_error(_outcome(model, *given, dtype), truth)
                 job.result[label][name_of(dtype)] = {"error": mine, "torchvision": theirs}
                 job.result[label]["checked"] &= mine <= allowed
     job.save()
@@ -199,33 +178,22 @@ def networks(job: Job) -> None:
         raise RuntimeError(f"wrong: {', '.join(wrong)}")
 
 
-def _outcome(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Class scores and all gradients of one step of a copy, as one vector; a ``dtype`` of 16 bit means autocast."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = copy.deepcopy(model).to(exact)
-    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
-        scores = model(x.to(exact))
-    generator = torch.Generator().manual_seed(1)
-    scores.backward(torch.randn(scores.shape, generator=generator).to(scores))
-    return with_gradients(scores, model)
+def _outcome(model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Loss and all gradients of one step of a copy; a ``dtype`` of 16 bit means autocast."""
+    exact = torch.promote_types(dtype, torch.float32)
+    return Step(copy.deepcopy(model).to(exact), x.to(exact), classes, dtype).gradients()
 
 
 def gpu_tests(job: Job) -> None:
     """Runs the tests that need a GPU, then the kernels' own, compiled; in a rehearsal, a few that run anywhere.
 
     Compiling for every shape is most of the work, and each process does its own.
-
-    Raises:
-        RuntimeError: if one failed, or none was found.
     """
     options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.harness.checkout"]
     options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
-    if job.rehearsal:
-        options += ["tests/test_traffic.py", "-k", "hand"]
-    else:
-        options += TESTS
-        if importlib.util.find_spec("xdist") is not None:
-            options += ["--numprocesses", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
+    options += ["tests/test_traffic.py", "-k", "hand"] if job.rehearsal else TESTS
+    if not job.rehearsal and importlib.util.find_spec("xdist") is not None:
+        options += ["--numprocesses", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
     code = pytest.main(options, plugins=[_Recorder(job)])
     if code != pytest.ExitCode.OK:
         first = next(iter(job.result["failures"]), "none failed")
@@ -243,13 +211,13 @@ class _Recorder:
         self.session = session
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        result = self.job.result
         if report.when == "call" or not report.passed:
-            self.job.result[report.outcome] += 1
-        self.job.result["selected"] = self.session.testscollected
-        failures = self.job.result["failures"]
-        if report.failed and len(failures) < MOST_FAILURES:
+            result[report.outcome] += 1
+        result["selected"] = self.session.testscollected
+        if report.failed and len(result["failures"]) < MOST_FAILURES:
             crash = getattr(report.longrepr, "reprcrash", None)  # none where a worker crashed
             reason = crash.message if crash else report.longreprtext
-            failures[f"{report.nodeid} ({report.when})"] = reason[:REASON_CHARACTERS]
+            result["failures"][f"{report.nodeid} ({report.when})"] = reason[:REASON_CHARACTERS]
         if report.when == "teardown":
             self.job.save()

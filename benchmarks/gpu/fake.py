@@ -42,39 +42,29 @@ def install() -> None:
     """
     if (reason := unsupported_reason()) is not None:
         raise RuntimeError(f"no fake GPU here: {reason}")
-    _load_library()
+    folder = tempfile.mkdtemp(prefix="fastdense-fake-driver-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = f"{folder}/libcuda.so.1"
+    command = [str(COMPILER), "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", library, str(SOURCE)]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # whatever asks for the real one gets this
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a build of PyTorch with CUDA asks this driver, once, and wonders
         if torch.cuda.is_available():
             raise RuntimeError("no fake GPU here: a real one is in use already; install() before anything asks for it")
-    _install_driver()
-    _tell_fastdense()
-
-
-def _load_library() -> None:
-    """Builds the driver library and loads it in the place of the real one: whatever asks for that gets this."""
-    folder = tempfile.mkdtemp(prefix="fastdense-fake-driver-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    library = Path(folder) / "libcuda.so.1"
-    command = [str(COMPILER), "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE)]
-    subprocess.run(command, check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = folder
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def _install_driver() -> None:
-    """Activates Triton's own CUDA driver, told by us which device it is on: it would ask PyTorch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 
     driver = CudaDriver()
-    driver.get_current_target = lambda: GPUTarget("cuda", ARCH, 32)
+    driver.get_current_target = lambda: GPUTarget("cuda", ARCH, 32)  # it would ask PyTorch
     driver.get_device_capability = lambda device=0: divmod(ARCH, 10)
     driver.get_current_stream = lambda device: 0
     driver.get_current_device = lambda: 0
     driver.set_current_device = lambda device: None
     triton.runtime.driver.set_active(driver)
+    _tell_fastdense()
 
 
 def _tell_fastdense() -> None:
@@ -82,9 +72,8 @@ def _tell_fastdense() -> None:
     from fastdense.backends import select, triton_launcher
 
     def resolve(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-        if impl != "auto":
-            return impl
-        return "triton" if dtype is None or dtype in select.TRITON_DTYPES else "torch"
+        kernels = dtype is None or dtype in select.TRITON_DTYPES
+        return impl if impl != "auto" else "triton" if kernels else "torch"
 
     triton_launcher._architecture = lambda device: (ARCH, SM_COUNT)  # type: ignore[assignment]
     select.resolve = resolve

@@ -18,8 +18,11 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from glob import glob
 from itertools import product
+from operator import itemgetter
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -29,11 +32,11 @@ from fastdense.kernels import launch
 
 from ..compiled import traffic
 from ..harness.runner import ROOT, Timing
-from .machine import device_timing, measured_rates, state, synchronize
-from .primitives import Case, Primitive, errors, expected, passes
+from .machine import device_timing, measured_rates, synchronize
+from .primitives import METHOD, Case, Primitive, errors, expected, passes
 from .run import ERROR_CHARACTERS, Job, Skip, brief
 
-BATCH = 64
+BATCH, SIZE = 64, 224
 DTYPE = torch.bfloat16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SECONDS_A_ROW = 3.0  # the most that one row takes: its kernel may have to be compiled
@@ -41,91 +44,80 @@ CACHE_BYTES = 60 << 20  # more than the largest cache: what a replay reads has l
 GRAPH_MS = 5  # that the launches of one graph take together
 
 Change = dict[str, Any]
-REHEARSED: dict[Case, tuple[Change, ...]] = {
-    Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32): ({}, {"num_warps": 8}, {})
-}
+REHEARSED = {Case("forward 1x1", traffic.Shape(128, 16, 32, 1, 2), 2, 32): [{}, {"num_warps": 8}, {}]}
 
 
-def _tile(block_m: int, block_c: int, block_k: int, num_warps: int, num_stages: int, **more: Any) -> Change:
-    tile = {"block_m": block_m, "block_c": block_c, "block_k": block_k}
-    return {**tile, "num_warps": num_warps, "num_stages": num_stages, **more}
+_OPTIONS = {"w": "num_warps", "s": "num_stages", "g": "group"}
+
+
+def _tiles(listed: str, **more: Any) -> list[Change]:
+    """Of ``"64x32x128 w4 s3, ..."``: rows of a tile, channels, products; then warps, stages, group."""
+    found = []
+    for tile, *options in map(str.split, listed.split(", ")):
+        change: Change = dict(zip(("block_m", "block_c", "block_k"), map(int, tile.split("x")), strict=True))
+        found.append(change | {_OPTIONS[option[0]]: int(option[1:]) for option in options} | more)
+    return found
+
+
+def _grid(**values: tuple[int, ...]) -> list[Change]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 _OUT: Change = {"resolved": True}  # the lazy gradient written out first
 # Of each operation: what is tried beside the table's own choice.
-CHANGES: dict[str, tuple[Change, ...]] = {
-    "forward 1x1": (
-        _tile(64, 64, 64, 4, 3), _tile(64, 64, 64, 4, 4), _tile(64, 32, 64, 4, 3), _tile(64, 64, 128, 4, 4),
-        _tile(32, 64, 128, 4, 3), _tile(64, 32, 128, 4, 4), _tile(64, 128, 64, 4, 3), _tile(128, 64, 64, 8, 3),
-    ),
-    "forward 3x3": (
-        _tile(64, 128, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(128, 64, 32, 4, 3), _tile(32, 64, 32, 4, 3),
-        _tile(64, 64, 32, 4, 4), _tile(32, 128, 32, 4, 3), _tile(64, 64, 16, 4, 3), {"form": "scratch"},
-    ),
-    "backward 1x1": (
-        _OUT, _tile(64, 64, 128, 8, 3, **_OUT), _tile(64, 64, 128, 4, 3, **_OUT), _tile(64, 64, 128, 4, 2, **_OUT),
-        _tile(128, 64, 128, 8, 2, **_OUT), _tile(64, 32, 128, 4, 3, **_OUT), _tile(32, 64, 128, 4, 3, **_OUT),
-        _tile(64, 64, 128, 8, 4),
-    ),
-    "backward 3x3": (
-        _OUT, _tile(64, 64, 32, 4, 3, **_OUT), _tile(32, 64, 32, 4, 3, **_OUT), _tile(128, 64, 32, 8, 3, **_OUT),
-        _tile(64, 128, 32, 8, 3, **_OUT), {"weight_block_c": 64, **_OUT}, {"weight_block_m": 32, **_OUT},
-        {"weight_block_m": 128, **_OUT},
-    ),
-    traffic.MOMENTS: (
-        *({"programs_per_sm": n, "block_m": m} for n in (2, 8) for m in (32, 64)),
-        *({"programs_per_sm": n, "block_m": 128, "num_warps": 8} for n in (2, 4)),
-    ),
-    traffic.MAX_POOL[0]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4, 8) for m in (16, 32)),
-    traffic.MAX_POOL[1]: tuple({"programs_per_sm": n, "block_m": m} for n in (2, 4) for m in (16, 32)),
-    traffic.TRANSITION[0]: (
-        _tile(64, 32, 128, 8, 2), _tile(64, 64, 128, 8, 2), _tile(32, 64, 128, 4, 2), _tile(32, 64, 64, 4, 2),
-        _tile(32, 32, 64, 4, 2), _tile(16, 64, 128, 4, 1),
-    ),
-    traffic.TRANSITION[1]: (
-        _tile(32, 32, 64, 4, 2, group=4), _tile(64, 32, 64, 8, 1, group=4), _tile(32, 64, 64, 8, 1, group=2),
-        _tile(32, 32, 64, 8, 1, group=4),
-    ),
+CHANGES: dict[str, list[Change]] = {
+    "forward 1x1": _tiles("64x64x64 w4 s3, 64x64x64 w4 s4, 64x32x64 w4 s3, 64x64x128 w4 s4, 32x64x128 w4 s3, "
+                          "64x32x128 w4 s4, 64x128x64 w4 s3, 128x64x64 w8 s3"),
+    "forward 3x3": [*_tiles("64x128x32 w4 s2, 128x64x32 w8 s3, 128x64x32 w4 s3, 32x64x32 w4 s3, 64x64x32 w4 s4, "
+                            "32x128x32 w4 s3, 64x64x16 w4 s3"), {"form": "scratch"}],
+    "backward 1x1": [_OUT, *_tiles("64x64x128 w8 s3, 64x64x128 w4 s3, 64x64x128 w4 s2, 128x64x128 w8 s2, "
+                                   "64x32x128 w4 s3, 32x64x128 w4 s3", **_OUT), *_tiles("64x64x128 w8 s4")],
+    "backward 3x3": [_OUT, *_tiles("64x64x32 w4 s3, 32x64x32 w4 s3, 128x64x32 w8 s3, 64x128x32 w8 s3", **_OUT),
+                     *({**size, **_OUT} for size in _grid(weight_block_c=(64,)) + _grid(weight_block_m=(32, 128)))],
+    traffic.MOMENTS: _grid(programs_per_sm=(2, 8), block_m=(32, 64))
+                     + _grid(programs_per_sm=(2, 4), block_m=(128,), num_warps=(8,)),
+    traffic.MAX_POOL[0]: _grid(programs_per_sm=(2, 4, 8), block_m=(16, 32)),
+    traffic.MAX_POOL[1]: _grid(programs_per_sm=(2, 4), block_m=(16, 32)),
+    traffic.TRANSITION[0]: _tiles("64x32x128 w8 s2, 64x64x128 w8 s2, 32x64x128 w4 s2, 32x64x64 w4 s2, "
+                                  "32x32x64 w4 s2, 16x64x128 w4 s1"),
+    traffic.TRANSITION[1]: _tiles("32x32x64 w4 s2 g4, 64x32x64 w8 s1 g4, 32x64x64 w8 s1 g2, 32x32x64 w8 s1 g4"),
 }  # fmt: skip
-OPERATION = {  # of the launch table
-    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
-    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
-    **dict(zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)),
-}
+OPERATION = METHOD | dict(  # of the launch table
+    zip((traffic.MOMENTS, *traffic.MAX_POOL), ("copy", "max_pool", "pool_backward"), strict=True)
+)
 
 
-def cases(batch: int = BATCH, size: int = 224) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """Yields each main kernel in the middle layer of each block of DenseNet-121, then those round the blocks."""
     network = traffic.NETWORKS["densenet121"]
     k, wide = network.growth_rate, network.growth_rate * (network.bn_size or 1)
-    for layers, block in zip(network.layers, traffic.blocks(network, batch, size), strict=True):
+    for layers, block in zip(network.layers, traffic.blocks(network, BATCH, SIZE), strict=True):
         reads = block.entering + layers // 2 * k
         for name in (*traffic.FORWARD, *traffic.BACKWARD):
             shape = (reads, wide, 1) if name.endswith("1x1") else (wide, k, 9)
-            yield Case(name, traffic.Shape(block.m, *shape, DTYPE.itemsize), batch, block.leaving)
-    for name, _, around, _ in traffic.around(network, batch, size, DTYPE.itemsize):
+            yield Case(name, traffic.Shape(block.m, *shape, DTYPE.itemsize), BATCH, block.leaving)
+    for name, _, around, _ in traffic.around(network, BATCH, SIZE, DTYPE.itemsize):
         if name in CHANGES:
-            yield Case(name, around, batch, around.reads)
+            yield Case(name, around, BATCH, around.reads)
 
 
-def tried() -> dict[Case, tuple[Change, ...]]:
+def tried() -> dict[Case, list[Change]]:
     """Returns the changes that are tried in each case.
 
     The table's own choice comes first and last: a difference smaller than between those two is noise.
     """
-    return {case: ({}, *CHANGES[case.operation], {}) for case in cases()}
+    return {case: [{}, *CHANGES[case.operation], {}] for case in cases()}
 
 
 def candidates(job: Job) -> None:
     """Checks, then times everything; ``rows`` is complete up to where the time ran out."""
-    job.result |= {"before": state(job.device), "rows": [], "not_reached": 0}
+    job.result["rows"] = []
     rates = measured_rates(job)
     for case, changes in (REHEARSED if job.rehearsal else tried()).items():
         bound = None
         for change in changes:
             if job.seconds_left() < SECONDS_A_ROW:
-                job.result["not_reached"] += 1
-                continue
+                return
             bound = bound or _bound(case, job)
             row = {"operation": case.operation, **case.shape._asdict(), "change": change}
             try:
@@ -138,7 +130,6 @@ def candidates(job: Job) -> None:
                 row["floor_seconds"] = traffic.floor_seconds(*case.floor, *rates)
             job.result["rows"].append(row)
             job.save()
-    job.result["after"] = state(job.device)
 
 
 def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:
@@ -152,25 +143,19 @@ def _bound(case: Case, job: Job) -> tuple[list[Primitive], dict[str, Tensor]]:
 def _row(sets: list[Primitive], want: dict[str, Tensor], job: Job) -> dict[str, Any]:
     """Errors of a run on the first set; if they are small enough, the time of a launch."""
     found = errors(sets[0], want)
-    checked = passes(found, sets[0].dtype)
-    row: dict[str, Any] = {"checked": checked, "worst": max(found.items(), key=lambda pair: pair[1])}
-    if checked:
-        row["timing"] = _graph_timing(sets, job.device)
+    row: dict[str, Any] = {"checked": passes(found, sets[0].dtype), "worst": max(found.items(), key=itemgetter(1))}
+    if row["checked"] and job.rehearsal:
+        row["timing"] = device_timing(sets[0], job.device)
+    elif row["checked"]:  # from replays of a graph of many launches: the host takes no part
+        from triton.testing import do_bench_cudagraph  # needs a GPU's driver
+
+        def all_in_turn() -> None:
+            for one in sets:
+                one()
+
+        times = do_bench_cudagraph(all_in_turn, rep=GRAPH_MS, return_mode="all")
+        row["timing"] = Timing.of([ms / 1e3 / len(sets) for ms in times])
     return row
-
-
-def _graph_timing(sets: list[Primitive], device: torch.device) -> Timing:
-    """Seconds of one call, from replays of a graph of many: the host takes no part."""
-    if device.type != "cuda":
-        return device_timing(sets[0], device)
-    from triton.testing import do_bench_cudagraph  # needs a GPU's driver
-
-    def all_in_turn() -> None:
-        for primitive in sets:
-            primitive()
-
-    times = do_bench_cudagraph(all_in_turn, rep=GRAPH_MS, return_mode="all")
-    return Timing.of([ms / 1e3 / len(sets) for ms in times])
 
 
 _STALLS = ("barrier", "long_scoreboard", "short_scoreboard", "math_pipe_throttle", "mio_throttle", "lg_throttle",
@@ -196,18 +181,16 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) ha
 def counted() -> list[Case]:
     """Returns the cases whose kernels are counted: the middle layers of the first block and of the third."""
     listed = list(cases())
-    return [*listed[:4], *listed[8:12]]
+    return listed[:4] + listed[8:12]
 
 
 def sanitized() -> Iterator[Case]:
     """Yields every primitive at 2 images of 7 x 7 (a transition's of 14 x 14), with channels that fill no tile."""
-    m, k, bottleneck, entering = 2 * 7 * 7, 12, 40, 20
-    widths = {"1x1": (entering, bottleneck, 1), "3x3": (bottleneck, k, 9)}
     for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND):
-        reads, writes, taps = widths.get(operation[-3:], (entering, entering, 1))
+        widths = {"1x1": (20, 40, 1), "3x3": (40, 12, 9)}.get(operation[-3:], (20, 20, 1))
         if operation in traffic.TRANSITION:
-            writes = k
-        yield Case(operation, traffic.Shape(m, reads, writes, taps, 2), 2, entering + 2 * k)
+            widths = 20, 12, 1
+        yield Case(operation, traffic.Shape(2 * 7 * 7, *widths, 2), 2, 44)
 
 
 def counters(job: Job) -> None:
@@ -215,8 +198,7 @@ def counters(job: Job) -> None:
     if job.rehearsal:
         raise Skip("nothing is counted in a rehearsal")
     options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:bn_relu_conv", "--print-units", "base"]
-    options += ["--metrics", ",".join(METRICS)]
-    status, said = _under("ncu", options, "counters", job.seconds_left() - 2)
+    status, said = _under("ncu", [*options, "--metrics", ",".join(METRICS)], "counters", job.seconds_left() - 2)
     job.result["rows"] = list(rows(said))
     if not job.result["rows"]:
         raise RuntimeError(f"ncu counted nothing, exit status {status}: {said[-ERROR_CHARACTERS:]}")
@@ -224,31 +206,24 @@ def counters(job: Job) -> None:
 
 def rows(printed: str) -> Iterator[dict[str, Any]]:
     """Yields the launches of what ncu printed as CSV, beside the cases that they belong to."""
-    start = printed.find('"ID"')
     found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for line in csv.DictReader(io.StringIO(printed[start:] if start >= 0 else "")):
+    for line in csv.DictReader(io.StringIO("".join(printed.partition('"ID"')[1:]))):
         if line.get("Metric Name") in METRICS:
-            found[line["ID"]]["kernel"] = line["Kernel Name"]
-            value = (line["Metric Value"] or "nan").replace(",", "")
-            found[line["ID"]][METRICS[line["Metric Name"]]] = float(value)
+            value = float((line["Metric Value"] or "nan").replace(",", ""))
+            found[line["ID"]] |= {"kernel": line["Kernel Name"], METRICS[line["Metric Name"]]: value}
     for case, row in zip(counted(), found.values(), strict=False):
         yield {"operation": case.operation, **case.shape._asdict(), **row}
 
 
 def sanitizer(job: Job) -> None:
-    """Looks for accesses out of bounds, and for races in shared memory: each with half of the time.
-
-    Raises:
-        RuntimeError: if one of the tools found something, or did not finish.
-    """
+    """Looks for accesses out of bounds, and for races in shared memory: each with half of the time."""
     if job.rehearsal:
         run_once(sanitized(), [torch.float16], job.device)
         job.result["primitives"] = len(list(sanitized()))
         return
     wrong = []
-    for number, name in enumerate(SANITIZERS):
-        seconds = (job.seconds_left() - 3) / (len(SANITIZERS) - number)
-        status, said = _under("compute-sanitizer", ["--tool", name], "sanitizer", seconds)
+    for left, name in zip((2, 1), SANITIZERS, strict=True):
+        status, said = _under("compute-sanitizer", ["--tool", name], "sanitizer", (job.seconds_left() - 3) / left)
         summaries = [] if status is None else SUMMARY.findall(said)
         found = int("".join(summaries[-1])) if summaries else None
         job.result[name] = {"exit": status, "found": found, "ran": said.count("ran "), "said": said[-ERROR_CHARACTERS:]}
@@ -281,16 +256,16 @@ def _under(tool: str, options: list[str], what: str, seconds: float) -> tuple[in
     command = [found, *options, sys.executable, "-m", "benchmarks.gpu.kernels", what]
     # Under the sanitizer every tensor has bounds of its own.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if what == "sanitizer" else {})
-    to: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": max(seconds, 1.0)}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, **to)
-    except subprocess.TimeoutExpired as late:
-        return None, (late.stdout or b"").decode(errors="replace")
-    return done.returncode, done.stdout.decode(errors="replace")
+    run = partial(subprocess.call, command, cwd=ROOT, env=environment, timeout=max(seconds, 1.0))
+    with TemporaryFile("w+", errors="replace") as output:
+        try:
+            status = run(stdout=output, stderr=output)
+        except subprocess.TimeoutExpired:
+            status = None
+        output.seek(0)
+        return status, output.read()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["sanitizer"]:
-        run_once(sanitized(), DTYPES, torch.device("cuda"))
-    else:
-        run_once(counted(), [DTYPE], torch.device("cuda"))
+    chosen, dtypes = (sanitized(), DTYPES) if sys.argv[1:] == ["sanitizer"] else (counted(), (DTYPE,))
+    run_once(chosen, dtypes, torch.device("cuda"))

@@ -17,12 +17,7 @@ from ..harness.runner import Timing, query_gpu
 from ..harness.training import arithmetic
 from .run import Job
 
-FIELDS = (
-    "name", "driver_version", "pcie.link.gen.current", "memory.total", "power.limit", "persistence_mode",
-    "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory",
-)  # fmt: skip
-STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-SLOWED_BY = "clocks_event_reasons.active"  # older drivers do not know it, and a query with an unknown field fails
+FIELDS = ("power.limit", "clocks.max.sm", "clocks.max.mem", "clocks.current.sm", "clocks.current.memory")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "FASTDENSE_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 COPY_BYTES = 1 << 31  # half of them read and half written: twenty times the largest cache there is
@@ -31,34 +26,26 @@ MATMUL_SIZE = 8192
 
 def describe(job: Job) -> None:
     """Records the environment: device, versions, clocks, variables."""
-    job.result |= {"fastdense": environment(), "variables": {name: os.environ.get(name) for name in VARIABLES}}
-    job.result |= {"cpus": len(os.sched_getaffinity(0)), "torch": torch.__config__.show()}
-    if not job.rehearsal:
-        job.result["gpu"] = query_gpu(*FIELDS)
-
-
-def state(device: torch.device) -> dict[str, str]:
-    """Returns clocks, temperature and power as they are; read, never set. A slow card shows here."""
-    return query_gpu(*STATE) | query_gpu(SLOWED_BY) if device.type == "cuda" else {}
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    job.result |= {"fastdense": environment(), "variables": variables, "cpus": len(os.sched_getaffinity(0))}
+    job.result |= {"torch": torch.__config__.show(), "gpu": {} if job.rehearsal else query_gpu(*FIELDS)}
 
 
 def rates(job: Job) -> None:
     """Measures bytes a second of a copy (read and written), operations a second of a matrix product, on random data."""
     moved, size = (1 << 21, 32) if job.rehearsal else (COPY_BYTES, MATMUL_SIZE)
-    job.result["before"] = state(job.device)
-    values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
-    job.result["copy"] = _rate(partial(torch.empty_like(values).copy_, values), moved, job.device, bytes=moved)
-    for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
+
+    def measure(name: str, function: Callable[[], Any], amount: int, **of: int) -> None:
+        timing = device_timing(function, job.device)
+        job.result[name] = {"per_second": amount / timing.median, **of, "timing": timing}
         job.save()
-        a, b, out = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(3))
+
+    values = torch.randn(moved // 4, device=job.device).to(torch.bfloat16)
+    measure("copy", partial(torch.empty_like(values).copy_, values), moved, bytes=moved)
+    for label, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
+        a, b, out = torch.randn(3, size, size, device=job.device).to(dtype)
         with arithmetic("tf32", job.device):
-            job.result[label] = _rate(partial(torch.mm, a, b, out=out), 2 * size**3, job.device, size=size)
-    job.result["after"] = state(job.device)
-
-
-def _rate(function: Callable[[], Any], amount: int, device: torch.device, **of: int) -> dict[str, Any]:
-    timing = device_timing(function, device)
-    return {"per_second": amount / timing.median, **of, "timing": timing}
+            measure(label, partial(torch.mm, a, b, out=out), 2 * size**3, size=size)
 
 
 def measured_rates(job: Job) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,13 @@ from .machine import relative_error
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CONV_3X3 = (traffic.FORWARD[1], traffic.BACKWARD[1])
 ACCUMULATING = traffic.BACKWARD[0]  # adds to the gradient of what it read
-POOLED_BACKWARD = (traffic.MAX_POOL[1], traffic.MEAN[1])
+METHOD = {  # of the backend, behind each operation
+    traffic.COPY: "copy_with_moments", traffic.MOMENTS: "moments", traffic.RESOLVE: "resolve",
+    **dict.fromkeys((*traffic.FORWARD, traffic.TRANSITION[0]), "bn_relu_conv"),
+    **dict.fromkeys((*traffic.BACKWARD, traffic.TRANSITION[1]), "bn_relu_conv_backward"),
+    **dict.fromkeys((traffic.MAX_POOL[0], traffic.MEAN[0]), "bn_relu_pool"),
+    **dict.fromkeys((traffic.MAX_POOL[1], traffic.MEAN[1]), "bn_relu_pool_backward"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Case:
 
     @property
     def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Spatial sizes of what is read and of what is written."""
-        if self.operation in traffic.TRANSITION:  # whose shape is its convolution's
+        """Spatial sizes of what is read and of what is written; a transition's shape is its convolution's."""
+        if self.operation in traffic.TRANSITION:
             return tuple(2 * size for size in self.spatial), self.spatial
         return self.spatial, self.spatial if self.pool is None else self.pool.sizes(self.spatial)
 
@@ -83,18 +90,13 @@ def _with_moments(rows: Tensor) -> Features:
 class Primitive:
     """A primitive bound to random values of ordinary size, the same ones each time; calling it runs it.
 
-    Args:
-        case: which primitive.
-        dtype: that its values are rounded to.
-        device: where they lie.
-        impl: the backend's name.
-        exact: whether the rounded values are held, and computed with, in float32.
+    Its values are rounded to ``dtype``; ``exact`` holds them, and computes with them, in float32.
     """
 
     def __init__(
         self, case: Case, dtype: torch.dtype, device: torch.device, impl: str = "triton", *, exact: bool = False
     ) -> None:
-        self.case, self.dtype = case, dtype
+        self.case, self.dtype, self.method = case, dtype, METHOD[case.operation]
         operation, (_, reads, writes, taps, _) = case.operation, case.shape
         m_in, m_out = (case.batch * math.prod(size) for size in case.sizes)
         in_3x3, wide_y = operation in CONV_3X3, operation in (*CONV_3X3, traffic.COPY, traffic.RESOLVE)
@@ -153,36 +155,38 @@ class Primitive:
             self.into.D.copy_(self._start)
 
     def __call__(self) -> None:
-        operation, be, source, conv, pool = self.case.operation, self.be, self.source, self.conv, self.case.pool
-        if operation == traffic.COPY:
-            be.copy_with_moments(self.images, self.output)
-        elif operation == traffic.MOMENTS:
-            be.moments(source)
-        elif operation == traffic.RESOLVE:
-            be.resolve(self.grad, source, out=self.written)
-        elif operation in (*traffic.FORWARD, traffic.TRANSITION[0]):
-            be.bn_relu_conv(source, conv, self.output)
-        elif operation in (*traffic.BACKWARD, traffic.TRANSITION[1]):
-            self.gradients = be.bn_relu_conv_backward(
-                self.grad, self.output, conv, source, self.into, accumulate=operation == ACCUMULATING
-            )
+        source, conv, output = self.source, self.conv, self.output
+        be: Any = self.be
+        calls = {
+            "copy_with_moments": lambda: be.copy_with_moments(self.images, output),
+            "moments": lambda: be.moments(source),
+            "resolve": lambda: be.resolve(self.grad, source, out=self.written),
+            "bn_relu_conv": lambda: be.bn_relu_conv(source, conv, output),
+            "bn_relu_conv_backward": lambda: be.bn_relu_conv_backward(
+                self.grad, output, conv, source, self.into, accumulate=self._start is not None
+            ),
+            "bn_relu_pool": lambda: be.bn_relu_pool(source, conv.norm, conv.pool, output),
+            "bn_relu_pool_backward": lambda: be.bn_relu_pool_backward(
+                self.grad.D, conv.norm, conv.pool, source, self.into
+            ),
+        }
+        found = calls[self.method]()
+        if self.method.endswith("backward"):
+            self.gradients = found
             be.finish()
-        elif pool is not None and operation in POOLED_BACKWARD:
-            self.gradients = be.bn_relu_pool_backward(self.grad.D, conv.norm, pool, source, self.into)
-        elif pool is not None:
-            be.bn_relu_pool(source, conv.norm, pool, self.output)
 
     def results(self) -> dict[str, Tensor]:
         """Returns everything that the primitive writes, by name."""
-        found: dict[str, Tensor | None] = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=False))
-        if self.case.operation in (*traffic.BACKWARD, traffic.TRANSITION[1], *POOLED_BACKWARD):
-            found |= {"D": self.into.D, "a": self.into.a, "b": self.into.b}
-        elif self.case.operation == traffic.MOMENTS:
-            found = {"mean": self.source.mean, "var": self.source.var}
-        elif self.case.operation == traffic.RESOLVE:
-            found = {"gradient": self.written}
-        else:
-            found = {"rows": self.output.rows, "mean": self.output.mean, "var": self.output.var}
+        found = dict(zip(("dgamma", "dbeta", "dweight"), self.gradients, strict=False))
+        of: Features | LazyGradient = self.output
+        names: tuple[str, ...] = ("rows", "mean", "var")
+        if self.method == "resolve":
+            return {"gradient": self.written}
+        if self.method.endswith("backward"):
+            of, names = self.into, ("D", "a", "b")
+        elif self.method == "moments":
+            of, names = self.source, names[1:]
+        found |= {name: getattr(of, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..harness.runner import ROOT, SCHEMA, environment, plain, write_record
+from ..harness.runner import ROOT, SCHEMA, environment, plain, query_gpu, write_record
 
 RECORD, LOG, PICTURE = "gpu.json", "gpu.log", "kernels.png"
 MINUTES = 5.0
@@ -31,6 +31,7 @@ LEAST_SECONDS = 2.0  # with less a stage is not started
 START_SECONDS = 60.0  # until a worker begins its first stage: importing PyTorch over a slow disk takes long
 REHEARSAL_PATIENCE = 10.0  # times as long: a rehearsal is about what runs, on however busy a machine
 ERROR_CHARACTERS = 3000  # of a traceback: its end says what went wrong
+STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")  # of the GPU after each stage
 HEADING = "====="  # before the name of each stage in the log
 
 Entry = dict[str, Any]
@@ -83,9 +84,8 @@ class Skip(Exception):
 
 def describe(error: BaseException) -> dict[str, str]:
     """Returns status and message of a failure; running out of memory is a result of its own."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    text = "".join(traceback.format_exception(error))
-    return {"status": "out of memory" if out_of_memory else "failed", "error": text[-ERROR_CHARACTERS:]}
+    status = "out of memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "failed"
+    return {"status": status, "error": "".join(traceback.format_exception(error))[-ERROR_CHARACTERS:]}
 
 
 def brief(error: BaseException) -> str:
@@ -182,14 +182,7 @@ class _Worker:
 
 
 class Run:
-    """One run into one folder.
-
-    Args:
-        out: for ``gpu.json`` and ``gpu.log``; what an earlier run left there is overwritten.
-        minutes: the longest that all stages together may take.
-        rehearsal: on the CPU, in Triton's interpreter.
-        say: takes a line about each stage as it ends.
-    """
+    """One run into one folder: ``gpu.json`` and ``gpu.log`` there are overwritten, ``say`` takes a line a stage."""
 
     def __init__(self, out: Path, *, minutes: float, rehearsal: bool, say: Callable[[str], None]) -> None:
         self.out, self.minutes, self.rehearsal, self.say = out, minutes, rehearsal, say
@@ -243,7 +236,8 @@ class Run:
         self._background.clear()
 
     def _enter(self, name: str, entry: Entry) -> None:
-        self.stages[name] = {**entry, "environment": self.environment}
+        gpu = {} if self.rehearsal else {"gpu": query_gpu(*STATE)}  # a card that has slowed down shows here
+        self.stages[name] = {**entry, "environment": self.environment, **gpu}
         self._save()
         status = ": ".join(filter(None, (entry["status"], last_line(entry))))
         self.say(f"{name}: {status} ({entry['seconds']:.0f} s)")

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -28,10 +29,10 @@ from fastdense.memory import peak_bytes
 from .. import depth
 from ..compiled import launches
 from ..compiled.report import traffic_of
-from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds, network_traffic
+from ..compiled.traffic import NETWORKS, Network, floor_seconds, network_floor_seconds
 from ..harness.providers import torchvision_densenet
 from ..harness.runner import Timing, interleave
-from .machine import measured_rates, name_of, relative_error, state, synchronize
+from .machine import measured_rates, name_of, relative_error, synchronize
 from .run import Job, describe, release
 
 DTYPE = torch.bfloat16
@@ -46,12 +47,9 @@ PLAIN = (BASE, EFFICIENT, *OURS)
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 SAME = 1e-3  # relative 2-norm of a graph's gradients against the eager step's
 PROFILED_BATCHES = (64, 256)
-OTHERS = 12  # kernels that are not ours, listed by name
-NAME_CHARACTERS = 80
+OTHERS, NAME_CHARACTERS = 12, 80  # kernels that are not ours, listed by name
 DEPTH_BYTES = 12 * 10**9
 SPARE_SECONDS = 8.0  # for the depth that is being tried when time is up
-
-
 # By the stage's name: who is timed on which network and how many images, eager, and as a CUDA graph.
 COMPARISONS: dict[str, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
     "batch64": ("densenet121", 64, PLAIN, PLAIN),  # the main question
@@ -71,14 +69,13 @@ def rehearsed(job: Job, name: str, batch: int, size: int = SIZE) -> tuple[Networ
     return (REHEARSED, 2, REHEARSED_SIZE) if job.rehearsal else (NETWORKS[name], batch, size)
 
 
-def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
+def build(of: Network, label: str) -> Any:
     """Returns a provider's network; ``Any``, because ``Module.to(memory_format=...)`` has no type."""
-    arguments = of.growth_rate, of.layers, of.init_features
+    arguments, rehearsal = (of.growth_rate, of.layers, of.init_features), of is REHEARSED
     if label in OURS:
         # The interpreter takes seconds for a step: in a rehearsal one mode runs the kernels, the other PyTorch's.
         impl = "torch" if rehearsal and label == OURS[0] else "triton"
-        mode = MODES[OURS.index(label)]
-        return fastdense.DenseNet(*arguments, num_classes=CLASSES, recompute=mode, impl=impl)
+        return fastdense.DenseNet(*arguments, num_classes=CLASSES, recompute=MODES[OURS.index(label)], impl=impl)
     densenet = torchvision_densenet().DenseNet
     model = densenet(*arguments, num_classes=CLASSES, memory_efficient=label == EFFICIENT)
     if label == CONVERTED:
@@ -89,11 +86,11 @@ def build(of: Network, label: str, *, rehearsal: bool = False) -> Any:
     return model
 
 
-def models(of: Network, labels: Iterable[str], device: torch.device, *, rehearsal: bool = False) -> dict[str, Any]:
+def models(of: Network, labels: Iterable[str], device: torch.device) -> dict[str, Any]:
     """Returns the providers' networks, all with the same weights."""
     torch.manual_seed(0)
     weights = build(of, BASE).state_dict()
-    found = {label: build(of, label, rehearsal=rehearsal) for label in labels}
+    found = {label: build(of, label) for label in labels}
     for label, model in found.items():
         model.load_state_dict(weights)
         found[label] = model.to(device).to(memory_format=torch.channels_last)
@@ -111,20 +108,17 @@ def images(batch: int, size: int, device: torch.device, seed: int = 0) -> tuple[
 class Step:
     """One training step: forward, cross-entropy and backward under autocast, without an optimizer.
 
-    Args:
-        model: one provider's network.
-        x, classes: fixed images and their classes.
-        dtype: of 16 bit for autocast.
-        graphed: captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
+    With ``graphed`` it is captured once as a CUDA graph, then replayed; gradients lie where the capture put them.
     """
+
+    loss: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(
         self, model: nn.Module, x: Tensor, classes: Tensor, dtype: torch.dtype = DTYPE, *, graphed: bool = False
     ) -> None:
         self.model, self.x, self.classes, self.dtype, self.graphed = model, x, classes, dtype, graphed
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.loss: Tensor | None = None
-        if not graphed or x.device.type != "cuda":
+        if not graphed or not x.is_cuda:
             return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -162,21 +156,15 @@ class Step:
     def gradients(self) -> Tensor:
         """Returns the loss and all gradients of a step, as one vector."""
         self()
-        assert self.loss is not None
-        return with_gradients(self.loss, self.model).float()
-
-
-def with_gradients(output: Tensor, model: nn.Module) -> Tensor:
-    """Returns ``output`` and all gradients of ``model`` as one vector, in float64."""
-    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    return torch.cat([tensor.double().flatten() for tensor in found])
+        found = [self.loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        return torch.cat([tensor.double().flatten() for tensor in found])
 
 
 def compile_ahead(job: Job) -> None:
     """Fills Inductor's cache on disk while the tests run: what the timed stages compile then takes seconds."""
     batch, label = COMPILATIONS[job.name]
     of, batch, size = rehearsed(job, "densenet121", batch)
-    (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
+    (model,) = models(of, [label], job.device).values()
     start = time.perf_counter()
     Step(model, *images(batch, size, job.device))()
     job.result["first_seconds"] = time.perf_counter() - start
@@ -186,51 +174,53 @@ def compare(job: Job) -> None:
     """Times interleaved steps of the stage's providers, those that are right and fit into memory."""
     network, count, eager, graphed = COMPARISONS[job.name]
     of, batch, size = rehearsed(job, network, count)
-    job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE)}
-    job.result |= {"layout": "channels_last", "before": state(job.device), "rows": {}}
-    moved = network_traffic(of, batch, size, DTYPE.itemsize)
-    job.result["modelled"] = {"bytes": moved.bytes, "flops": moved.flops}
+    job.result |= {"network": network, "batch": batch, "size": size, "dtype": name_of(DTYPE), "layout": "channels_last"}
+    job.result["rows"] = {}
     if (rates := measured_rates(job)) is not None:
-        job.result["modelled"]["floor_seconds"] = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
+        floor = network_floor_seconds(of, batch, size, DTYPE.itemsize, *rates)
+        job.result["modelled"] = {"floor_seconds": floor}
     x, classes = images(batch, size, job.device)
     for way, labels in (("eager", eager), ("graph", graphed)):  # one after another: a graph holds its memory
         if job.rehearsal and (network, count) != ("densenet121", 64):
             # The interpreter takes seconds for a step: the kernels run in one of the stages.
             labels = tuple(label for label in labels if label != OURS[1])
         steps = {}
-        for label, model in models(of, labels, job.device, rehearsal=job.rehearsal).items():
+        for label, model in models(of, labels, job.device).items():
             if (step := _prepared(job, label, way, model, x, classes)) is not None:
                 steps[f"{label}, {way}"] = step
-        _interleave(job, steps)
+        rounds = 1
+        if steps and not job.rehearsal:  # as many as fit into a quarter of what time is left, within reason
+            seconds = sum(step()["step"] for step in steps.values())
+            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(job.seconds_left() / 4 / seconds)))
+        for label, phases in interleave(steps, repeats=rounds, warmup=0).items():
+            row = job.result["rows"][label]
+            row |= {phase: Timing.of(values) for phase, values in phases.items()}
+            row["images_per_second"] = job.result["batch"] / row["step"].median
+        job.save()
         steps.clear()
         release(job.device)  # a capture cannot ask for what is cached
-    job.result["after"] = state(job.device)
 
 
 def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, classes: Tensor) -> Step | None:
     """The step, warmed up, if it is right and fits into memory; what is known of it is in ``job.result``."""
-    row: dict[str, Any] = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
+    row = {"checked": job.earlier.get("check", {}).get(label, {}).get("checked")}
     job.result["rows"][f"{label}, {way}"] = row
     if way == "graph" and label == EFFICIENT:  # and what has failed under capture may take later captures along
         row["status"] = "cannot be captured: checkpointing asks for the random generator's state"
     if row["checked"] is False or "status" in row:
         return None
+    step: Step | None = None
     try:
         start = time.perf_counter()
         step = Step(model, x, classes, graphed=way == "graph")
         step()
         row["first_seconds"] = time.perf_counter() - start  # with compiling whatever was not compiled yet
         if step.graphed:
-            replayed = step.gradients()
-            eager = Step(model, x, classes).gradients()
             # The stem's own convolution is cuDNN's, which may add up its weight's gradient in any order.
-            row |= {"equals_eager": torch.equal(replayed, eager), "differs_by": relative_error(replayed, eager)}
+            row["differs_by"] = relative_error(step.gradients(), Step(model, x, classes).gradients())
             if label in OURS and not row["differs_by"] < SAME:
-                row["checked"] = False
-                return None
-        elif job.rehearsal:
-            row["peak_bytes"] = None
-        else:
+                row["checked"], step = False, None
+        elif not job.rehearsal:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             with peak_bytes(job.device) as peak:  # above what was there before the step
@@ -238,25 +228,12 @@ def _prepared(job: Job, label: str, way: str, model: nn.Module, x: Tensor, class
             row["peak_bytes"] = peak.bytes
     except Exception as error:  # one provider that does not fit must not take the others' times with it
         row |= describe(error)
+        job.save()
         synchronize(job.device)  # raises if it has broken the device's context: nothing more can be measured here
         model.zero_grad(set_to_none=True)
         return None
-    finally:
-        job.save()
-    return step
-
-
-def _interleave(job: Job, steps: Mapping[str, Step]) -> None:
-    """As many rounds as fit into a quarter of what time is left, within reason."""
-    rounds = 1
-    if steps and not job.rehearsal:
-        seconds = sum(step()["step"] for step in steps.values())
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(job.seconds_left() / 4 / seconds)))
-    for label, phases in interleave(steps, repeats=rounds, warmup=0).items():
-        row = job.result["rows"][label]
-        row |= {phase: Timing.of(values) for phase, values in phases.items()}
-        row["images_per_second"] = job.result["batch"] / row["step"].median
     job.save()
+    return step
 
 
 def deepest(job: Job) -> None:
@@ -275,7 +252,7 @@ def profile_layers(job: Job) -> None:
     for batch in PROFILED_BATCHES[: 1 if job.rehearsal else None]:
         for label in OURS[1:] if job.rehearsal else (BASE, *OURS):
             of, count, size = rehearsed(job, "densenet121", batch)
-            (model,) = models(of, [label], job.device, rehearsal=job.rehearsal).values()
+            (model,) = models(of, [label], job.device).values()
             found = _profile(Step(model, *images(count, size, job.device)), job)
             job.result[f"{label}, batch {batch}"] = found | {"network": "densenet121", "batch": batch}
             timed = job.earlier.get(f"batch{batch}", {"rows": {}})["rows"].get(f"{label}, eager", {})
@@ -299,13 +276,11 @@ def _profile(step: Step, job: Job) -> dict[str, Any]:
     for name, seconds in kernels:
         if name not in names:
             others[name[:NAME_CHARACTERS]] += seconds
-    matched = len(ours) == len(recorded)
     return {
         "kernels": len(kernels),
         "device_seconds": sum(seconds for _, seconds in kernels),
         "ours_seconds": sum(ours),
-        "matched": matched,
-        "rows": _rows(recorded, ours, job) if matched else [],
+        "rows": _rows(recorded, ours, job) if len(ours) == len(recorded) else [],
         "others": dict(sorted(others.items(), key=lambda pair: -pair[1])[:OTHERS]),
     }
 
@@ -341,18 +316,11 @@ def traced(step: Step) -> list[tuple[str, float]]:
 def _rows(recorded: list[launches.Launch], kernels: list[float], job: Job) -> list[dict[str, Any]]:
     """Launches of one kernel and shape together: how often, seconds of one, floor of one."""
     rates = measured_rates(job)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: defaultdict[tuple[tuple[str, Any], ...], list[float]] = defaultdict(list)
     for launch, seconds in zip(recorded, kernels, strict=True):
-        operation, tile = launches.name_of(launch), launch.config
-        moved, shape = traffic_of(launch, DTYPE.itemsize)
+        tile, (moved, shape) = launch.config, traffic_of(launch, DTYPE.itemsize)
         config = f"{tile.block_m}x{tile.block_c}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
-        row = rows.setdefault(
-            (operation, *shape.items(), launch.programs),
-            {"operation": operation, **shape, "programs": launch.programs, "times": 0, "seconds": 0.0,
-             "config": config, "bytes": moved.bytes, "flops": moved.flops},
-        )  # fmt: skip
-        row["times"] += 1
-        row["seconds"] += seconds
-        if rates is not None:
-            row["floor_seconds"] = floor_seconds(*moved, *rates)
-    return [row | {"seconds": row["seconds"] / row["times"]} for row in rows.values()]
+        row = {"operation": launches.name_of(launch), **shape, "programs": launch.programs, "config": config}
+        row |= moved._asdict() | ({} if rates is None else {"floor_seconds": floor_seconds(*moved, *rates)})
+        found[tuple(row.items())].append(seconds)
+    return [dict(row) | {"times": len(seconds), "seconds": fmean(seconds)} for row, seconds in found.items()]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..report.tables import console_table
 from ..roofline import bars
 from .run import last_line
 from .steps import COMPARISONS
@@ -52,12 +52,10 @@ def _blocks(stages: Mapping[str, Result]) -> Blocks:
             yield from show(result)
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = console_table(title, headings, rows)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
     return table
 
 
@@ -83,7 +81,7 @@ def _smoke(result: Result) -> Blocks:
 
 def _check(result: Result) -> Blocks:
     for label, row in result.items():
-        errors = ((name, *map(float, row[name].values())) for name in row if name != "checked")
+        errors = [(name, *map(float, both.values())) for name, both in row.items() if name != "checked"]
         listed = ", ".join(f"{name} {mine:.1e} (torchvision {theirs:.1e})" for name, mine, theirs in errors)
         yield f"{label}: {'right' if row['checked'] else 'WRONG'}; error {listed}"
 
@@ -95,15 +93,14 @@ def _tests(result: Result) -> Blocks:
 
 
 def _steps(result: Result) -> Blocks:
-    floor = result.get("modelled", {}).get("floor_seconds")
     title = f"{result['network']}, {result['batch']} x {result['size']}^2, {result['dtype']}, training step"
-    if floor:
+    if floor := result.get("modelled", {}).get("floor_seconds"):
         title += f"; modelled floor {floor * 1e3:.2f} ms, {result['batch'] / floor:.0f} img/s"
     rows, missing = [], []
     base = result["rows"].get("torchvision, eager", {}).get("step", {}).get("median")
     for label, row in result["rows"].items():
         if "step" not in row:
-            status = row.get("status", "not timed" if row["checked"] is not False else "not timed: wrong")
+            status = row.get("status", "not timed" + ": wrong" * (row["checked"] is False))
             missing.append(": ".join(filter(None, (label, status, last_line(row))))[:WIDTH])
             continue
         median, p20, p80 = (_ms(row["step"][key], 1) for key in ("median", "p20", "p80"))
@@ -132,17 +129,15 @@ def _sanitizer(result: Result) -> Blocks:
 def _layers(result: Result) -> Blocks:
     for label, found in result.items():
         busy = f"; the device is busy for {found['busy']:.0%} of the eager step" if "busy" in found else ""
-        yield (
-            f"{label}: {found['kernels']} kernels, {_ms(found['device_seconds'])} ms on the device, "
-            f"{_ms(found['ours_seconds'])} ms of it in ours{busy}"
-        )
+        device, ours = _ms(found["device_seconds"]), _ms(found["ours_seconds"])
+        yield f"{label}: {found['kernels']} kernels, {device} ms on the device, {ours} ms of it in ours{busy}"
     # One table in full: the others are in the record, and in the picture. First where most is lost above the floor.
     label, found = list(result.items())[-1]
     rows = []
     for bar in sorted(bars(found["rows"]), key=lambda bar: bar.floor - (bar.measured or 0.0))[:ROWS]:
         measured = bar.measured or 0.0
         times = (_ms(measured, 3), _ms(bar.floor, 3), f"{measured / bar.floor:.2f}" if bar.floor else "")
-        rows.append((bar.operation, str(bar.m), str(bar.times), *times, _ms(measured - bar.floor, 3)))
+        rows.append((bar.operation, bar.m, bar.times, *times, _ms(measured - bar.floor, 3)))
     columns = ("kernel", "m", "times", "measured", "floor", "x floor", "above floor")
     yield _table(f"{label}: ms a step on the device; floors modelled", columns, rows)
     others = sorted(found["others"].items(), key=lambda pair: -pair[1])[:LISTED]
@@ -191,14 +186,7 @@ def _counters(result: Result) -> Blocks:
 
 # In this order: where it is too much, the end is cut off.
 SHOWN: dict[str, Callable[[Result], Blocks]] = {
-    "rates": _rates,
-    "smoke": _smoke,
-    "check": _check,
-    **dict.fromkeys(("tests", "tests-again"), _tests),
-    **dict.fromkeys(COMPARISONS, _steps),
-    "depth": _depth,
-    "sanitizer": _sanitizer,
-    "layers": _layers,
-    "candidates": _candidates,
-    "counters": _counters,
-}
+    "rates": _rates, "smoke": _smoke, "check": _check, "tests": _tests, "tests-again": _tests,
+    **dict.fromkeys(COMPARISONS, _steps), "depth": _depth, "sanitizer": _sanitizer,
+    "layers": _layers, "candidates": _candidates, "counters": _counters,
+}  # fmt: skip
