@@ -59,10 +59,10 @@ format: $(ENV_READY) ## Rewrite the code in the project's format
 	@$(BIN)/ruff format $(CODE)
 
 bench: $(ENV_READY) ## Measure time and memory on this machine and record the results under benchmarks/results
-	@$(BIN)/python -m benchmarks.speed
+	@$(BIN)/python -m benchmarks.speed --threads 2
 	@$(BIN)/python -m benchmarks.memory
 
-micro: $(ENV_READY) ## Time what the host does, beside the stored measurements; fails where it became much slower
+micro: $(ENV_READY) ## Time the CPU overhead, beside the stored measurements; fails where it became much slower
 	@$(MICRO) --benchmark-group-by=fullname --benchmark-compare=$(MICRO_BASELINE) \
 		--benchmark-compare-fail=min:$(MICRO_LIMIT)
 

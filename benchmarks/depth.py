@@ -169,7 +169,6 @@ Job = tuple[str, str]  # a question and a provider
 
 
 def _answers(options: Options, jobs: Sequence[Job], budget: int, until: float) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """The row of each question and provider."""
     processes, answer = min(options.processes, os.cpu_count() or 1), partial(_answer, budget=budget, until=until)
     if options.torch_device.type == "cuda":
         with closing(CudaMemory(budget, options.torch_device)) as memory:

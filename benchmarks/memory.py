@@ -1,25 +1,23 @@
 """How many bytes a training step saves for backward and needs at its peak: fastdense against torchvision, on the CPU.
 
-    python -m benchmarks.memory [--models densenet121 densenet201] [--batch 8] [--size 224] [--depths 40 100 190]
-
-`fastdense bench memory` is the same with all options. What computes something else than torchvision is left out.
+``python -m benchmarks.memory`` is ``fastdense bench memory``. What computes something else is left out.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS, NetworkSpec, Provider, cifar
-from .harness.runner import RESULTS, Watch, fill, in_fresh_process
+from .harness.runner import Watch, fill, in_fresh_process
 from .harness.training import Check, Step, attempt, build, count_bytes, images
 from .report.tables import console_table
-from .speed import OF_BYTES, Record, bytes_cells, finish
+from .speed import OF_BYTES, Record, bytes_cells
 
 DEPTHS_SIZE = 32  # pixels; CIFAR's images
 GROWTH_RATE = 12  # of the networks of --depths
@@ -86,18 +84,5 @@ def file_name(options: Options) -> str:
     return f"{what}-{options.batch}x{size}{options.suffix()}"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["densenet121", "densenet201"], choices=list(MODELS))
-    parser.add_argument("--depths", nargs="*", type=int, default=[], help="of CIFAR's DenseNet-BC: 6*n + 4")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224, help="height and width in pixels")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/memory-BATCHxSIZE.json")
-    given = parser.parse_args()
-    options = Options(batch=given.batch, size=given.size, models=tuple(given.models), depths=tuple(given.depths))
-    finish(run, table, options, given.json or RESULTS / "cpu" / f"{file_name(options)}.json")
-
-
 if __name__ == "__main__":
-    main()
+    importlib.import_module("fastdense.cli.bench").bench(["memory", *sys.argv[1:]])

@@ -1,28 +1,27 @@
 """How long a training step takes, how many bytes it needs, and how many images a second: fastdense and its peers.
 
-    python -m benchmarks.speed [--model densenet121] [--batch 8] [--size 128] [--threads 2] [--json FILE]
-
-`fastdense bench speed` is the same with all options. Whatever computes something else than torchvision is not timed.
+``python -m benchmarks.speed`` is ``fastdense bench speed``. A provider whose output or gradients differ from
+torchvision's is reported and not timed.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 
 from .harness.options import Options
 from .harness.providers import BASE, MODELS, PROVIDERS
-from .harness.runner import RESULTS, Timing, Watch, fill, in_fresh_process, interleave, write_record
+from .harness.runner import Timing, Watch, fill, in_fresh_process, interleave
 from .harness.training import Check, Step, attempt, build, count_bytes, images
 from .report.tables import console_table, measured
 from .report.tables import images as images_of
@@ -153,30 +152,5 @@ def file_name(options: Options) -> str:
     return f"speed-{options.model}-{options.batch}x{options.size}{options.suffix()}"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="densenet121", choices=list(MODELS))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each provider in each process")
-    parser.add_argument("--processes", type=int, default=5, help="fresh processes, one after another")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/cpu/speed-MODEL-BATCHxSIZE.json")
-    given = vars(parser.parse_args())
-    path, options = given.pop("json"), Options(**given)
-    finish(run, table, options, path or RESULTS / "cpu" / f"{file_name(options)}.json")
-
-
-def finish(run: Any, table: Any, options: Options, path: Path) -> None:
-    """The rest of a command: measures, prints the table and writes the record."""
-    console = Console()
-    with console.status("checking, then measuring"):
-        record = run(options)
-    console.print(table(record))
-    write_record(path, record)
-    console.print(f"record: {path}")
-
-
 if __name__ == "__main__":
-    main()
+    importlib.import_module("fastdense.cli.bench").bench(["speed", *sys.argv[1:]])

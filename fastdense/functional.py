@@ -24,9 +24,8 @@ from .core.features import accumulation_dtype
 from .core.primitives import Pool
 from .ops import support, validate
 from .ops.bn_relu_pool import channels_last
-from .ops.common import autocast
+from .ops.common import autocast, update_running_statistics
 from .ops.dense_block import Settings, call
-from .ops.running_stats import update_running_statistics
 from .reference import stages
 
 __all__ = ["bn_relu_max_pool", "bn_relu_mean_pool", "dense_block", "transition"]

@@ -23,7 +23,6 @@ class SavedBytes:
 
     @property
     def bytes(self) -> int:
-        """Sum of the storages' sizes."""
         return sum(self.storages.values())
 
 

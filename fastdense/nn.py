@@ -34,7 +34,15 @@ class DenseLayer(ConcatDenseLayer):
     """One layer's parameters, as ordinary children ``norm1, relu1, conv1, norm2, relu2, conv2``.
 
     A :class:`DenseBlock` reads them and runs all its layers together; called by itself, the layer is the reference one.
+    Arguments are those of :class:`fastdense.reference.ConcatDenseLayer`.
     """
+
+    def __init__(
+        self, num_input_features: int, growth_rate: int, bn_size: int | None, drop_rate: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(num_input_features, growth_rate, bn_size, drop_rate, **options)
+        for conv in _convolutions(self):
+            conv.weight.data = _channels_last(conv.weight.data)
 
 
 class DenseBlock(ConcatDenseBlock):
@@ -65,39 +73,7 @@ class DenseBlock(ConcatDenseBlock):
     layer_type = DenseLayer
     resolved_recompute: str | None = None  # what recompute="auto" resolved to, the last time
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_input_features: int,
-        bn_size: int | None,
-        growth_rate: int,
-        drop_rate: float = 0.0,
-        memory_efficient: bool = False,
-        *,
-        recompute: str | None = None,
-        impl: str = "auto",
-        spatial_dims: int = 2,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_layers,
-            num_input_features,
-            bn_size,
-            growth_rate,
-            drop_rate,
-            memory_efficient,
-            recompute=recompute,
-            impl=impl,
-            spatial_dims=spatial_dims,
-            device=device,
-            dtype=dtype,
-        )
-        for conv in _convolutions(self):
-            conv.weight.data = _channels_last(conv.weight.data)
-
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C0, *spatial]`` to ``[N, C0 + L*k, *spatial]``."""
         return self._run(x)[0]
 
     def _run(
@@ -147,7 +123,6 @@ class Transition(ConcatTransition):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, *spatial]`` to ``[N, C_out, *(spatial // 2)]``."""
         return self._run(x)[0]
 
     def _run(
@@ -210,25 +185,17 @@ class DenseNet(nn.Module):
         checks.positive_int("num_init_features", num_init_features)
         checks.choice("spatial_dims", spatial_dims, (1, 2, 3))
         at: dict[str, Any] = {"device": device, "dtype": dtype}
+        options = {"impl": impl, "spatial_dims": spatial_dims, **at}
         self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs, spatial_dims, at))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, 1):
             block = DenseBlock(
-                num_layers,
-                channels,
-                bn_size,
-                growth_rate,
-                drop_rate,
-                memory_efficient,
-                recompute=recompute,
-                impl=impl,
-                spatial_dims=spatial_dims,
-                **at,
+                num_layers, channels, bn_size, growth_rate, drop_rate, memory_efficient, recompute=recompute, **options
             )
             self.features.add_module(f"denseblock{i}", block)
             channels += num_layers * growth_rate
             if i < len(block_config):
-                transition = Transition(channels, max(1, channels // 2), impl=impl, spatial_dims=spatial_dims, **at)
+                transition = Transition(channels, max(1, channels // 2), **options)
                 self.features.add_module(f"transition{i}", transition)
                 channels = max(1, channels // 2)
         self.features.add_module("norm5", BATCH_NORM[spatial_dims](channels, **at))
@@ -246,7 +213,6 @@ class DenseNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores ``[N, num_classes]``."""
         if self._by_modules():
             features = F.relu(self.features(x), inplace=True)
             return self.classifier(features.flatten(2).mean(2))

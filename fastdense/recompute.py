@@ -15,17 +15,7 @@ from .ops.common import autocasts
 from .ops.validate import windows
 from .reference import BATCH_NORM, CONVOLUTIONS, ConcatDenseBlock, ConcatTransition, stages, widths
 
-__all__ = [
-    "WORKSPACE_BYTES",
-    "BlockSize",
-    "choose_recompute",
-    "for_block",
-    "in_words",
-    "network_sizes",
-    "plan",
-    "plan_recompute",
-    "planned_bytes",
-]
+__all__ = ["WORKSPACE_BYTES", "BlockSize", "plan_recompute", "planned_bytes"]
 
 # What does not grow with the network: buffers for chunks of rows (torch_backend.CHUNK_BYTES), sums.
 WORKSPACE_BYTES = 24 << 20
@@ -33,7 +23,6 @@ WORKSPACE_BYTES = 24 << 20
 USABLE = 0.9  # of the free memory: allocators round sizes up, and leave gaps
 
 _NORMS = tuple(BATCH_NORM.values())
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def choose_recompute(bottleneck_bytes: int, free_bytes: int) -> str:
@@ -204,7 +193,7 @@ def network_sizes(network: Any, x: Tensor) -> tuple[dict[str, BlockSize], int]:
             channels = child.out_channels
             steps = zip(spatial, child.padding, child.dilation, child.kernel_size, child.stride, strict=True)
             spatial = tuple((n + 2 * pad - dil * (size - 1) - 1) // step + 1 for n, pad, dil, size, step in steps)
-        elif type(child) in _MAX_POOLS:
+        elif isinstance(child, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
             spatial = windows("maximum", child).sizes(spatial)
         elif isinstance(child, ConcatTransition):
             conv: Any = child.conv

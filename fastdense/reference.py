@@ -19,24 +19,14 @@ from torch import Tensor, nn
 
 from .core import checks
 
-__all__ = [
-    "BATCH_NORM",
-    "CONV",
-    "CONVOLUTIONS",
-    "NORMS",
-    "ConcatDenseBlock",
-    "ConcatDenseLayer",
-    "ConcatTransition",
-    "dense_block",
-    "stages",
-    "widths",
-]
+__all__ = ["ConcatDenseBlock", "ConcatDenseLayer", "ConcatTransition", "dense_block", "stages", "widths"]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS = tuple(CONV.values())
 NORMS = (*BATCH_NORM.values(), nn.SyncBatchNorm)
 AVG_POOL: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_OLD_KEY = re.compile(r"(^|\.)(norm|relu|conv)\.([12])(?=\.)")
 _CHANNEL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
@@ -98,13 +88,17 @@ class ConcatDenseLayer(nn.Module):
         return h
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Checkpoints of before 2018 say norm.1.weight for norm1.weight.
-        old = re.compile(re.escape(prefix) + r"(norm|relu|conv)\.([12])\.(.+)")
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            if match := old.fullmatch(key):
-                kind, number, leaf = match.groups()
-                state_dict[f"{prefix}{kind}{number}.{leaf}"] = state_dict.pop(key)
+        rename_old_keys(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rename_old_keys(module: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Checkpoints of before 2018 say ``norm.1.weight`` for ``norm1.weight``: a key that ``module`` knows."""
+    known = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if name not in known and (renamed := _OLD_KEY.sub(r"\1\2\3", name)) in known:
+            state_dict[prefix + renamed] = state_dict.pop(key)
 
 
 def stages(layer: Any) -> list[tuple[Any, Any]]:
@@ -149,20 +143,12 @@ class ConcatDenseBlock(nn.ModuleDict):
         checks.recompute_mode(recompute, memory_efficient)
         checks.choice("impl", impl, checks.IMPL)
         self.memory_efficient, self.recompute, self.impl = memory_efficient, recompute, impl
+        at: dict[str, Any] = {"spatial_dims": spatial_dims, "device": device, "dtype": dtype}
         for i in range(num_layers):
-            layer = self.layer_type(
-                num_input_features + i * growth_rate,
-                growth_rate,
-                bn_size,
-                drop_rate,
-                spatial_dims=spatial_dims,
-                device=device,
-                dtype=dtype,
-            )
+            layer = self.layer_type(num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, **at)
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C0, *spatial]`` to ``[N, C0 + num_layers*k, *spatial]``."""
         return dense_block(x, list(self.values()))
 
 

@@ -356,8 +356,7 @@ def bn_relu_conv_backward_kernel(
     G, v [m, K, feature dtype], a, b, v_mean [K, fp32]: g = G + a + b*(v - v_mean) if LAZY, else G, 0 up to G_UNIT
     x [values, C, feature dtype, readable up to X_UNIT]; mean, var, gamma, beta [C]; w [K, C, taps, feature dtype]
     Rows of x lie over [N, XD, XH, XW], those of G over [N, D, H, W]: as many, or pooled windows of PD*PH*PW pixels.
-    BALANCED: g sums to 0 over all rows, so that dw takes ``relu(bn(x)) - relu(beta)``: roundings of g are multiplied by
-    less.
+    BALANCED: g sums to 0 over all rows, so that dw takes ``relu(bn(x)) - relu(beta)``, which weighs g's roundings less.
     A unit is BLOCK_K output channels of one tap. One pass over x serves data and weights TOGETHER, or else the first
     ``data_programs`` programs form the data gradient, the others GROUP units of the weight gradient each.
     Grid: (groups of units * splits of the rows * column tiles, from ``first_column`` on for data), columns fastest.

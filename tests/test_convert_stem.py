@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import functional
-from fastdense.conversion.converted import Converted
+from fastdense.conversion.converted import KINDS, Converted
 
 SHAPES = {1: (3, 3, 23), 2: (2, 3, 13, 10), 3: (2, 3, 9, 10, 11)}
 Change = Callable[[Any], None]
@@ -33,7 +33,7 @@ def pair(dims: int = 2, **options: Any) -> tuple[Any, Any, Tensor]:
 
 
 def kinds(model: nn.Module) -> list[tuple[str, str]]:
-    return [(name, m._fastdense.kind) for name, m in model.named_modules() if isinstance(m, Converted)]
+    return [(name, KINDS[type(m._fastdense)]) for name, m in model.named_modules() if isinstance(m, Converted)]
 
 
 ALL = [

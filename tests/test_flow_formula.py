@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 from fastdense.analysis.gradient_flow import BlockFlow, gradient_flow
 from fastdense.analysis.plain import without_dense_connections
 from fastdense.cli.subject import Subject, batch, subject
-from fastdense.conversion.blocks import dense_blocks
+from fastdense.conversion.api import dense_blocks
 
 
 def flows(of: Subject) -> list[BlockFlow]:

@@ -20,7 +20,7 @@ import fastdense
 from fastdense.analysis import gradient_flow as flows
 from fastdense.analysis.gradient_flow import BlockFlow, feature_reuse, first_not_finite, gradient_flow
 from fastdense.analysis.plain import PlainBlock, without_dense_connections
-from fastdense.conversion.blocks import dense_blocks
+from fastdense.conversion.api import dense_blocks
 from fastdense.core.features import as_rows
 
 

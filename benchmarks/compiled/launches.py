@@ -54,7 +54,6 @@ class Planned(TritonBackend):
         self.launches: list[Launch] = []
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, config: LaunchConfig, **constants: Any) -> None:
-        """Note it."""
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         self.launches.append(Launch(kernel, programs, named, config))
 

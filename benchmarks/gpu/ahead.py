@@ -72,7 +72,6 @@ def make(folder: Path, work: Sequence[Work], say: Callable[[str], None], process
 
 
 def _begin(folder: str) -> None:
-    """In each process, before anything else."""
     os.environ["TRITON_CACHE_DIR"] = folder
     torch.set_num_threads(1)
     fake.install()

@@ -47,12 +47,10 @@ class Case:
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """The size of the images of ``shape.m`` pixels together."""
         return (round((self.shape.m // self.batch) ** (1 / self.dims)),) * self.dims
 
     @property
     def pool(self) -> Pool | None:
-        """The pooling that is part of it."""
         none, one, two, three = ((size,) * self.dims for size in range(4))
         if self.operation in traffic.MAX_POOL:
             return Pool("maximum", three, two, one)
@@ -69,7 +67,6 @@ class Case:
 
     @property
     def floor(self) -> traffic.Traffic:
-        """What it must move and compute at least."""
         return traffic.primitive(self.operation, self.shape, window=2**self.dims)
 
 

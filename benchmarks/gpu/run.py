@@ -64,7 +64,6 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where the stage runs."""
         return torch.device("cpu" if self.rehearsal else "cuda")
 
     def seconds_left(self) -> float:
@@ -173,7 +172,6 @@ class _Worker:
         return entry | {"seconds": round(time.time() - self.begun, 1)}
 
     def close(self) -> None:
-        """Ends the process and everything that it started."""
         assert self.process.pid is not None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -229,7 +227,6 @@ class Run:
         return worker
 
     def _collect(self) -> None:
-        """Waits for what runs in the background."""
         for worker in self._background:
             self._enter(worker.name, worker.wait())
             worker.close()

@@ -133,7 +133,6 @@ class Step:
         self.graph = graph
 
     def launch(self) -> None:
-        """Queues the step."""
         if self.graph is not None:
             self.graph.replay()
             return

@@ -46,7 +46,6 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Summary of raw timings."""
         values, places = (torch.tensor(numbers, dtype=torch.float64) for numbers in (seconds, [0.5, 0.2, 0.8]))
         median, p20, p80 = values.quantile(places).tolist()
         return cls(median, p20, p80, len(seconds))

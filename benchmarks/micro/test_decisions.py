@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdense import recompute
 from fastdense.kernels import launch
-from fastdense.ops.running_stats import update_running_statistics
+from fastdense.ops.common import update_running_statistics
 
 LAYERS = 24  # DenseNet-121's third block
 CHANNELS, GROWTH, PIXELS = 256, 32, 64 * 14 * 14

@@ -110,7 +110,6 @@ def _curves(axis: Any, found: dict[str, Any], shades: dict[str, str], budget: fl
 
 
 def _bars(axis: Any, found: dict[str, Any], shades: dict[str, str], budget: float) -> None:
-    """The largest batch of each provider."""
     batches = [row["batch"] for row in found.values()]
     bars = axis.barh(list(found), batches, color=[shades[name] for name in found])
     axis.bar_label(bars, [f"{row['batch']:,}  {row['label']}" for row in found.values()], padding=3, fontsize=8)

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..conversion.api import check_model
-from ..conversion.blocks import dense_blocks, with_dense_blocks
+from ..conversion.api import check_model, dense_blocks, with_dense_blocks
 from ..conversion.converted import Converted
 from ..core import checks
 from ..core.features import Features, LazyGradient, as_rows, row_stride
@@ -247,10 +246,7 @@ class _PlainRun:
 
 
 class _Watch(TorchDispatchMode):
-    """Puts a :class:`_Run` between schedule and backend in each backward pass of a block.
-
-    A mode, because autograd takes it along to the threads in which it works for a GPU.
-    """
+    """Puts a :class:`_Run` between schedule and backend; a mode, because autograd takes it along to a GPU's thread."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()

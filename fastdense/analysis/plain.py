@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conversion.blocks import dense_blocks, with_dense_blocks
+from ..conversion.api import dense_blocks, with_dense_blocks
 from ..reference import BATCH_NORM, CONV, stages, widths
 
 

@@ -39,10 +39,6 @@ def _broken_triton() -> str | None:
     return None
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def triton_unsupported_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why the Triton kernels cannot run on ``device`` (on features of ``dtype``), with the remedy.
 
@@ -59,7 +55,7 @@ def triton_unsupported_reason(device: torch.device, dtype: torch.dtype | None = 
                 f"the GPU has compute capability {capability[0]}.{capability[1]} and the Triton kernels need "
                 f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}: use impl='auto' or impl='torch'"
             )
-    elif device.type != "cpu" or not _interpreted():
+    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return (
             "the Triton kernels need a CUDA GPU of compute capability 8.0 or newer: use impl='auto' or impl='torch' "
             "(or, to check kernels on the CPU, set TRITON_INTERPRET=1 before Triton is imported)"

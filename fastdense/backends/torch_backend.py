@@ -81,7 +81,7 @@ class TorchBackend:
         return convs
 
     def finish(self) -> None:
-        """Nothing is put off."""
+        pass
 
     def gradient_buffer(self, of: Features) -> LazyGradient:
         """``(D, a, b)`` of a bottleneck. One ``D`` serves all layers: each overwrites what the last has consumed."""
@@ -187,14 +187,12 @@ class TorchBackend:
         torch.sum(variances.add_((shifted - mean).square_()).mul_(shares), 0, out=out.var)
 
     def moments(self, of: Features) -> None:
-        """The batch moments of ``of``, from its rows."""
         channels = of.rows.shape[1]
         self._merge_moments(
             [part for chunk in self._chunks(channels) for part in self._partial_moments(_cut(of.rows, chunk))], of
         )
 
     def copy_with_moments(self, x: Tensor, out: Features) -> None:
-        """``out.rows = x``, with moments if ``out`` is tracked."""
         as_images(out.rows, self.spatial).copy_(x)
         if out.mean is not None:
             self.moments(out)
@@ -231,7 +229,6 @@ class TorchBackend:
             rows.mul_(scale.view(count, channels))
 
     def bn_relu_conv(self, source: Features, conv: Conv, out: Features, dropout: Dropout | None = None) -> None:
-        """``out.rows = dropout(conv(pool(relu(bn(source)))))`` with the moments of the stored values."""
         bn = self._bn(conv.norm, source)
         kernel = Convolution(conv.weight, self.dtype)
         partial: Partial = []
@@ -252,7 +249,6 @@ class TorchBackend:
             self._merge_moments(partial, out)
 
     def bn_relu_pool(self, source: Features, norm: Norm, pool: Pool, out: Features) -> None:
-        """``out.rows = pool(relu(bn(source)))`` with the moments of the stored values."""
         bn, partial, at_most = self._bn(norm, source), [], self._rows_at_once(source.rows.shape[1])
         so_far: Tensor | None = None
         for piece in of_images(self.m, self.spatial, at_most, pool=pool):
@@ -439,7 +435,6 @@ class TorchBackend:
         return dgamma, dbeta
 
     def resolve(self, grad: LazyGradient, of: Features, out: Tensor | None = None) -> Tensor:
-        """``D + a + b*(v - mu)`` as images ``[N, C, *spatial]`` in the feature dtype."""
         channels = of.rows.shape[1]
         images = self.m // max(1, self.pixels)
         if out is None:

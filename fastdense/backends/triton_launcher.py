@@ -98,7 +98,6 @@ class Launcher:
             )  # fmt: skip
 
     def choose(self, op: str, reads: int, writes: int, taps: int = 1, **flags: int) -> LaunchConfig:
-        """How to launch ``op``."""
         shape = Shape(self.m, reads, writes, taps, **flags)
         return launch.configuration(op, shape, self.dtype, self.arch, self.sm_count)
 
@@ -108,7 +107,6 @@ class Launcher:
         return split
 
     def empty(self, *shape: int) -> Tensor:
-        """Uninitialised fp32."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def counter(self, count: int) -> Tensor:

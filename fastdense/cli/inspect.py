@@ -17,7 +17,7 @@ from typer import Option
 
 from ..analysis.gradient_flow import BlockFlow, BlockReuse, feature_reuse, gradient_flow
 from ..analysis.plain import without_dense_connections
-from ..conversion.blocks import dense_blocks
+from ..conversion.api import dense_blocks
 from ..reference import widths
 from ..training.checkpoint import replacing
 from ..training.config import TrainConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.blocks import with_dense_blocks
+from ..conversion.api import with_dense_blocks
 from ..data.source import open_data
 from ..training import checkpoint
 from ..training.config import TrainConfig, flag, parse
@@ -34,7 +34,6 @@ class Subject:
 
     @property
     def stem(self) -> Any:
-        """The first convolution."""
         convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return next(module for module in self.model.modules() if isinstance(module, convolutions))
 

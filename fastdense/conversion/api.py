@@ -1,9 +1,10 @@
-"""``convert``, ``revert``: a foreign DenseNet on fastdense's algorithm, in place and back."""
+"""``convert``, ``revert``: a foreign DenseNet on fastdense's algorithm, in place and back; and its dense blocks."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import nn
 
 from ..core import checks
 from ..nn import DenseBlock, Transition
-from .converted import OWN, Converted, Spec, converted_class, part_of
+from .converted import OWN, BlockSpec, Converted, Spec, block_layers, converted_class, part_of
 from .match import candidates, probe_shape, read, without_flags
 from .trace import Unsupported
 from .verify import disagreement
 
-__all__ = ["Finding", "check_model", "convert", "find", "revert"]
+__all__ = ["Finding", "check_model", "convert", "dense_blocks", "find", "revert", "with_dense_blocks"]
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -45,10 +46,9 @@ def convert(
     """Make the dense blocks, transitions and the stem of ``model`` run on fastdense, in place.
 
     The converted modules get a subclass of their own class: they keep their parameters (the same objects), their
-    ``state_dict`` keys, buffers, hooks, training flags and attributes, and whatever fastdense does not fully
-    understand is left alone (:func:`fastdense.plan` says why). Where a converted block meets something later that it
-    cannot run fused (a hook on an inner layer, a child of another type, an export) it says so once and runs its
-    original ``forward``.
+    ``state_dict`` keys, buffers, hooks, training flags and attributes, and whatever fastdense does not fully understand
+    is left alone (:func:`fastdense.plan` says why). Where a converted block meets something later that it cannot run
+    fused (a hook on an inner layer, an export) it says so once and runs its original ``forward``.
 
     Args:
         model: any module that contains DenseNet blocks: torchvision's, timm's, MONAI's, torchxrayvision's, or your own.
@@ -79,7 +79,9 @@ def convert(
     said: set[str] = set()
     for finding in findings:
         if isinstance(finding.module, Converted):
-            _change_settings(finding.module, recompute, impl)
+            now = finding.module._fastdense
+            impl_now = now.impl if impl == "auto" else impl
+            finding.module._fastdense = now._replace(recompute=recompute or now.recompute, impl=impl_now)
         elif finding.spec is not None:
             finding.module._fastdense = finding.spec._replace(recompute=recompute, impl=impl)  # type: ignore[assignment]
             vars(finding.module)["_fastdense_said"] = said
@@ -160,8 +162,36 @@ def _check_arguments(model: Any, recompute: Any, impl: Any, filter_fn: Any) -> N
         raise TypeError(f"filter_fn must be filter_fn(module, name) -> bool or None, got {filter_fn!r}")
 
 
-def _change_settings(module: Converted, recompute: str | None, impl: str) -> None:
-    spec = module._fastdense
-    module._fastdense = spec._replace(
-        recompute=spec.recompute if recompute is None else recompute, impl=spec.impl if impl == "auto" else impl
-    )
+def dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
+    """Every dense block of ``model``, own or converted: its name, itself, and its layers.
+
+    A layer has ``norm1, conv1``, maybe ``norm2, conv2`` in ``_modules``, and ``drop_rate``. ``ValueError`` where a
+    converted block cannot run fused any more: a hook on an inner layer, for instance.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DenseBlock):
+            yield name, module, list(module.values())
+        elif _is_converted(module):
+            layers, reason = block_layers(module)
+            if reason is not None:
+                raise ValueError(f"the block {name or 'that the model is'} cannot run fused: {reason}")
+            yield name, module, layers
+
+
+def with_dense_blocks(model: nn.Module) -> nn.Module:
+    """``model``, or a converted copy where none of its blocks is ours; ``ValueError`` if it has no dense block."""
+    if any(isinstance(module, DenseBlock) or _is_converted(module) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(model)
+    if not any(map(_is_converted, model.modules())):
+        raise ValueError(
+            f"this {type(model).__name__} has no dense block that fastdense understands: fastdense.plan(model) says why"
+        )
+    return model
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return isinstance(module, Converted) and isinstance(vars(module).get("_fastdense"), BlockSpec)

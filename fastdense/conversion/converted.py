@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from .. import functional
 from ..core import checks
 from ..core.warn import say_once
 from ..ops import support, validate
-from ..reference import NORMS
+from ..reference import NORMS, rename_old_keys
 
 _TIMM_NORMS = frozenset(("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"))
 
@@ -68,10 +66,6 @@ class BlockSpec(NamedTuple):
     recompute: str | None = None
     impl: str = "auto"
 
-    @property
-    def kind(self) -> str:
-        return "block"
-
 
 class TransitionSpec(NamedTuple):
     """How to run a transition, as indices of nodes; ``relu`` is ``None`` where the norm includes it."""
@@ -83,10 +77,6 @@ class TransitionSpec(NamedTuple):
     pool: int
     recompute: str | None = None
     impl: str = "auto"
-
-    @property
-    def kind(self) -> str:
-        return "transition"
 
 
 class StemSpec(NamedTuple):
@@ -102,12 +92,9 @@ class StemSpec(NamedTuple):
     recompute: str | None = None
     impl: str = "auto"
 
-    @property
-    def kind(self) -> str:
-        return "stem"
-
 
 Spec = BlockSpec | TransitionSpec | StemSpec
+KINDS: dict[type[Spec], str] = {BlockSpec: "block", TransitionSpec: "transition", StemSpec: "stem"}
 
 
 def children_as_module(module: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
@@ -253,7 +240,7 @@ class Converted:
         return module
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _rename_old_keys(state_dict, prefix, {name for name, _ in _tensors(self)})
+        rename_old_keys(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
@@ -316,22 +303,6 @@ def _say_once(module: Any, message: str) -> None:
         say_once(message)  # what else happens here would break the graph
     else:
         say_once(message, said=module.__dict__.setdefault("_fastdense_said", set()))
-
-
-def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _rename_old_keys(state_dict: dict[str, Any], prefix: str, known: set[str]) -> None:
-    """Checkpoints of before 2018 say ``norm.1.weight`` for ``norm1.weight``; ``known`` are the keys of today."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if name not in known and (renamed := _OLD_KEY.sub(r"\1\2\3", name)) in known:
-            state_dict[prefix + renamed] = state_dict.pop(key)
-
-
-_OLD_KEY = re.compile(r"(^|\.)(norm|relu|conv)\.([12])(?=\.)")
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -22,6 +22,7 @@ from ..nn import DenseBlock, DenseNet, Transition
 from ..ops.support import convolution_unsupported_reason, maximum_unsupported_reason, pools_first
 from ..reference import CONVOLUTIONS
 from .converted import (
+    KINDS,
     BlockSpec,
     Converted,
     DropoutSource,
@@ -69,7 +70,7 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def _kind(module: nn.Module) -> str | None:
     if isinstance(module, Converted):  # a slice of one has no spec, and is none any more
-        return module._fastdense.kind if "_fastdense" in vars(module) else None
+        return KINDS[type(module._fastdense)] if "_fastdense" in vars(module) else None
     if isinstance(module, DenseBlock) or _looks_like_block(module):
         return "block"
     if isinstance(module, Transition) or _looks_like_transition(module):
@@ -240,10 +241,7 @@ def _dropout_rates(module: nn.Module) -> list[str]:
 
 
 def _mark_dropout(copy: nn.Module, index: dict[str, int]) -> dict[float, DropoutSource]:
-    """Give every dropout rate in ``copy`` a value of its own, so that the trace shows where it is used.
-
-    Rates that are 0 as well: they may be raised after the conversion.
-    """
+    """Gives every dropout rate in ``copy``, also 0, a value of its own, so that the trace shows where it is used."""
     sources: dict[float, DropoutSource] = {}
     for path, child in copy.named_modules():
         for name in _dropout_rates(child):

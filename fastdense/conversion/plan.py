@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..ops.bn_relu_pool import channels_last
 from .api import Finding, check_model, find
-from .converted import BlockSpec, Converted, StemSpec, converted_class, part_of
+from .converted import BlockSpec, Converted, StemSpec, TransitionSpec, converted_class, part_of
 from .trace import clone_with, eval_sync_batchnorm, isolated, on_meta
 
 __all__ = ["PlanEntry", "plan"]
@@ -146,16 +146,16 @@ def _saved_bytes(module: nn.Module, cls: type[nn.Module], spec: Any, shape: tupl
             if issubclass(cls, Converted):
                 copy._fastdense = spec._replace(impl="torch")
             x = _meta_input(copy, shape)
-            if spec.kind == "transition":
+            if isinstance(spec, TransitionSpec):
                 x = channels_last(x)  # as blocks hand it over
             x.requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 output = copy(x)
     except Exception:  # as above
         return None
-    if spec.kind == "block":
+    if isinstance(spec, BlockSpec):
         pack(output)
-    inputs = () if spec.kind == "stem" else (x,)
+    inputs = () if isinstance(spec, StemSpec) else (x,)
     own = {tensor.untyped_storage()._cdata for tensor in (*inputs, *copy.parameters(), *copy.buffers())}
     return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in own)
 

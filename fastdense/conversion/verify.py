@@ -31,11 +31,9 @@ class ReplayDropoutMasks(TorchFunctionMode):
         kind = kind_of(func)
         if kind not in ("dropout", "channel dropout"):
             return func(*args, **kwargs)
-        values = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
-        return self._drop(values["input"], values.get("p", 0.5), values.get("training", True), kind != "dropout")
-
-    def _drop(self, h: Tensor, p: float, training: bool, per_channel: bool) -> Tensor:
-        if not training or p == 0:
+        values = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+        h, p, per_channel = values["input"], values["p"], kind != "dropout"
+        if not values["training"] or p == 0:
             return h
         n, k, *spatial = h.shape
         keep = keep_mask(self.seed, next(self.layers), 0, n * k if per_channel else h.numel(), p)
@@ -69,34 +67,28 @@ def disagreement(
     cotangent, and every buffer. Foreign code that cannot be run so is a disagreement, too.
     """
     try:
-        return _disagreement(module, spec, shape, prepare)
+        generator = torch.Generator("cpu").manual_seed(_SEED)
+        with isolated(), torch.random.fork_rng(devices=[]):
+            copy = clone_with(module, random_double(generator))
+            prepare(copy)
+            if isinstance(spec, BlockSpec):
+                _raise_dropout(copy, spec)
+            initial = {name: buffer.clone() for name, buffer in copy.named_buffers()}
+            x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+            for training in (True, False):
+                copy.train(training)
+                eval_sync_batchnorm(copy)
+                copy.__class__ = type(module)
+                want = _results(copy, spec, x, initial)
+                copy.__class__ = converted_class(type(module))
+                copy._fastdense = spec._replace(recompute="activations", impl="torch")  # type: ignore[assignment]
+                got = _results(copy, spec, x, initial)
+                if name := _first_difference(got, want):
+                    return f"converted, its {name} differs in {'training' if training else 'evaluation'}"
     except Unsupported:
         raise
     except Exception as error:
         return f"it cannot be checked on the CPU in float64 ({summary(error)})"
-
-
-def _disagreement(
-    module: nn.Module, spec: Spec, shape: Sequence[int], prepare: Callable[[nn.Module], None]
-) -> str | None:
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-    with isolated(), torch.random.fork_rng(devices=[]):
-        copy = clone_with(module, random_double(generator))
-        prepare(copy)
-        if isinstance(spec, BlockSpec):
-            _raise_dropout(copy, spec)
-        initial = {name: buffer.clone() for name, buffer in copy.named_buffers()}
-        x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
-        for training in (True, False):
-            copy.train(training)
-            eval_sync_batchnorm(copy)
-            copy.__class__ = type(module)
-            want = _results(copy, spec, x, initial)
-            copy.__class__ = converted_class(type(module))
-            copy._fastdense = spec._replace(recompute="activations", impl="torch")  # type: ignore[assignment]
-            got = _results(copy, spec, x, initial)
-            if name := _first_difference(got, want):
-                return f"converted, its {name} differs in {'training' if training else 'evaluation'}"
     return None
 
 

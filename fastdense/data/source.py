@@ -58,7 +58,6 @@ class Dataset:
         return len(self.test_labels)
 
     def to(self, device: torch.device) -> Dataset:
-        """Returns the same images on ``device``."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 

@@ -239,10 +239,7 @@ def dense_block_backward(
 def _incoming_gradient(
     grad_X: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, X: Features, images: Tensor, start: int
 ) -> LazyGradient:
-    """``(D, a, b)`` of the block's output, for its channels from ``start`` on.
-
-    ``D`` is a copy: autograd owns ``grad_X``.
-    """
+    """``(D, a, b)`` of the block's output, from channel ``start`` on; ``D`` is a copy: autograd owns ``grad_X``."""
     m, channels = X.rows.shape
     stride = row_stride(channels - start, X.rows.dtype)
     D = X.rows.new_empty_strided((m, channels - start), (stride, 1))

@@ -145,7 +145,6 @@ def resumed(path: Path, state: Mapping[str, Any], given: Mapping[str, Any]) -> T
 
 
 def _as_written(name: str, value: Any) -> str:
-    """The option as on the command line."""
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
     return f"{flag(name)} {shown(value)}"

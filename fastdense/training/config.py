@@ -102,7 +102,6 @@ class Architecture:
     plain: bool = False  # without dense connections
 
     def last_resolution(self, image_size: int) -> int:
-        """Height and width in the last dense block."""
         stem = 1 if self.arguments["small_inputs"] else 4
         return image_size // (stem * 2 ** (self.blocks - 1))
 
@@ -223,7 +222,6 @@ class TrainConfig:
 
     @property
     def warm_up_fraction(self) -> float:
-        """Of all steps."""
         usual = WARM_UP if self.schedule == "cosine" else 0.0
         return usual if self.warm_up is None else self.warm_up
 
@@ -263,7 +261,6 @@ class TrainConfig:
 
     @property
     def cpu_threads(self) -> int:
-        """How many threads to run on the CPU."""
         return self.threads or (1 if (self._pixels or SMALL_IMAGES) < SMALL_IMAGES else torch.get_num_threads())
 
     def resolve_device(self, process: int | None = None) -> torch.device:

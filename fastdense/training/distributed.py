@@ -40,7 +40,6 @@ class Processes:
         return numbers[self.rank :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Computes the sum over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
@@ -53,7 +52,6 @@ class Processes:
         return [int(number) for number in shared.tolist()]
 
     def gather(self, mine: Any) -> list[Any]:
-        """Returns ``mine`` of all ranks, in their order."""
         if self.count == 1:
             return [mine]
         gathered: list[Any] = [None] * self.count

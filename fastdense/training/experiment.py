@@ -81,7 +81,6 @@ class Experiment:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do."""
         return self.step == self.steps and self.evaluated
 
     @property

@@ -45,7 +45,6 @@ class OutputOptions:
             raise ValueError("--resume needs --out, the folder of the run to resume")
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Returns how many steps there are from one checkpoint to the next."""
         found = EVERY.fullmatch(self.save_every)
         assert found is not None
         return int(found[1]) * (1 if (found[2] or "").startswith("step") else steps_per_epoch)
@@ -133,7 +132,6 @@ class Outputs(ExitStack):
         self.files[what], self.logs[what] = log, log.update
 
     def log(self, *events: Record) -> None:
-        """Appends ``events`` to the logs."""
         for event in events:
             for what, update in self.logs.items():
                 self._attempt(what, update, event)
@@ -188,7 +186,6 @@ class Outputs(ExitStack):
         self._link()
 
     def _link(self) -> None:
-        """Gives ``last.pt`` its other names."""
         assert self.out is not None
         last = self.out / LAST
         if self._best():

@@ -138,7 +138,6 @@ class Run:
 
     @property
     def train_loss(self) -> float | None:
-        """Mean over the current epoch's steps."""
         in_epoch = (len(self.losses) - 1) % self.steps_per_epoch + 1
         return statistics.fmean(self.losses[-in_epoch:]) if self.losses else None
 
@@ -207,7 +206,6 @@ class Run:
         return tuple((totals[:, :2] / totals[:, 2:]).flatten().tolist())
 
     def summary(self) -> Summary:
-        """Returns the results so far."""
         scores = {score: getattr(self.evaluations[-1], score) for score in SCORES} if self.evaluations else {}
         seconds = statistics.median(self.seconds) if self.seconds else None
         steps = len(self.losses)

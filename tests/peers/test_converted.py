@@ -14,7 +14,7 @@ from common import assert_close, assert_same, random_input, randomise, results
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.conversion.converted import Converted
+from fastdense.conversion.converted import KINDS, Converted
 from fastdense.conversion.verify import ReplayDropoutMasks
 
 Make = Callable[..., nn.Module]
@@ -95,7 +95,7 @@ def twins(make: Make, *, options: dict[str, Any] | None = None, **how: Any) -> t
 
 def converted(model: nn.Module) -> dict[str, int]:
     """How many of each kind."""
-    return Counter(module._fastdense.kind for module in model.modules() if isinstance(module, Converted))
+    return Counter(KINDS[type(module._fastdense)] for module in model.modules() if isinstance(module, Converted))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NAMED])
