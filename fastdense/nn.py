@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class DenseLayer(ConcatDenseLayer):
     ) -> None:
         super().__init__(num_input_features, growth_rate, bn_size, drop_rate, **options)
         for conv in _convolutions(self):
-            conv.weight.data = _channels_last(conv.weight.data)
+            # As [out, *kernel, in], the order in which a channels-last convolution reads it.
+            conv.weight.data = conv.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class DenseBlock(ConcatDenseBlock):
@@ -83,12 +85,10 @@ class DenseBlock(ConcatDenseBlock):
         mode = planned or checks.recompute_mode(self.recompute, self.memory_efficient)
         if planned is not None:
             self.resolved_recompute = planned
+        remember = partial(setattr, self, "resolved_recompute")
         return functional.run_block(
-            x, list(self.values()), mode, self.impl, moments, want_moments, on_resolved=self._remember
+            x, list(self.values()), mode, self.impl, moments, want_moments, on_resolved=remember
         )
-
-    def _remember(self, mode: str) -> None:
-        self.resolved_recompute = mode
 
     def extra_repr(self) -> str:
         recompute = repr(checks.recompute_mode(self.recompute, self.memory_efficient))
@@ -99,11 +99,6 @@ class DenseBlock(ConcatDenseBlock):
 
 def _convolutions(module: nn.Module) -> Iterator[Any]:
     return (child for child in module.modules() if isinstance(child, CONVOLUTIONS))
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    """A weight laid out as ``[out, *kernel, in]``, the order in which a channels-last convolution reads it."""
-    return weight.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class Transition(ConcatTransition):

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,9 @@ def test_log_of_many_epochs_stays_short() -> None:
     assert lines[-1].startswith("epoch 50/50 step 50/50;")
 
 
-def test_terminal_shows_both_curves_grow() -> None:
+def test_terminal_shows_both_curves_grow_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "REDRAW_SECONDS", -1.0)  # after each step, however fast they are
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} may live at exit"))
     config = TrainConfig(depth=10, growth_rate=4, steps=12, check_steps=2, compare=True, device="cpu")
     screen = io.StringIO()
     console = Printer(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
@@ -309,7 +312,7 @@ def test_terminal_shows_both_curves_grow() -> None:
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden, then shown again"
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert max(map(len, text.splitlines())) <= 80
-    assert "check in float64" in text and "epoch 1/1" in text and "12/12" in text
+    assert "check in float64" in text and "epoch 1/1" in text and all(f" {step}/12;" in text for step in range(1, 13))
     for label in ("reference (torch.cat)", "fastdense"):
         (curve,) = re.findall(rf"{re.escape(label)}: .* ms +([▁-█]{{20}}) *$", text.split("12/12")[-1], re.MULTILINE)
         assert curve[0] == "█" and curve[-1] < "█"

@@ -287,3 +287,15 @@ def test_memory_is_saved() -> None:
             block(x)
         kept.append(saved.bytes)
     assert kept[0] > 3 * kept[1] and kept[1] > 3 * kept[2], kept
+
+
+def test_double_backward_and_transforms_raise() -> None:
+    _, ours, x = pair()
+    (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        torch.func.grad(lambda x: ours(x).sum())(x.detach())
+    fastdense.convert(ours, impl="reference")
+    (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    gradient.sum().backward()

@@ -438,15 +438,3 @@ def test_torch_compile_in_one_graph(block: Any, training: bool, momentum: float 
     torch._dynamo.reset()
     compiled = torch.compile(ours.train(training), backend="aot_eager", fullgraph=True)
     assert_same(results(ours, x, forward=lambda x: compiled(x)), results(theirs.train(training), x))
-
-
-def test_double_backward_and_transforms_raise() -> None:
-    _, ours, x = pair()
-    (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="impl='reference'"):
-        gradient.sum().backward()
-    with pytest.raises(RuntimeError, match="impl='reference'"):
-        torch.func.grad(lambda x: ours(x).sum())(x.detach())
-    fastdense.convert(ours, impl="reference")
-    (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    gradient.sum().backward()

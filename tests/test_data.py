@@ -94,6 +94,7 @@ def test_cifar_as_published(
     *train, (test_images, test_labels) = write(tmp_path, classes)
     source = open_data(str(next(tmp_path.iterdir()) if itself else tmp_path), augment="none")
     assert (source.name, source.channels, source.classes, source.image_size) == (f"CIFAR-{classes}", 3, classes, 32)
+    assert source.class_names == tuple(_names(classes))
     assert (source.train_count, source.test_count) == (PER_FILE * len(train), PER_FILE)
     assert source.unreadable == []
 
@@ -129,6 +130,7 @@ def test_cifar_as_torchvision_reads_it(tmp_path: Path, classes: int, monkeypatch
         peer = {10: CIFAR10, 100: CIFAR100}[classes](tmp_path, train=train)
         assert np.array_equal(peer.data, images.permute(0, 2, 3, 1).numpy())
         assert peer.targets == labels.tolist()
+        assert tuple(peer.classes) == source.class_names
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -138,9 +140,11 @@ def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
     images, labels = written[-1]
     path.write_bytes(pickle.dumps({"data": images.reshape(PER_FILE, -1), "labels": labels}, protocol))
+    (path.parent / "batches.meta").unlink()
     source = open_data(str(tmp_path))
     assert isinstance(source, Dataset)
     assert np.array_equal(source.test_images.numpy(), images)
+    assert source.class_names == tuple("0123456789")
 
 
 class _Calls:
@@ -174,6 +178,7 @@ def test_a_pickle_calls_nothing(tmp_path: Path) -> None:
         (write_python, "data_batch_2", lambda old: pickle.dumps([1]), "it holds a list, not a dict"),
         (write_python, "data_batch_2", lambda old: pickle.dumps({b"data": 0}), "damaged.*KeyError: b'labels'"),
         (write_python, "test_batch", lambda old: None, "lacks test_batch of CIFAR-10: unpack its archive again"),
+        (write_python, "batches.meta", lambda old: pickle.dumps({b"label_names": [b"a"]}), "meta.*1 names for 10"),
         (write_binary, "data_batch_5.bin", lambda old: old[:-1], "18437 bytes are no multiple of 3073"),
         (write_binary, "data_batch_5.bin", lambda old: b"", r"data_batch_5.bin is damaged.*for \(0,\) labels"),
         (write_binary, "data_batch_5.bin", lambda old: b"\x0a" + old[1:], "labels are . to 10, not within 0 to 9"),

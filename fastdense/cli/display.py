@@ -23,6 +23,7 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
 CURVE_WIDTH = 20
 PRINTED_EPOCHS = 20  # epochs that a log reports, however many there are
+REDRAW_SECONDS = 0.25
 HEARTBEAT_SECONDS = 30.0  # longest silence in a log while it trains
 STEP_TIME_WINDOW = 20  # steps whose median is shown while training
 
@@ -81,16 +82,14 @@ def introduction(experiment: Experiment) -> str:
 
 
 class Display:
-    """Lines for a log: after an epoch, about 20 in all, and a sign of life where an epoch takes long.
-
-    Rendered, it is the newest state beside loss curves, to be redrawn in place on a terminal.
-    """
+    """Lines for a log, about 20 in all, and a sign of life where an epoch takes long; rendered, state and curves."""
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         self.console, self.experiment = console, experiment
         self.every = -(-experiment.epochs // PRINTED_EPOCHS)
         self.first_step, self.start = experiment.step, time.monotonic()  # for what is left
-        self.last_line = self.start
+        self.last_line = self.drawn = self.start
+        self.live: Live | None = None
 
     def update(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -106,6 +105,9 @@ class Display:
                     self._print(f"gradient norm of first .. last layer's output after step {event.step}: {ends}")
                 elif self._due(event):
                     self._print("; ".join(self._state()))
+        if self.live is not None and time.monotonic() - self.drawn > REDRAW_SECONDS:
+            self.drawn = time.monotonic()
+            self.live.refresh()
 
     def _due(self, event: StepEvent | EpochEvent) -> bool:
         over = event.step == self.experiment.steps
@@ -152,8 +154,9 @@ class Display:
 def display(console: Console, experiment: Experiment) -> Iterator[Display]:
     """The display that suits the console; on leaving, however that happens, the terminal is as it was."""
     shown = Display(console, experiment)
-    redrawn = console.is_terminal and not (console.quiet or console.is_dumb_terminal)
-    with Live(shown, console=console, refresh_per_second=4) if redrawn else nullcontext():
+    if console.is_terminal and not (console.quiet or console.is_dumb_terminal):
+        shown.live = Live(shown, console=console, auto_refresh=False)  # a thread that lives at exit may abort
+    with shown.live or nullcontext():
         yield shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,15 +27,16 @@ class Cifar:
     # The key of a pickle's labels; in a binary record, how many label bytes precede the pixels, of which the last one
     # counts (CIFAR-100 has a coarse label before the fine one).
     labels: bytes | int
+    names: str  # the file with the names of the classes
 
 
 _FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
 _FIVE_BINARY = tuple(f"{name}.bin" for name in _FIVE)
 CIFARS = (
-    Cifar("CIFAR-10", 10, "cifar-10-batches-py", _FIVE, "test_batch", b"labels"),
-    Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels"),
-    Cifar("CIFAR-10", 10, "cifar-10-batches-bin", _FIVE_BINARY, "test_batch.bin", 1),
-    Cifar("CIFAR-100", 100, "cifar-100-binary", ("train.bin",), "test.bin", 2),
+    Cifar("CIFAR-10", 10, "cifar-10-batches-py", _FIVE, "test_batch", b"labels", "batches.meta"),
+    Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels", "meta"),
+    Cifar("CIFAR-10", 10, "cifar-10-batches-bin", _FIVE_BINARY, "test_batch.bin", 1, "batches.meta.txt"),
+    Cifar("CIFAR-100", 100, "cifar-100-binary", ("train.bin",), "test.bin", 2, "fine_label_names.txt"),
 )
 
 
@@ -50,23 +52,24 @@ def find(root: Path) -> tuple[Path, Cifar] | None:
     return found[0] if found else None
 
 
-def read(folder: Path, cifar: Cifar) -> list[Tensor]:
-    """Returns training images, uint8 ``[n, 3, 32, 32]``, their labels, int64 ``[n]``, and the same for testing.
+def read(folder: Path, cifar: Cifar) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Returns training images, uint8 ``[n, 3, 32, 32]``, their labels, int64 ``[n]``, the same for testing, and names.
 
-    Raises ``ValueError`` where a file is missing, damaged, or not what its name says.
+    Classes without a file of names are numbered. Raises ``ValueError`` where another is missing, or one is damaged.
     """
     if missing := [name for name in (*cifar.train, cifar.test) if not (folder / name).is_file()]:
         raise ValueError(f"--data {folder} lacks {', '.join(missing)} of {cifar.name}: unpack its archive again")
     tensors = []
     for files in (cifar.train, (cifar.test,)):
-        for arrays in zip(*(_checked(folder / file, cifar) for file in files), strict=True):
+        for arrays in zip(*(_checked(folder / file, cifar, _labelled) for file in files), strict=True):
             tensors.append(torch.from_numpy(np.concatenate(arrays)))
-    return tensors
+    names = folder / cifar.names
+    return tensors, _checked(names, cifar, _names) if names.is_file() else tuple(map(str, range(cifar.classes)))
 
 
-def _checked(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _checked(path: Path, cifar: Cifar, reader: Callable[[Path, Cifar], Any]) -> Any:
     try:
-        return _labelled(path, cifar)
+        return reader(path, cifar)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to call for
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         remedy = f"unpack the archive of {cifar.name} again, or download it again"
@@ -89,6 +92,14 @@ def _labelled(path: Path, cifar: Cifar) -> tuple[np.ndarray[Any, Any], np.ndarra
     if labels.min() < 0 or labels.max() >= cifar.classes:
         raise ValueError(f"labels are {labels.min()} to {labels.max()}, not within 0 to {cifar.classes - 1}")
     return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def _names(path: Path, cifar: Cifar) -> tuple[str, ...]:
+    pickled = isinstance(cifar.labels, bytes) and _unpickle(path)[cifar.labels[:-1] + b"_names"]  # fine_label_names
+    names = [name if isinstance(name, str) else name.decode() for name in pickled or path.read_bytes().split()]
+    if len(names) != cifar.classes:
+        raise ValueError(f"{len(names)} names for {cifar.classes} classes")
+    return tuple(names)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -135,10 +135,9 @@ def open_data(
         remedy = "name a folder of images, the folder of CIFAR's unpacked files, or digits"
         raise ValueError(f"--data {data} {'is a file' if root.exists() else 'does not exist'}: {remedy}")
     elif version := cifar.find(root):
-        tensors, kind = cifar.read(*version), version[1]
+        tensors, names = cifar.read(*version)
         mean, std = _mean_and_std(tensors[0])
-        names = tuple(map(str, range(kind.classes)))
-        found = Dataset(kind.name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
+        found = Dataset(version[1].name, *tensors, class_names=names, mean=mean, std=std, size=image_size)
         usual = "crop-flip"
     else:
         found = ImageFolder(*folders.find(root), image_size or FOLDER_IMAGE_SIZE, workers, on_error)
