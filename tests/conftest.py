@@ -14,6 +14,9 @@ if torch.cuda.is_available():
 else:
     # The kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from helpers import interpreter
+
+    interpreter.speed_up()
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def fresh_memory_is_nan() -> Iterator[None]:
 @pytest.fixture
 def kernels_checked(fresh_memory_is_nan: None) -> Iterator[None]:
     """For tests of the kernels: accesses within their tensors, and fp32 products in fp32, ours and PyTorch's."""
-    from interpreted import accesses_checked
+    from helpers.interpreter import accesses_checked
 
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

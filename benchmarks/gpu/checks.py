@@ -31,7 +31,10 @@ REHEARSED_BLOCK, REHEARSED_SHAPE = (1, 8, 4, 4), (2, 8, 5, 4)
 RERUNS = 20
 CHECKED = (16, 64)  # images of a whole network, and their size
 MOST_FAILURES, REASON_CHARACTERS = 100, 400
-TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "kernels", "pooling_kernels", "launches", "peak"))
+TESTS = (
+    *(f"tests/kernels/test_{name}.py" for name in ("gpu", "dense_block", "pooling", "launches")),
+    "tests/core/test_peak.py",
+)
 PROCESSES = 12
 # What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
 SIMPLER: dict[str, dict[str, Any]] = {
@@ -191,7 +194,7 @@ def gpu_tests(job: Job) -> None:
     """
     options = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "benchmarks.harness.checkout"]
     options += ["--continue-on-collection-errors"]  # a package that some other test needs may be missing
-    options += ["tests/test_traffic.py", "-k", "hand"] if job.rehearsal else TESTS
+    options += ["tests/benchmarks/test_traffic.py", "-k", "hand"] if job.rehearsal else TESTS
     if not job.rehearsal and importlib.util.find_spec("xdist") is not None:
         options += ["--numprocesses", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
     code = pytest.main(options, plugins=[_Recorder(job)])

@@ -1,0 +1,411 @@
+"""``gradient_flow`` and ``feature_reuse``: each term is autograd's, and looking changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import networks, peers
+from helpers.blocks import assert_close, block_pair, random_input
+from torch import Tensor, nn
+
+import fastdense
+from fastdense.analysis import gradient_flow as flows
+from fastdense.analysis.gradient_flow import BlockFlow, feature_reuse, first_not_finite, gradient_flow
+from fastdense.analysis.plain import PlainBlock, without_dense_connections
+from fastdense.conversion.api import dense_blocks
+from fastdense.core.features import as_rows
+
+
+def terms(model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: Any = None) -> list[Any]:
+    """The runs of ``gradient_flow``, whose ``vectors`` are what each consumer sends back, as rows ``[m, C_j]``."""
+    record = flows._Run._record
+
+    def keep(run: Any, consumer: int, rows: Tensor) -> None:
+        vars(run).setdefault("vectors", {})[consumer] = rows
+        record(run, consumer, rows)
+
+    with mock.patch.object(flows._Run, "_record", keep):
+        return flows._run(model, x, target, loss_fn, torch.float64)  # type: ignore[return-value]
+
+
+def textbook_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
+    """autograd's gradients of ``H_0 .. H_L`` in every block of a textbook model, as rows, by hooks."""
+    features: dict[str, list[Tensor]] = {}
+    for name, block in model.named_modules():
+        layers = [layer for child, layer in block.named_children() if child.startswith("denselayer")]
+        if not layers:
+            continue
+        kept = features[name] = []
+
+        def entering(module: nn.Module, args: tuple[Any, ...], kept: list[Tensor] = kept) -> None:
+            kept.append(args[0])
+            args[0].retain_grad()
+
+        def leaving(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
+            kept.append(output)
+            output.retain_grad()
+
+        block.register_forward_pre_hook(entering)
+        for layer in layers:
+            getattr(layer, "layers", layer).register_forward_hook(leaving)  # MONAI's layer returns [x, new]
+    F.cross_entropy(model(x.detach().requires_grad_()), target).backward()
+    return {name: [as_rows(_last(h.grad)) for h in kept] for name, kept in features.items()}
+
+
+def _last(images: Tensor | None) -> Tensor:
+    assert images is not None
+    return images.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_terms_add_up_to_autograds_gradient(name: str) -> None:
+    reference, fast = networks.network(name)
+    x, target = networks.images(name), networks.labels(2)
+    truth = textbook_gradients(reference, x, target)
+    runs = terms(fast, x, target)
+    assert [run.name for run in runs] == list(truth)
+    for run in runs:
+        total = torch.cat(truth[run.name], 1)
+        assert_close(f"{run.name}: the schedule's", run._rows(run.G), total)
+        added = torch.zeros_like(total)
+        for rows in run.vectors.values():
+            added[:, : rows.shape[1]] += rows
+        assert_close(f"{run.name}: the sum of the terms", added, total)
+        norms = torch.stack([h.norm() for h in truth[run.name]])
+        assert_close(f"{run.name}: the norms", run.flow().total, norms)
+
+
+def aliased(block: nn.Module, x: Tensor, cotangent: Tensor) -> dict[int, Tensor]:
+    """autograd's gradient through each reader of a textbook block by itself, as rows ``[m, C_j]``."""
+    features, sent = [x], {}
+    for j, layer in enumerate(block.values()):  # type: ignore[operator]
+        sent[j] = [h * 1 for h in features]
+        features.append(layer(sent[j]))
+    sent[len(block)] = [h * 1 for h in features]  # type: ignore[arg-type]
+    for alias in (alias for aliases in sent.values() for alias in aliases):
+        alias.retain_grad()
+    torch.cat(sent[len(block)], 1).backward(cotangent)  # type: ignore[arg-type]
+    return {j: torch.cat([as_rows(_last(alias.grad)) for alias in aliases], 1) for j, aliases in sent.items()}
+
+
+@pytest.mark.parametrize("bn_size", [2, None])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("recompute", ["activations", "bottlenecks"])
+def test_each_term_is_autograds(bn_size: int | None, frozen: bool, recompute: str) -> None:
+    def freeze(block: nn.Module) -> None:
+        if frozen:
+            block.denselayer2.norm1.eval()  # type: ignore[union-attr, operator]
+
+    reference, fast = block_pair(4, 5, bn_size, 3, recompute=recompute, change=freeze)
+    x = random_input((3, 5, 7, 6))
+    cotangent = random_input((3, 17, 7, 6), seed=1).detach()
+    truth = aliased(reference, x.detach().requires_grad_(), cotangent)
+    (run,) = terms(fast, x, loss_fn=lambda output: (output * cotangent).sum())
+    assert run.vectors.keys() == truth.keys()
+    scale = max(rows.norm().item() for rows in truth.values())
+    for j, rows in truth.items():
+        assert_close(f"what reader {j} sends back", run.vectors[j], rows, scale=scale)
+    flow = run.flow()
+    assert flow.contributions.shape == (5, 5) and flow.total.shape == (5,)
+    for j in range(5):
+        of = [slice(0, 5), *(slice(5 + 3 * i, 8 + 3 * i) for i in range(4))][: j + 1]
+        norms = torch.stack([truth[j][:, channels].norm() for channels in of[: j + 1]])
+        assert_close(f"the norms of reader {j}", flow.contributions[: len(norms), j], norms, scale=scale)
+        assert flow.contributions[j + 1 :, j].eq(0).all()
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 3])
+def test_other_dimensions(spatial_dims: int) -> None:
+    reference, fast = block_pair(3, 4, 2, 2, spatial_dims=spatial_dims)
+    shape = (2, 4, *(5, 3, 4)[:spatial_dims])
+    x, cotangent = random_input(shape), random_input((2, 10, *shape[2:]), seed=1).detach()
+    truth = aliased(reference, x.detach().requires_grad_(), cotangent)
+    (run,) = terms(fast, x, loss_fn=lambda output: (output * cotangent).sum())
+    for j, rows in truth.items():
+        assert_close(f"what reader {j} sends back", run.vectors[j], rows, scale=1.0)
+
+
+def test_dropout_is_that_of_the_step() -> None:
+    _, fast = networks.own(drop_rate=0.4)
+    x, target = networks.images("own"), networks.labels(2)
+    flows = gradient_flow(fast, x, target)  # draws the mask that comes next, and does not use it up
+    seen: list[Tensor] = []
+    fast = fast.double()
+    fast.features.denseblock2.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+        lambda module, args: (args[0].retain_grad(), seen.append(args[0]))[1]
+    )
+    F.cross_entropy(fast(x), target).backward()
+    assert seen[0].grad is not None
+    assert flows[1].total[0].item() == pytest.approx(seen[0].grad.norm().item(), rel=1e-9)
+
+
+def test_looking_changes_nothing() -> None:
+    for name in ("own", "torchvision"):
+        reference, fast = networks.network(name, torch.float32)
+        for model in (reference, fast):
+            before, mode = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+            x = networks.images(name, dtype=torch.float32)
+            state = torch.get_rng_state()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                gradient_flow(model, x)
+                feature_reuse(model)
+            assert torch.equal(state, torch.get_rng_state())
+            assert [module.training for module in model.modules()] == mode
+            assert all(parameter.grad is None for parameter in model.parameters()) and x.grad is None
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, before[key]), key
+            assert model.training and next(model.parameters()).dtype == torch.float32
+
+
+def test_models_that_were_not_converted_are_read_too() -> None:
+    theirs, ours = networks.network("torchvision")
+    x = networks.images("torchvision")
+    for got, want in zip(gradient_flow(theirs, x), gradient_flow(ours, x), strict=True):
+        assert got.name == want.name
+        assert torch.equal(got.total, want.total) and torch.equal(got.contributions, want.contributions)
+    for reuse, same in zip(feature_reuse(theirs), feature_reuse(ours), strict=True):
+        assert reuse.name == same.name and torch.equal(reuse.weights, same.weights)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    _, fast = networks.network("own")
+    x = networks.images("own")
+    for got, want in zip(gradient_flow(wrap(fast), x), gradient_flow(fast, x), strict=True):
+        assert got.name == want.name and torch.equal(got.total, want.total)
+
+
+def test_under_no_grad_autocast_and_inference_mode() -> None:
+    _, fast = networks.network("own", torch.float32)
+    x = networks.images("own", dtype=torch.float32).detach()
+    want = gradient_flow(fast, x)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            got = gradient_flow(fast, x)
+        assert all(torch.equal(a.total, b.total) for a, b in zip(got, want, strict=True))
+    want = gradient_flow(fast, x, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, cast = gradient_flow(fast, x, dtype=torch.float32), gradient_flow(fast, x, dtype=None)
+    assert all(torch.equal(a.total, b.total) for a, b in zip(got, want, strict=True))
+    assert not any(torch.equal(a.total, b.total) for a, b in zip(cast, want, strict=True))
+
+
+def test_losses() -> None:
+    _, fast = networks.network("own")
+    x, target = networks.images("own"), networks.labels(2)
+
+    def totals(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([flow.total for flow in gradient_flow(fast, x, *args, **kwargs)])
+
+    own = copy.deepcopy(fast)(x).argmax(1)
+    assert torch.equal(totals(), totals(own)) and torch.equal(totals(loss_fn=nn.CrossEntropyLoss()), totals(own))
+    assert not torch.allclose(totals(target), totals(own))
+    halved = totals(target, lambda output, target: F.cross_entropy(output, target) / 2)
+    assert torch.allclose(2 * halved, totals(target), rtol=1e-12)
+    assert torch.allclose(totals(loss_fn=lambda output: output[:, 1].sum()), totals(loss_fn=lambda o: o.sum(0)[1]))
+
+
+def test_a_block_that_is_used_twice_is_told_twice() -> None:
+    block = fastdense.DenseBlock(2, 6, 2, 3, dtype=torch.float64)
+    back = nn.Conv2d(12, 6, 1, dtype=torch.float64)
+    model = nn.Sequential(block, back, block)
+    x = random_input((2, 6, 5, 5))
+    first, second = gradient_flow(model, x, loss_fn=lambda output: output.square().sum())
+    assert first.name == second.name == "0"
+    (alone,) = gradient_flow(block, back(block(x)), loss_fn=lambda output: output.square().sum())
+    assert torch.allclose(second.total, alone.total) and not torch.allclose(first.total, alone.total)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_reuse_is_the_mean_absolute_weight(name: str) -> None:
+    _reference, fast = networks.network(name)
+    for found, (block_name, _, layers) in zip(feature_reuse(fast), dense_blocks(fast), strict=True):
+        assert found.name == block_name and found.weights.shape == (len(layers) + 1, len(layers))
+        entering = layers[0].conv1.in_channels
+        for j, layer in enumerate(layers):
+            parts = layer.conv1.weight.split([entering, *[4] * j], dim=1)
+            want = torch.stack([part.abs().mean() for part in parts])
+            assert torch.allclose(found.weights[: j + 1, j], want, rtol=1e-12)
+            assert found.weights[j + 1 :, j].eq(0).all()
+
+
+def test_plain_blocks_have_no_dense_connections() -> None:
+    torch.manual_seed(0)
+    model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
+    plain = without_dense_connections(model)
+    assert not [module for module in plain.modules() if isinstance(module, fastdense.DenseBlock)]
+    block = plain.features.denseblock1  # type: ignore[union-attr]
+    assert isinstance(block, PlainBlock)
+    assert [layer.conv1.in_channels for layer in block.values()] == [8, 4, 4]  # type: ignore[union-attr]
+    assert [layer.conv2.out_channels for layer in block.values()] == [4, 4, 4]  # type: ignore[union-attr]
+    x = torch.randn(2, 8, 5, 5)
+    output = block(x)
+    assert output.shape == (2, 20, 5, 5) and output[:, :16].eq(0).all() and not output[:, 16:].eq(0).any()
+    assert plain(networks.images("own", dtype=torch.float32)).shape == (2, networks.CLASSES)
+    assert sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in model.parameters())
+    for key in ("features.conv0.weight", "features.transition1.conv.weight", "classifier.weight"):
+        assert torch.equal(plain.state_dict()[key], model.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", ["torchvision", "MONAI"])
+def test_plain_gradients_are_autograds(name: str) -> None:
+    theirs, ours = networks.network(name)
+    torch.manual_seed(1)
+    plain = without_dense_connections(ours)
+    torch.manual_seed(1)
+    same = without_dense_connections(theirs)
+    x, target = networks.images(name), networks.labels(2)
+    truth = textbook_gradients(same, x, target)
+    flows = gradient_flow(plain, x, target)
+    assert [flow.name for flow in flows] == list(truth)
+    for flow in flows:
+        assert_close(flow.name, flow.total, torch.stack([h.norm() for h in truth[flow.name]]))
+        assert torch.equal(flow.contributions, torch.diag(flow.total))
+
+
+def test_deep_plain_networks_lose_what_dense_ones_keep() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"growth_rate": 4, "block_config": (40,), "num_init_features": 8, "num_classes": 10}
+    dense = fastdense.DenseNet(**options, in_channels=1, small_inputs=True)
+    x, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+
+    def spread(flows: list[BlockFlow]) -> float:
+        inner = flows[0].total[1:-1]
+        return (inner.max() / inner.min()).item()
+
+    assert spread(gradient_flow(dense, x, target)) < 20
+    assert spread(gradient_flow(without_dense_connections(dense), x, target)) > 1000
+
+
+def broken(change: Callable[[Any], None]) -> str | None:
+    torch.manual_seed(0)
+    model = fastdense.DenseNet(**networks.SMALL)
+    with torch.no_grad():
+        change(model)
+    return first_not_finite(model, networks.images("own", dtype=torch.float32), networks.labels(2))
+
+
+def test_what_is_not_finite_first() -> None:
+    assert broken(lambda model: None) is None
+    said = broken(lambda model: model.features.denseblock1.denselayer2.conv2.weight[1, 0].fill_(float("inf")))
+    assert said == (
+        "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
+        "features.denseblock1.denselayer2.conv2.weight is not finite itself"
+    )
+    said = broken(lambda model: model.features.denseblock2.denselayer1.norm1.weight.fill_(float("nan")))
+    assert said is not None and said.startswith("The values of the output of layer 1 of features.denseblock2 (H_1)")
+    said = broken(lambda model: model.classifier.weight.fill_(float("nan")))
+    assert said is not None and said.startswith("The gradient of the output of layer 1 of features.denseblock2 (H_1)")
+
+
+def test_a_gradient_that_overflows_names_the_layer() -> None:
+    torch.manual_seed(0)
+    model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
+    block: Any = model.features.denseblock1
+    with torch.no_grad():
+        block.denselayer2.conv2.weight *= 1e-12  # H_2 is tiny, and layer 3 makes it as large as the others:
+        block.denselayer3.norm1.eps = 1e-30  # what it sends back is 1e12 times larger
+
+    def loss_fn(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda output, target: scale * F.cross_entropy(output, target)
+
+    x, target = networks.images("own", dtype=torch.float32), networks.labels(2)
+    assert first_not_finite(model, x, target, loss_fn(1.0)) is None
+    assert first_not_finite(model, x, target, loss_fn(1e30)) == (
+        "The gradient of the output of layer 2 of features.denseblock1 (H_2) went first, in what layer 3 sends back"
+    )
+
+
+def test_bad_input_is_named() -> None:
+    _, fast = networks.network("own")
+    x = networks.images("own")
+    with pytest.raises(TypeError, match=r"model must be"):
+        gradient_flow("model", x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
+        gradient_flow(fast, [x])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch.int64"):
+        gradient_flow(fast, x.long())
+    with pytest.raises(ValueError, match=r"the loss must be one number, got shape \(2, 5\)"):
+        gradient_flow(fast, x, loss_fn=lambda output: output)
+    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
+        gradient_flow(nn.Conv2d(3, 4, 1), x)
+    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
+        feature_reuse(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
+        feature_reuse(without_dense_connections(fast))
+    with pytest.raises(
+        ValueError, match=r"without loss_fn the model must return class scores \[N, classes\], got dict"
+    ):
+        gradient_flow(_Dict(fast), x)
+    with pytest.raises(TypeError, match=r"target must be a torch.Tensor or None, got list"):
+        gradient_flow(fast, x, [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x must hold at least one image, got shape \(0, 3, 37, 44\)"):
+        gradient_flow(fast, x[:0])
+    with pytest.raises(ValueError, match=r"x must hold at least one image.*'meta'"):
+        gradient_flow(fast, x.to("meta"))
+    with pytest.raises(ValueError, match=r"the loss does not depend on the model"):
+        gradient_flow(fast, x, loss_fn=lambda output: output.detach().sum())
+    hooked = fastdense.convert(peers.torchvision().DenseNet(**networks.SMALL))
+    hooked.features.denseblock2.denselayer1.norm1.register_forward_hook(print)  # type: ignore[union-attr, operator]
+    for look in (lambda: feature_reuse(hooked), lambda: gradient_flow(hooked, x)):
+        with pytest.raises(ValueError, match=r"the block features.denseblock2 cannot run fused: .*hook"):
+            look()
+    with pytest.raises(RuntimeError, match=r"the dense block unused took no part"):
+        gradient_flow(_Unused(fast), x)
+
+
+class _Dict(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.inner(x)}
+
+
+class _Unused(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.unused = inner, fastdense.DenseBlock(1, 3, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_evaluation_mode_and_recomputed_bottlenecks() -> None:
+    x, target = networks.images("own"), networks.labels(2)
+    reference, fast = (model.double().eval() for model in networks.own(recompute="bottlenecks"))
+    truth = textbook_gradients(reference, x, target)
+    for flow in gradient_flow(fast, x, target):
+        assert_close(flow.name, flow.total, torch.stack([h.norm() for h in truth[flow.name]]))
+
+
+def test_timm_names_are_the_models() -> None:
+    _, fast = networks.network("timm")
+    names = [flow.name for flow in gradient_flow(fast, networks.images("timm"))]
+    assert names == ["features.denseblock1", "features.denseblock2"]
+
+
+@pytest.mark.usefixtures("kernels_checked")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter here")
+def test_the_kernels_terms_are_the_same() -> None:
+    _, fast = block_pair(3, 5, 2, 3, dtype=torch.float32, impl="triton")
+    x = random_input((2, 5, 4, 5), dtype=torch.float32)
+    cotangent = random_input((2, 14, 4, 5), seed=1).detach()
+
+    def loss_fn(output: Tensor) -> Tensor:
+        return (output * cotangent.to(output)).sum()
+
+    (want,) = gradient_flow(fast, x, loss_fn=loss_fn)
+    (got,) = gradient_flow(fast, x, loss_fn=loss_fn, dtype=None)
+    assert torch.allclose(got.total, want.total, rtol=1e-5)
+    assert torch.allclose(got.contributions, want.contributions, rtol=1e-5)
+    assert not torch.equal(got.total, want.total)

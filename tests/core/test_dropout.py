@@ -1,0 +1,130 @@
+"""Dropout: reproducible masks that nobody stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.blocks import assert_same, block_pair, random_input, results
+from torch import Tensor, nn
+
+from fastdense import reference
+from fastdense.backends import philox
+
+
+def test_philox_against_the_published_vectors() -> None:
+    """Known-answer vectors of Random123's Philox-4x32-10 whose fourth counter word is 0, and NumPy's generator."""
+    zeros = philox.philox_4x32(torch.tensor([0]), torch.tensor([0]), 0)[0]
+    assert [hex(v) for v in zeros.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -5])
+def test_philox_against_plain_integers(seed: int) -> None:
+    counters = [0, 1, 2**31 + 7, 2**40 + 3]
+    got = philox.philox_4x32(torch.tensor([seed]), torch.tensor(counters), 9)
+    for row, counter in zip(got.tolist(), counters, strict=True):
+        c, key = [counter & 0xFFFFFFFF, counter >> 32, 9, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+        for _ in range(10):
+            p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(p1 >> 32) ^ c[1] ^ key[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ key[1], p0 & 0xFFFFFFFF]
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        assert row == c
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 1001])
+def test_a_mask_does_not_depend_on_where_it_is_cut(start: int) -> None:
+    seed = torch.tensor([42])
+    whole = philox.keep_mask(seed, 3, 0, 5000, 0.3)
+    assert torch.equal(philox.keep_mask(seed, 3, start, 997, 0.3), whole[start : start + 997])
+
+
+def test_masks_have_the_right_rate_and_differ_between_layers_and_seeds() -> None:
+    masks = [philox.keep_mask(torch.tensor([s]), layer, 0, 100_000, 0.2) for s, layer in ((1, 0), (1, 1), (2, 0))]
+    for mask in masks:
+        assert abs(mask.double().mean().item() - 0.8) < 0.005
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        agreement = (masks[i] == masks[j]).double().mean().item()
+        assert abs(agreement - (0.8**2 + 0.2**2)) < 0.01
+    words = philox.philox_4x32(torch.tensor([1]), torch.arange(25_000), 0).flatten().double() / 2**32
+    histogram = np.histogram(words.numpy(), bins=20, range=(0, 1))[0]
+    assert np.abs(histogram - 5000).max() < 5 * np.sqrt(5000)
+
+
+class Masks:
+    """Stands in for F.dropout and feeds the textbook block fastdense's masks, layer by layer."""
+
+    def __init__(self, seed: Tensor, p: float, per_channel: bool) -> None:
+        self.seed, self.p, self.per_channel, self.layer = seed, p, per_channel, 0
+
+    def __call__(self, h: Tensor, p: float, training: bool) -> Tensor:
+        assert p == self.p
+        if not training:
+            return h
+        n, k, *spatial = h.shape
+        count = n * k if self.per_channel else h.numel()
+        keep = philox.keep_mask(self.seed, self.layer, 0, count, p)
+        mask = keep.view(n, k, *[1] * len(spatial)) if self.per_channel else keep.view(n, *spatial, k).movedim(-1, 1)
+        self.layer += 1
+        return h * mask / (1 - p) if p < 1 else h * 0
+
+
+@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (2, 6, 7), (2, 6, 3, 2, 4)])
+def test_equal_to_the_textbook_with_the_same_mask(
+    shape: tuple[int, ...], p: float, per_channel: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(block: nn.Module) -> None:
+        for layer in block.children():
+            layer.drop_rate, layer.drop_channels = p, per_channel
+
+    ref, fast = block_pair(3, 6, 4, 4, spatial_dims=len(shape) - 2, change=choose, recompute=mode)
+    x = random_input(shape)
+    torch.manual_seed(21)
+    got = results(fast, x)
+    torch.manual_seed(21)
+    masks = Masks(torch.randint(2**63 - 1, (1,)), p, per_channel)
+    monkeypatch.setattr(F, "dropout", masks)
+    monkeypatch.setattr(reference, "_CHANNEL_DROPOUT", dict.fromkeys((3, 4, 5), masks))
+    assert_same(got, results(ref, x))
+
+
+def test_chunks_see_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = block_pair(3, 6, 4, 5, drop_rate=0.3)
+    x = random_input((4, 6, 5, 3))
+    torch.manual_seed(2)
+    want = results(fast, x)
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 2048)
+    _, fast = block_pair(3, 6, 4, 5, drop_rate=0.3)
+    torch.manual_seed(2)
+    assert_same(results(fast, x), want)
+
+
+def test_pytorch_seed_governs_the_mask() -> None:
+    _, fast = block_pair(2, 6, 4, 4, drop_rate=0.5, change=None)
+    x = random_input((2, 6, 4, 4)).detach()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(fast(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_no_dropout_in_evaluation_and_no_random_numbers_without_it() -> None:
+    def draws(block: Any, x: Tensor) -> bool:
+        before = torch.get_rng_state()
+        block(x)
+        return not torch.equal(before, torch.get_rng_state())
+
+    x = random_input((2, 6, 4, 4)).detach()
+    _, dropping = block_pair(2, 6, 4, 4, drop_rate=0.5)
+    _, plain = block_pair(2, 6, 4, 4)
+    assert draws(dropping, x)
+    assert not draws(dropping.eval(), x)
+    assert torch.equal(dropping(x), dropping(x))
+    assert not draws(plain, x)

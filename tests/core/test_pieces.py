@@ -1,0 +1,117 @@
+"""Rows, images and lines: every row is wanted once, and the result is the same however they are cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.blocks import assert_same, block_pair, random_input, randomise, results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastdense
+from fastdense import functional
+from fastdense.backends.tiling import of_images, of_rows
+from fastdense.core.primitives import Pool
+
+POOLS = {
+    "none": None,
+    "average": Pool("average", (2, 2), (2, 2), (0, 0)),
+    "average of 3": Pool("average", (3, 2), (3, 2), (0, 0)),
+    "stem": Pool("maximum", (3, 3), (2, 2), (1, 1)),
+    "overlapping": Pool("maximum", (5, 3), (2, 1), (2, 0)),
+    "mean": Pool("mean"),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    images=st.integers(0, 3),
+    height=st.integers(5, 17),
+    width=st.integers(3, 6),
+    at_most=st.integers(1, 120),
+    halo=st.integers(0, 2),
+    pool=st.sampled_from(sorted(POOLS)),
+)
+def test_every_row_is_wanted_once(images: int, height: int, width: int, at_most: int, halo: int, pool: str) -> None:
+    spatial, windows = (height, width), POOLS[pool]
+    m = images * height * width
+    made = math.prod(spatial if windows is None else windows.sizes(spatial))
+    wanted, written = [], []
+    for piece in of_images(m, spatial, at_most, pool=windows, halo=halo):
+        wanted += range(piece.wanted.start, piece.wanted.stop)
+        written += range(piece.written.start, piece.written.stop)
+        assert 0 <= piece.read.start <= piece.wanted.start and piece.wanted.stop <= piece.read.stop <= m
+        assert (piece.read.stop - piece.read.start) % math.prod(piece.spatial) == 0
+        assert piece.outputs.start <= piece.written.start and piece.written.stop <= piece.outputs.stop <= images * made
+    assert wanted == list(range(m))
+    assert (sorted(set(written)) if pool == "mean" else written) == list(range(images * made))
+
+
+def test_scratch_is_respected_where_it_can_be() -> None:
+    sizes = [p.read.stop - p.read.start for p in of_images(2 * 40 * 10, (40, 10), 100, halo=1)]
+    assert max(sizes) == 100  # eight lines and their neighbours
+    assert [p.read.stop - p.read.start for p in of_rows(25, (5, 5), 10)] == [10, 10, 5]
+
+
+@pytest.fixture(params=[600, 3000])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch for a line or a few of the images below, and never for a whole one."""
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
+@pytest.mark.parametrize("bn_size", [4, None])
+@pytest.mark.parametrize("shape", [(2, 9, 41), (2, 9, 11, 6), (1, 9, 8, 3, 5)])
+def test_blocks_by_lines(shape: tuple[int, ...], bn_size: int | None) -> None:
+    reference, fast = block_pair(3, 9, bn_size, 4, spatial_dims=len(shape) - 2)
+    assert_same(results(fast, random_input(shape)), results(reference, random_input(shape)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_dropout_by_lines(per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> dict[str, Any]:
+        _, fast = block_pair(
+            2, 6, 4, 5, drop_rate=0.4, change=lambda b: [setattr(c, "drop_channels", per_channel) for c in b.children()]
+        )
+        torch.manual_seed(2)
+        return results(fast, random_input((2, 6, 13, 5)))
+
+    got = run()
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 1 << 22)
+    assert_same(got, run())
+
+
+@pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_networks_by_lines(dims: int) -> None:
+    """Stem, transitions and head too, with sizes that leave a line over at every pooling."""
+    options: dict[str, Any] = {"bn_size": 2, "num_classes": 3, "spatial_dims": dims, "dtype": torch.float64}
+    networks = [fastdense.DenseNet(4, (2, 2), 6, impl=impl, **options) for impl in ("torch", "reference")]
+    randomise(networks[1])
+    networks[0].load_state_dict(networks[1].state_dict())
+    x = random_input((2, 3, *((203,), (53, 31), (29, 22, 23))[dims - 1]))
+    got, want = (results(network, x) for network in networks)
+    assert_same(got, want)
+
+
+@pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (5, 2, 2), (2, 2, 0), (3, 1, 1), (4, 3, 0)])
+@pytest.mark.parametrize("height", [16, 17, 18])
+def test_maximum_pooling_by_lines(kernel: int, stride: int, padding: int, height: int) -> None:
+    """Rounded to few values, so that windows have several maxima: the first one is the first of all."""
+    norm, relu, pool = nn.BatchNorm2d(5).double(), nn.ReLU(), nn.MaxPool2d(kernel, stride, padding)
+    x = (random_input((2, 5, height, 9)).detach() * 2).round().requires_grad_()
+    forms = {
+        "ours": lambda x: functional.bn_relu_max_pool(x, norm, relu, pool, impl="torch"),
+        "PyTorch": lambda x: pool(relu(norm(x))),
+    }
+    found = []
+    for form in forms.values():
+        norm.reset_running_stats()
+        found.append(results(norm, x, forward=form))
+    assert_same(*found)

@@ -1,0 +1,211 @@
+"""Run by ``torchrun`` with two processes, as ``distributed_blocks.py``: whole networks, and their stages."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastdense
+from helpers import distributed_blocks, pooled
+from helpers.blocks import assert_close, random_input, randomise
+from helpers.distributed_blocks import Collectives
+
+# What each implementation computes in.
+IMPLS = {"torch": torch.float64, "triton": torch.float32}
+# float32: relative to the largest gradient of the step, beside twice what the textbook is off by itself. A gradient
+# that nearly cancels is a sum of many that do not, and each processor rounds those in its own way.
+ROUNDINGS = 1e-5
+
+BLOCKS = (2, 1)
+NORMS = 2 * sum(BLOCKS) + len(BLOCKS) - 1 + 2  # two a layer, the transitions', the stem's and the head's
+SHARES = {"uneven": (3, 2), "one image": (4, 1), "an empty one": (5, 0)}
+
+
+def networks(impl: str, synchronise: bool) -> tuple[nn.Module, nn.Module]:
+    """The textbook on the whole batch in float64, and fastdense's for a share."""
+    nets: list[nn.Module] = []
+    for name, dtype in (("reference", torch.float64), (impl, IMPLS[impl])):
+        torch.manual_seed(0)
+        nets.append(fastdense.DenseNet(3, BLOCKS, 6, 2, num_classes=4, impl=name, dtype=dtype))
+    whole, ours = nets
+    randomise(whole)
+    ours.load_state_dict(whole.state_dict())
+    if synchronise:
+        ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+        assert sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules()) == NORMS
+    return whole, ours
+
+
+def step(net: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor | None]:
+    x = x.clone().requires_grad_()
+    return {**distributed_blocks.step(net, x, cotangent), "x.grad": x.grad}
+
+
+def largest(found: dict[str, Tensor | None]) -> float:
+    """The norm of the largest gradient of a step."""
+    return max(value.norm().item() for name, value in found.items() if name.endswith(".grad") and value is not None)
+
+
+def near(name: str, got: Tensor | None, want: Tensor | None, peer: Tensor | None, scale: float) -> None:
+    """In float64 all but equal; in float32 off by at most twice what ``peer``, the textbook in float32, is off by."""
+    if got is None or want is None or peer is None or got.dtype != torch.float32:
+        assert_close(name, got, want, 1e-9, scale)
+        return
+    error, theirs = ((found.double() - want.double()).norm().item() for found in (got, peer))
+    allowed = 2 * theirs + ROUNDINGS * max(want.double().norm().item(), scale if "grad" in name else 0.0)
+    assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, the textbook's {theirs:.3e}"
+
+
+def share(x: Tensor, images: tuple[int, ...], impl: str) -> Tensor:
+    start = sum(images[: dist.get_rank()])
+    return x[start : start + images[dist.get_rank()]].to(IMPLS[impl])
+
+
+def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: str, shape: tuple[int, ...]) -> None:
+    """Two steps on the whole batch against two on its shares: output, gradients added up, statistics, evaluation."""
+    peer = copy.deepcopy(whole).to(IMPLS[impl])
+    for seed in range(2):
+        for net in (whole, ours, peer):
+            net.zero_grad(set_to_none=True)
+        x = random_input((sum(images), *shape), seed=seed).detach() * (seed + 1) + seed
+        shape_out = copy.deepcopy(whole)(x).shape
+        cotangent = random_input(shape_out, seed=seed + 9).detach()
+        want, theirs = step(whole, x, cotangent), step(peer, x.to(IMPLS[impl]), cotangent.to(IMPLS[impl]))
+        with Collectives() as counted, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            got = step(ours, share(x, images, impl), share(cotangent, images, impl))
+        norms = sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
+        assert len(counted.sizes) == 2 * norms, counted.sizes  # one a norm, forward and backward
+        scale = largest(want)
+        for name in ("output", "x.grad"):
+            near(
+                name,
+                got.pop(name),
+                share(want.pop(name), images, "torch"),
+                share(theirs.pop(name), images, impl),
+                scale,
+            )
+        for name, value in want.items():
+            if name.endswith(".grad"):
+                dist.all_reduce(got[name])
+            near(f"{name}, step {seed}, shares {images}", got[name], value, theirs[name], scale)
+    x32 = x.to(IMPLS[impl])
+    near("evaluation", ours.eval()(x32), whole.eval()(x), peer.eval()(x32), scale=1.0)
+
+
+def sync_batch_norm(impl: str) -> None:
+    """Stem, transition and head share too; PyTorch's own SyncBatchNorm would refuse tensors on the CPU."""
+    for images in SHARES.values():
+        whole, ours = networks(impl, synchronise=True)
+        compare(whole, ours, images, impl, (3, 37, 33))
+
+
+def stages_share(impl: str) -> None:
+    """Each by itself, with norms of every kind, down to one value per channel in each process."""
+
+    def momentum(stage: Any) -> None:
+        stage.norm.momentum = None
+
+    def no_affine(stage: Any) -> None:
+        stage.norm = nn.BatchNorm2d(5, affine=False, dtype=torch.float64)
+
+    def untracked(stage: Any) -> None:
+        stage.norm = nn.BatchNorm2d(5, track_running_stats=False, dtype=torch.float64)
+
+    def far(stage: Any) -> None:
+        stage.norm.eps = 0.1
+
+    for kind in pooled.KINDS:
+        for change in (None, momentum, no_affine, untracked, far):
+            whole, ours = pooled.pair(pooled.small(kind), impl, torch.float64, change)
+            compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl])), (3, 2), impl, (5, 5, 7))
+    whole, ours = pooled.pair(
+        pooled.Case("head", (2, 5, 1, 1)), impl, change=lambda stage: setattr(stage.norm, "eps", 0.5)
+    )
+    compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl])), (1, 1), impl, (5, 1, 1))
+
+
+def frozen_norms_talk_to_nobody(impl: str) -> None:
+    _, ours = networks(impl, synchronise=True)
+    with Collectives() as counted:
+        ours.eval()(random_input((2, 3, 37, 33), dtype=IMPLS[impl])).sum().backward()
+    assert counted.sizes == []
+
+
+def some_shared_and_some_not(impl: str) -> None:
+    """Between stages that is nothing odd: each is by itself, or shares."""
+    _, ours = networks(impl, synchronise=False)
+    _, alone = networks(impl, synchronise=False)
+    ours.features.norm0 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm0)
+    ours.features.norm5 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm5)
+    x = random_input((2, 3, 37, 33)).detach().to(IMPLS[impl])  # the same in both processes: sharing changes nothing
+    cotangent = random_input((2, 4), seed=3).detach().to(IMPLS[impl])
+    got, want = step(ours, x, cotangent), step(alone, x, cotangent)
+    for name, value in want.items():
+        if name.endswith("running_var") and ("norm0" in name or "norm5" in name):
+            continue  # unbiased by another count
+        near(name, got[name], value, value, largest(want))
+
+
+def ddp(impl: str) -> None:
+    """Batch statistics of each process alone: the textbook and fastdense under DDP are the same."""
+    whole, ours = networks(impl, synchronise=False)
+    nets = [DistributedDataParallel(net) for net in (whole, ours, copy.deepcopy(whole).to(IMPLS[impl]))]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
+    for n in range(3):
+        x = random_input((2 + dist.get_rank(), 3, 37, 33), seed=10 * n + dist.get_rank()).detach()
+        cotangent = random_input((len(x), 4), seed=n).detach()
+        found = []
+        for net, optimizer, dtype in zip(nets, optimizers, (torch.float64, *[IMPLS[impl]] * 2), strict=True):
+            optimizer.zero_grad()
+            found.append(step(net, x.to(dtype), cotangent.to(dtype)))
+            optimizer.step()
+        for name, value in found[0].items():
+            near(name, found[1][name], value, found[2][name], largest(found[0]))
+
+
+def ddp_and_sync_batch_norm(impl: str) -> None:
+    """DDP round the network, then SyncBatchNorm in it: DDP only looks for it when it wraps."""
+    whole, ours = networks(impl, synchronise=False)
+    wrapped = DistributedDataParallel(ours, broadcast_buffers=False)
+    nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)
+    x, cotangent = random_input((5, 3, 37, 33)).detach(), random_input((5, 4), seed=9).detach()
+    peer = copy.deepcopy(whole).to(IMPLS[impl])
+    got = step(wrapped, share(x, (3, 2), impl), share(cotangent, (3, 2), impl))
+    want, theirs = step(whole, x, cotangent), step(peer, x.to(IMPLS[impl]), cotangent.to(IMPLS[impl]))
+    for name, value in want.items():
+        own = theirs[name]
+        if name in ("output", "x.grad"):
+            value, own = share(value, (3, 2), "torch"), share(own, (3, 2), impl)
+        elif name.endswith(".grad"):
+            value, own = value / 2, own / 2  # DDP averages
+        near(name, got[name], value, own, largest(want))
+
+
+def _named(case: Callable[[str], None], impl: str) -> Callable[[], None]:
+    def run() -> None:
+        case(impl)
+
+    run.__name__ = f"{case.__name__}_{impl}"
+    return run
+
+
+CASES = [
+    _named(case, impl)
+    for impl in IMPLS
+    for case in (
+        sync_batch_norm, stages_share, frozen_norms_talk_to_nobody, some_shared_and_some_not, ddp,
+        ddp_and_sync_batch_norm,
+    )
+]  # fmt: skip
+
+if __name__ == "__main__":
+    distributed_blocks.main(sys.argv[1], sys.argv[2:], CASES)

@@ -1,0 +1,277 @@
+"""The kernels of stem, transition and head against a float64 truth: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.blocks import assert_close, random_input, results
+from helpers.budget import BF16, F16, F32, Guarded, tiles
+from helpers.pooled import CASES, DEVICE, KINDS, Case, Stage, check_budget, check_shape, pair, rolled, small
+from torch import Tensor, nn
+
+from fastdense.backends.torch_backend import TorchBackend
+from fastdense.backends.triton_backend import TritonBackend
+from fastdense.core.features import Features, LazyGradient
+from fastdense.core.primitives import Conv, Norm, Pool
+from fastdense.ops.validate import windows
+
+pytestmark = pytest.mark.usefixtures("kernels_checked")
+
+INPUTS = 3 if DEVICE == "cuda" else 1  # the interpreter takes a second or so for each
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("name", CASES)
+def test_shapes(name: str, dtype: torch.dtype) -> None:
+    check_shape(name, dtype, "triton", INPUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind: str) -> None:
+    check_budget(small(kind), BF16, "triton", inputs=INPUTS)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_relus_and_maxima_that_switch(kind: str, dtype: torch.dtype) -> None:
+    check_budget(small(kind), dtype, "triton", decided=False, inputs=15)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_with_small_tiles(kind: str, layout: str, dtype: torch.dtype) -> None:
+    with tiles(16):
+        check_budget(small(kind, 19), dtype, "triton", layout=layout, inputs=INPUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_far_larger_than_the_deviation(kind: str) -> None:
+    check_budget(small(kind, 8)._replace(shape=(4, 8, 7, 7)), F32, "triton", shift=1e4, inputs=INPUTS)
+
+
+def _frozen(stage: Stage) -> None:
+    stage.norm.eval()
+
+
+def _eps(stage: Stage) -> None:
+    stage.norm.eps = 0.1
+
+
+def _learns(*parts: str) -> Callable[[nn.Module], None]:
+    def change(stage: nn.Module) -> None:
+        for name, parameter in stage.named_parameters():
+            parameter.requires_grad_(name in parts)
+
+    return change
+
+
+CHANGES = {
+    "frozen": (_frozen, True),
+    "eps": (_eps, True),
+    "only x": (_learns(), True),
+    "only gamma": (_learns("norm.weight"), False),
+    "only beta": (_learns("norm.bias"), False),
+    "only the weight": (_learns("conv.weight"), False),
+    "all but x": (_learns("norm.weight", "norm.bias", "conv.weight"), False),
+    "x and the weight": (_learns("conv.weight"), True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_norms_and_subsets_of_what_learns(change: str, kind: str) -> None:
+    apply, needs_x = CHANGES[change]
+    if change == "only the weight" and kind != "transition":
+        return
+    check_budget(small(kind), F32, "triton", change=apply, needs_x=needs_x, inputs=INPUTS)
+
+
+@pytest.mark.parametrize("period", [0, 1])
+@pytest.mark.parametrize("name", ["stem 3, 2, 1", "stem with gaps", "stem, rectangular", "stem 1D", "stem 3D"])
+def test_the_first_maximum_of_equal_ones_gets_the_gradient(name: str, period: int) -> None:
+    found = []
+    for stage in pair(CASES[name], "triton", F32):
+        with torch.no_grad():
+            stage.norm.bias.copy_(torch.linspace(-1.5, 0.5, stage.norm.num_features))
+        x = rolled(CASES[name].shape, period, F32).detach().to(DEVICE)
+        found.append(results(stage.to(DEVICE), x.requires_grad_()))
+    for key, want in found[0].items():
+        assert_close(key, found[1][key], want, 1e-5, 1e6)
+
+
+@pytest.mark.parametrize(("dtype", "beta"), [(BF16, 8.0), (F16, 512.0)])
+@pytest.mark.parametrize("name", ["stem 3, 2, 1", "stem 1D", "stem 3D"])
+def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dtype, beta: float) -> None:
+    """What differs before it is stored and not afterwards ties, and the first gets the gradient."""
+    found = []
+    for stage in pair(CASES[name], "triton", F32, change=lambda stage: stage.eval()):
+        norm = stage.to(DEVICE, dtype).norm.float()  # statistics in float32 and nothing to round but the result
+        with torch.no_grad():
+            for tensor, value in ((norm.running_mean, 0), (norm.weight, 1), (norm.bias, beta)):
+                tensor.fill_(value)
+            norm.running_var.fill_(1.0)
+            norm.eps = 1e-30  # nothing beside 1, and PyTorch takes no 0
+        x = rolled(CASES[name].shape, 40).detach() / 64
+        found.append(results(stage, x.to(DEVICE, dtype).requires_grad_())["x.grad"])
+    assert found[0].count_nonzero() > 10
+    assert_close("x.grad", found[1], found[0], 1e-2)  # PyTorch adds up overlapping windows in 16 bit; a tie is worth 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]])
+@pytest.mark.parametrize("name", ["stem 3, 2, 1", "transition 2", "head"])
+def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[float], training: bool) -> None:
+    found = []
+    for stage in pair(CASES[name], "triton", F32, change=lambda stage: stage.train(training)):
+        x = random_input(CASES[name].shape, dtype=F32).detach()
+        for i, value in enumerate(values):
+            x[0, i, 1, i % 3] = value
+            x[-1, (2 * i + 1) % 5, -1, -1] = value
+        found.append(results(stage.to(DEVICE), x.to(DEVICE).requires_grad_()))
+    for key, want in found[0].items():
+        got = found[1][key]
+        assert got is not None and want is not None
+        if "running" in key:  # a mean of inf may be NaN
+            assert torch.equal(got.isfinite(), want.isfinite()), key
+            continue
+        assert torch.equal(got.isnan(), want.isnan()), key
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True, msg=key)
+
+
+def test_the_last_nan_of_a_window_gets_the_gradient() -> None:
+    found = []
+    for stage in pair(CASES["stem 3, 2, 1"], "triton", F32, change=lambda stage: stage.eval()):
+        x = random_input((2, 5, 9, 12), dtype=F32).detach()
+        x[torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3] = NAN
+        found.append(results(stage.to(DEVICE), x.to(DEVICE).requires_grad_())["x.grad"])
+    want, got = found
+    assert want is not None and want.isfinite().all()
+    assert_close("x.grad", got, want, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_change_hands(kind: str) -> None:
+    """Those of the input as differentiable inputs, and those of the output, of the values as stored."""
+    gradients = []
+    for impl, dtype in (("triton", F32), ("torch", torch.float64)):
+        _, fast = pair(small(kind), impl, dtype)
+        fast.load_state_dict(pair(small(kind), impl, F32)[1].state_dict())
+        x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE, dtype).requires_grad_()
+        before = x * 2 + x.square()
+        var, mean = torch.var_mean(before, dim=(0, 2, 3), correction=0)
+        y, moments = fast.to(DEVICE).with_moments(before, (mean, var), want=kind != "head")
+        if moments is not None:
+            want_var, want_mean = torch.var_mean(y.detach().double(), dim=(0, 2, 3), correction=0)
+            assert_close("mean", moments[0], want_mean, 1e-6)
+            assert_close("var", moments[1], want_var, 1e-6)
+        cotangent = random_input(y.shape, dtype=F32, seed=5).detach().to(y)
+        gradients.append(torch.autograd.grad(y, [x, *fast.parameters()], cotangent))
+    for i, (got, want) in enumerate(zip(*gradients, strict=True)):
+        assert_close(f"gradient {i}", got, want, 1e-5, 1e6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanded_cotangents(kind: str) -> None:
+    textbook, fast = (stage.to(DEVICE) for stage in pair(small(kind), "triton", F32))
+    x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE).requires_grad_()
+    one_image = random_input(textbook(x).shape, dtype=F32, seed=5).detach().to(DEVICE)[:1]
+    found = []
+    for stage in (fast, textbook):
+        y = stage(x)
+        found.append(torch.autograd.grad(y, [x, *stage.parameters()], one_image.expand(y.shape)))
+    for i, (got, want) in enumerate(zip(*found, strict=True)):
+        assert_close(f"gradient {i}", got, want, 1e-5, 1e6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reruns_are_bit_equal(kind: str) -> None:
+    with tiles(16):
+        found = [
+            results(pair(small(kind, 20), "triton", F16)[1].to(DEVICE), x)
+            for x in [random_input(small(kind, 20).shape, dtype=F16).detach().to(DEVICE).requires_grad_()] * 2
+        ]
+    for name, value in found[0].items():
+        assert value is not None and torch.equal(value, found[1][name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch(kind: str, training: bool) -> None:
+    x = torch.empty(0, *small(kind).shape[1:], device=DEVICE)
+    stages = pair(small(kind), "triton", F32, change=lambda stage: stage.train(training))
+    want, got = (results(stage.to(DEVICE), x.clone().requires_grad_()) for stage in stages)
+    for name, value in want.items():
+        assert_close(name, got[name], value)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("stem", (2, 13, 5, 7), 3, 2, 1),
+        Case("stem", (1, 19, 3, 4, 5), 2, 2, 0),
+        Case("transition", (2, 13, 5, 7), 2, out=6),
+        Case("transition", (2, 19, 7), 3, out=21),
+        Case("head", (3, 13, 5, 3)),
+    ],
+)
+def test_primitives_on_slices_with_canaries(case: Case, frozen: bool, dtype: torch.dtype) -> None:
+    """Input, output and gradients are slices of wider tensors; all that is written is theirs."""
+    channels, spatial = case.shape[1], case.shape[2:]
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+    stage = Stage(case, "textbook", F32)
+    pool = Pool("mean")
+    if case.kind != "head":
+        pool = windows("maximum" if case.kind == "stem" else "average", stage.pool)
+    m, m_out = case.shape[0] * torch.Size(spatial).numel(), case.shape[0] * torch.Size(pool.sizes(spatial)).numel()
+    if case.kind == "head":
+        m_out = case.shape[0]
+    writes = case.out if case.kind == "transition" else channels
+    x, g = random(m, channels), random(m_out, writes)
+    gamma, beta = random(channels).float(), random(channels).float()
+    weight = random(writes, channels, *[1] * len(spatial)) * 0.25
+    running = random(channels).float(), random(channels).float().abs() + 0.5
+
+    def run(make: Any, wide: torch.dtype, acc: torch.dtype) -> dict[str, Tensor]:
+        guards = {
+            "x": Guarded(x.to(wide)), "y": Guarded(torch.zeros(m_out, writes, dtype=wide)), "g": Guarded(g.to(wide)),
+            "D": Guarded(torch.zeros(m, channels, dtype=wide)),
+            **{name: Guarded(torch.zeros(1, channels, dtype=acc)) for name in ("mean", "var", "a", "b")},
+            **{name: Guarded(torch.zeros(1, writes, dtype=acc)) for name in ("y mean", "y var")},
+        }  # fmt: skip
+        vectors = {name: guards[name].rows[0] for name in ("mean", "var", "a", "b", "y mean", "y var")}
+        backend = make(torch.empty(*case.shape, dtype=wide, device=DEVICE))
+        source = Features(guards["x"].rows, *((None, None) if frozen else (vectors["mean"], vectors["var"])))
+        norm = Norm(gamma.to(acc), beta.to(acc), 1e-3, (running[0].to(acc), running[1].to(acc)) if frozen else None)
+        # Nobody normalises what the head hands on.
+        moments = (None, None) if case.kind == "head" else (vectors["y mean"], vectors["y var"])
+        out = Features(guards["y"].rows, *moments)
+        into = LazyGradient(guards["D"].rows, *((None, None) if frozen else (vectors["a"], vectors["b"])))
+        if not frozen:
+            backend.moments(source)
+        if case.kind == "transition":
+            (conv,) = backend.prepare([Conv(norm, weight.to(wide), pool=pool)])
+            backend.bn_relu_conv(source, conv, out)
+            grad, output = LazyGradient(guards["g"].rows, None, None), Features(guards["g"].rows, None, None)
+            gradients = backend.bn_relu_conv_backward(grad, output, conv, source, into, accumulate=False)
+            backend.finish()
+        else:
+            backend.bn_relu_pool(source, norm, pool, out)
+            gradients = backend.bn_relu_pool_backward(guards["g"].rows, norm, pool, source, into)
+        found = {f"gradient {i}": value for i, value in enumerate(gradients) if value is not None}
+        return found | {name: guard.check() for name, guard in guards.items()}
+
+    with tiles(16):
+        got = run(TritonBackend, dtype, F32)
+    want = run(TorchBackend, torch.float64, torch.float64)
+    for name, value in want.items():
+        assert_close(name, got[name], value.reshape(got[name].shape), 2e-6 if dtype == F32 else 4e-3, 1e6)

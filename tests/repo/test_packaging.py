@@ -1,0 +1,219 @@
+"""What gets installed: the wheel's content, and that the kernels import from a wheel and from a checkout."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from helpers.processes import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+CODE = ("fastdense", "kernels", "benchmarks", "tests")
+
+WHERE = """
+import importlib.metadata, importlib.util, json, sysconfig
+import fastdense, fastdense.kernels
+top_level = importlib.util.find_spec("kernels")
+print(json.dumps({
+    "fastdense": fastdense.__file__,
+    "fastdense.kernels": fastdense.kernels.__file__,
+    "metadata": str(importlib.metadata.distribution("fastdense").locate_file("")),
+    "version": fastdense.__version__,
+    "top-level kernels": top_level and top_level.origin,
+    "site-packages": sysconfig.get_path("purelib"),
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that must succeed, in an environment that no PYTHON variable helps."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "VIRTUAL_ENV"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"exit {done.returncode}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", pytrace=False)
+    return done.stdout
+
+
+class Distributions(NamedTuple):
+    """What ``python -m build`` makes of a clean copy of the repository."""
+
+    sdist: Path
+    wheel: Path
+
+    def wheel_files(self) -> set[str]:
+        with zipfile.ZipFile(self.wheel) as archive:
+            return {name for name in archive.namelist() if not name.endswith("/")}
+
+    def wheel_text(self, ending: str) -> bytes:
+        (name,) = (name for name in self.wheel_files() if name.endswith(f".dist-info/{ending}"))
+        with zipfile.ZipFile(self.wheel) as archive:
+            return archive.read(name)
+
+    def metadata(self) -> Message:
+        return message_from_bytes(self.wheel_text("METADATA"))
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """Built as for a release: the source archive from the tree, the wheel from the source archive alone."""
+    pytest.importorskip("build")
+    copy, out = tmp_path_factory.mktemp("source") / "repository", tmp_path_factory.mktemp("dist")
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
+    shutil.copytree(ROOT, copy, ignore=leftovers)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy, cwd=out)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return Distributions(sdist, wheel)
+
+
+@pytest.fixture(scope="module")
+def fresh_python(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a new environment that holds the wheel, and sees today's torch but not today's fastdense.
+
+    A path line in a ``.pth`` file makes a folder importable without obeying the ``.pth`` files inside it. An
+    editable install consists of such a file, so it stays out. The wheel goes in first, while pip sees nothing
+    else: afterwards it would find today's fastdense and take the version for installed.
+    """
+    pytest.importorskip("pip")
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, symlinks=os.name == "posix")
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", distributions.wheel, cwd=home)
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip()
+    libraries = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
+    Path(site, "libraries.pth").write_text("\n".join(libraries))
+    return python
+
+
+def is_inside(path: str | None, folder: Path) -> bool:
+    return path is not None and folder in Path(path).parents
+
+
+def installed_name(source: Path) -> str:
+    package, *rest = source.relative_to(ROOT).parts
+    return "/".join([package if package == "fastdense" else f"fastdense/{package}", *rest])
+
+
+def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) -> None:
+    modules = [path for folder in ("fastdense", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    for folder in (".", "compiled", "harness", "report"):  # records stay out, and what needs a checkout: gpu, micro
+        modules += (ROOT / "benchmarks" / folder).glob("*.py")
+    expected = {installed_name(path) for path in modules} | {"fastdense/py.typed"}
+    assert "fastdense/kernels/__init__.py" in expected
+
+    version = distributions.metadata()["Version"]
+    code = {name for name in distributions.wheel_files() if not name.startswith(f"fastdense-{version}.dist-info/")}
+    assert code == expected
+
+
+def test_source_archive_holds_the_folders_and_the_licence(distributions: Distributions) -> None:
+    with tarfile.open(distributions.sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py", "benchmarks/speed.py"} <= files
+    assert not any(name.startswith(("benchmarks/results", "benchmarks/gpu")) for name in files)
+
+
+def test_wheel_metadata(distributions: Distributions) -> None:
+    metadata = distributions.metadata()
+    assert metadata["Name"] == "fastdense"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "Apache License" in distributions.wheel_text("licenses/LICENSE").decode()
+    assert "fastdense = fastdense.cli.main:main" in distributions.wheel_text("entry_points.txt").decode()
+
+    needed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    assert {r.name for r in needed if "extra" not in str(r.marker)} == {"torch", "triton"}
+    capped = [str(r) for r in needed for part in r.specifier if part.operator not in {">=", "!="}]
+    assert not capped, "an upper bound in a library blocks its users' upgrades"
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range(distributions: Distributions) -> None:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pins = {canonicalize_name(r.name): r.specifier for r in map(Requirement, filter(None, lines))}
+    for line in distributions.metadata().get_all("Requires-Dist", []):
+        needed = Requirement(line)
+        name = canonicalize_name(needed.name)
+        assert name in pins, f"{name} is not in constraints.txt"
+        versions = [part.version for part in pins[name] if part.operator in {"==", "<="}]
+        assert versions, f"constraints.txt leaves the newest {needed.name} open"
+        assert all(needed.specifier.contains(version) for version in versions), line
+
+
+def test_wheel_imports_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
+    found = json.loads(run(fresh_python, "-c", WHERE, cwd=tmp_path))
+    site = Path(found["site-packages"])
+    assert fresh_python.parents[1] in site.parents
+    assert Path(found["fastdense"]) == site / "fastdense" / "__init__.py"
+    assert Path(found["fastdense.kernels"]) == site / "fastdense" / "kernels" / "__init__.py"
+    assert Path(found["metadata"]) == site
+    assert not is_inside(found["top-level kernels"], site)
+
+
+def test_wheel_installs_the_command(fresh_python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    assert "train" in run(fresh_python.parent / "fastdense", "--help", cwd=tmp_path)
+
+
+def test_wheel_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
+    for package in ("typer", "matplotlib", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = fresh_python.parent / "fastdense"
+    tiny = "--device cpu --depths 10 --batch 2 --providers fastdense-activations"
+    run(command, "bench", "memory", *tiny.split(), cwd=tmp_path)
+    (path,) = (tmp_path / "fastdense-bench").glob("*.json")
+    record = json.loads(path.read_text())
+    rows = record["results"]["densenet-bc-10"]
+    assert rows["fastdense activations torch"]["bytes_kept"] < rows["torchvision"]["bytes_kept"]
+    assert record["command"].startswith("fastdense bench memory") and str(tmp_path) not in path.read_text()
+    assert record["commit"] == importlib.metadata.version("fastdense")
+
+
+@pytest.mark.parametrize("place", ["repository root", "elsewhere"])
+def test_checkout_imports(place: str, tmp_path: Path) -> None:
+    found = json.loads(run(sys.executable, "-c", WHERE, cwd=ROOT if place == "repository root" else tmp_path))
+    remedy = "these tests need an editable install of this checkout: make env"
+    assert Path(found["fastdense"]) == ROOT / "fastdense" / "__init__.py", remedy
+    assert Path(found["fastdense.kernels"]) == ROOT / "kernels" / "__init__.py", remedy
+    assert found["version"] != "0+unknown", remedy
+    if place == "elsewhere":
+        assert not is_inside(found["top-level kernels"], ROOT / "kernels")
+
+
+def top_level_kernels(tree: ast.AST) -> list[int]:
+    """Lines that import ``kernels`` under the name of its folder, which works in a checkout only."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            continue
+        lines += [node.lineno for name in names if name.split(".")[0] == "kernels"]
+    return lines
+
+
+def test_nothing_imports_kernels_by_its_folder_name() -> None:
+    assert top_level_kernels(ast.parse("import kernels.common\nfrom kernels import x")) == [1, 2]
+    assert not top_level_kernels(ast.parse("import fastdense.kernels\nfrom .kernels import x"))
+
+    sources = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 4
+    found = {str(path.relative_to(ROOT)): top_level_kernels(ast.parse(path.read_text())) for path in sources}
+    assert not {name: lines for name, lines in found.items() if lines}
