@@ -23,13 +23,14 @@ PEERS := monai timm torchvision torchxrayvision
 # the machine does moves medians.
 MICRO_BASELINE ?= benchmarks/results/cpu/micro.json
 MICRO_LIMIT ?= 50%
+TESTS := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 MICRO := $(BIN)/python -m pytest benchmarks/micro -q -p no:cacheprovider --benchmark-only \
 	--benchmark-timer=time.thread_time --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env demo test lint types pytest format bench micro micro-baseline wheel clean distclean
+.PHONY: help env demo quick test test-all lint types pytest format bench micro micro-baseline wheel clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +40,13 @@ env: $(ENV_READY) ## Create or update .venv with everything that development nee
 demo: $(TRAIN_READY) ## Train one DenseNet twice, reference and fastdense, and compare
 	@$(BIN)/fastdense train --compare
 
-test: lint types pytest ## Lint, types and every test that this machine can run
+quick: $(ENV_READY) ## After each edit, within a minute: block, operators, modules, conversion, one kernel of each kind
+	@$(TESTS) -m quick $(PYTEST_ARGS)
+
+test: lint types pytest ## Before each commit: lint, types and the tests
+
+test-all: PYTEST_ARGS += -m "minutes or not minutes"
+test-all: test ## The same, with the tests that take minutes
 
 lint: $(ENV_READY) ## Style and likely mistakes (ruff)
 	@echo "== lint"
@@ -52,7 +59,7 @@ types: $(ENV_READY) ## Static types (mypy)
 
 pytest: $(ENV_READY) ## The tests alone; choose some with PYTEST_ARGS="-k name"
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(PYTEST_ARGS)
+	@$(TESTS) --durations=10 $(PYTEST_ARGS)
 
 format: $(ENV_READY) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)
