@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from itertools import chain
+from functools import partial
 
 import pytest
 import torch
+from helpers import peers, train_runs
+from helpers.blocks import randomise
+from helpers.train_runs import DIGITS, FEW
 from torch import nn
 
 from fastdense.data.source import batches, digits
 from fastdense.training.config import TrainConfig, layers_per_block
 from fastdense.training.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
 from fastdense.training.experiment import Experiment
-from fastdense.training.run import Run, lr_scheduler, saved_for_backward
+from fastdense.training.run import Run, saved_for_backward
 
-DIGITS = digits()
 TINY = TrainConfig(depth=16, growth_rate=8, epochs=2, device="cpu", impl="torch")
-
-
-def configured(**changes: object) -> TrainConfig:
-    return dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
-
-
-def prepared(**changes: object) -> Experiment:
-    config = configured(**changes)
-    torch.set_num_threads(config.cpu_threads)
-    return Experiment(config, DIGITS)
-
-
-def trained(**changes: object) -> tuple[Experiment, list[Event]]:
-    experiment = prepared(**changes)
-    return experiment, list(chain.from_iterable(experiment.rounds()))
+prepared, trained = partial(train_runs.prepared, TINY), partial(train_runs.trained, TINY)
+few = partial(train_runs.trained, data=FEW, batch_size=50)  # steps that take no time
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +29,7 @@ def compared() -> tuple[Experiment, list[Event]]:
     return trained(compare=True)
 
 
-def test_both_start_from_the_same_weights_and_different_seeds_do_not() -> None:
-    def weights(run: Run) -> dict[str, torch.Tensor]:
-        return run.model.state_dict()
-
-    reference, fast = prepared(compare=True).runs
-    (other,) = prepared(seed=1).runs
-    assert weights(reference).keys() == weights(fast).keys()
-    for name, value in weights(reference).items():
-        assert torch.equal(value, weights(fast)[name]), name
-    assert not torch.equal(weights(fast)["features.conv0.weight"], weights(other)["features.conv0.weight"])
-
-
-def test_loss_curves_agree(compared: tuple[Experiment, list[Event]]) -> None:
+def test_both_learn_on_the_same_loss_curve(compared: tuple[Experiment, list[Event]]) -> None:
     experiment, events = compared
     checks = [event for event in events if isinstance(event, CheckEvent)]
     assert [check.step for check in checks] == list(range(1, 11))
@@ -64,10 +40,6 @@ def test_loss_curves_agree(compared: tuple[Experiment, list[Event]]) -> None:
     # Rounding alone separates the first steps in float32; later, ReLUs that open in one of them only.
     assert fast.losses[:2] == pytest.approx(reference.losses[:2], abs=2e-5)
     assert max(abs(a - b) for a, b in zip(reference.losses, fast.losses, strict=True)) < 0.3
-
-
-def test_both_learn(compared: tuple[Experiment, list[Event]]) -> None:
-    experiment, _ = compared
     for run in experiment.runs:
         assert run.summary().test_accuracy > 0.9, run.name  # type: ignore[operator]
         assert run.losses[-1] < 0.5 * run.losses[0], run.name
@@ -88,7 +60,7 @@ def test_events_tell_every_step_and_epoch(compared: tuple[Experiment, list[Event
         assert epochs[1].train_loss == pytest.approx(sum(run.losses[22:]) / 22) == run.summary().train_loss
 
 
-def test_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]) -> None:
+def test_a_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]) -> None:
     experiment, _ = compared
     reference, fast = (run.summary() for run in experiment.runs)
     assert (reference.run, reference.label, reference.impl) == ("reference", "reference (torch.cat)", "reference")
@@ -104,7 +76,7 @@ def test_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]) 
     assert fast.steps == 44
 
 
-def test_comparison_in_words(compared: tuple[Experiment, list[Event]]) -> None:
+def test_a_comparison_says_curve_bytes_and_time_in_words(compared: tuple[Experiment, list[Event]]) -> None:
     experiment, _ = compared
     words = str(experiment.comparison())
     number = r"\d\.\de-\d\d"
@@ -119,7 +91,7 @@ def test_comparison_in_words(compared: tuple[Experiment, list[Event]]) -> None:
     assert f"{ratio:.1f} times fewer bytes" in words
 
 
-def test_comparison_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_hides_neither_another_curve_nor_more_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     build = Experiment._runs
 
     def disturbed(self: Experiment, dtype: torch.dtype) -> list[Run]:
@@ -129,7 +101,7 @@ def test_comparison_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return runs
 
     monkeypatch.setattr(Experiment, "_runs", disturbed)
-    experiment, _ = trained(compare=True, steps=4)
+    experiment, _ = few(compare=True)
     assert str(experiment.comparison()).startswith("DIFFERENT loss curves (")
 
     reference, fast = experiment.runs
@@ -141,7 +113,7 @@ def test_comparison_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dropout_is_not_called_the_same_curve() -> None:
-    experiment, events = trained(compare=True, steps=2, drop_rate=0.2)
+    experiment, events = few(compare=True, drop_rate=0.2)
     assert not any(isinstance(event, CheckEvent) for event in events)
     words = str(experiment.comparison())
     assert "same loss curve" not in words
@@ -153,19 +125,22 @@ def test_dropout_is_not_called_the_same_curve() -> None:
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 def test_a_seed_fixes_every_bit(impl: str, drop_rate: float) -> None:
     def losses(**changes: object) -> list[float]:
-        experiment, _ = trained(impl=impl, drop_rate=drop_rate, steps=6, **changes)
+        experiment, _ = few(impl=impl, drop_rate=drop_rate, **changes)
         return experiment.runs[0].losses
 
-    assert losses() == losses()
-    assert losses() != losses(seed=1)
+    assert losses() == losses() != losses(seed=1)
+
+
+def test_another_seed_gives_other_weights() -> None:
+    first, second = (prepared(seed=seed).runs[0].model.state_dict()["features.conv0.weight"] for seed in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_a_run_is_the_same_alone_and_compared() -> None:
     # Dropout draws from the generators: a companion that draws too must not be noticed.
-    changes = {"drop_rate": 0.3, "steps": 6}
-    both, _ = trained(compare=True, **changes)
+    both, _ = few(compare=True, drop_rate=0.3)
     for run, impl in zip(both.runs, ["reference", "torch"], strict=True):
-        alone, _ = trained(impl=impl, **changes)
+        alone, _ = few(impl=impl, drop_rate=0.3)
         assert alone.runs[0].losses == run.losses, impl
 
 
@@ -198,7 +173,7 @@ def test_runs_take_turns_at_going_first(monkeypatch: pytest.MonkeyPatch) -> None
         step(self, images, labels)
 
     monkeypatch.setattr(Run, "step", noted)
-    trained(compare=True, steps=4, check_steps=0)
+    few(compare=True, steps=4, check_steps=0)
     assert "".join(order) == "rffrrffr"
 
 
@@ -235,24 +210,7 @@ def test_non_finite_loss_names_the_run_that_has_it(which: int, name: str) -> Non
 def test_non_finite_test_loss_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "evaluate", lambda *_: (math.inf, 0.1))
     with pytest.raises(NonFiniteLoss, match="the test loss of run fastdense is not finite at epoch 1, step 3"):
-        trained(steps=3)
-
-
-@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (100, 5), (101, 6)])
-def test_schedule_warms_up_and_ends_near_zero(steps: int, warm_up: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    scheduler = lr_scheduler(optimizer, steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates[warm_up] == pytest.approx(0.5) == max(rates)
-    assert rates[:warm_up] == sorted(rates[:warm_up])
-    assert rates[warm_up:] == sorted(rates[warm_up:], reverse=True)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-    if warm_up:
-        assert rates[0] == pytest.approx(0.05)
+        few(steps=3)
 
 
 def test_batches_are_full_and_show_no_image_twice() -> None:
@@ -312,6 +270,16 @@ def test_named_models_keep_their_stem_where_images_are_large_enough() -> None:
     assert TrainConfig(model="densenet121", growth_rate=8).architecture.arguments["growth_rate"] == 8
 
 
+def test_named_models_are_torchvisions() -> None:
+    model = TrainConfig(model="densenet121", image_size=32).architecture.build(channels=3, classes=1000).eval()
+    randomise(model)
+    theirs = peers.torchvision().densenet121().eval()
+    theirs.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
 def test_networks_start_as_wide_as_the_paper_says() -> None:
     def width(**options: object) -> object:
         return TrainConfig(growth_rate=12, **options).architecture.arguments["num_init_features"]  # type: ignore[arg-type]
@@ -323,6 +291,18 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
+        ({"schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
+        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
+        ({"schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
+        ({"schedule": "step", "milestones": ()}, "--milestones must be"),
+        ({"schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
+        ({"warm_up": 1.0}, r"--warm-up must be at least 0 and less than 1, .* got 1\.0"),
+        ({"gamma": 0.0}, r"--gamma must be more than 0 .* got 0\.0"),
+        ({"amp": "fp8"}, "--amp must be one of 'off', 'bf16', 'fp16', got 'fp8'"),
+        ({"ema": 1.0}, r"--ema must be more than 0 and less than 1, as 0.999, got 1\.0"),
+        ({"on_error": "ignore"}, "--on-error must be one of 'stop', 'skip', got 'ignore'"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
         ({"model": "resnet18"}, "--model must be one of densenet121, .* got 'resnet18'"),
         ({"model": "densenet121", "depth": 40}, "--model and --depth contradict"),
         ({"depth": 40, "block_config": (2, 2)}, "--depth and --block-config contradict"),
@@ -370,18 +350,9 @@ def test_small_images_take_one_thread() -> None:
         ({"batch_size": 1438}, "--batch-size must be at most 1437, the training images, got 1438"),
     ],
 )
-def test_what_the_machine_or_the_data_cannot_do(changes: dict[str, object], message: str) -> None:
+def test_what_the_machine_or_the_data_cannot_do_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(**changes)
-
-
-def test_impl_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(impl: str, device: torch.device) -> str:
-        raise RuntimeError(f"{impl} cannot run on {device}: no such chip")
-
-    monkeypatch.setattr("fastdense.backends.select.resolve", refuse)
-    with pytest.raises(ValueError, match="triton cannot run on cpu: no such chip"):
-        prepared(impl="triton")
 
 
 @pytest.mark.gpu
