@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import multiprocessing
 import os
 import pickle
@@ -50,9 +49,6 @@ def test_a_folder_gives_standardised_images_and_the_classes_of_its_subfolders(tm
     torch.testing.assert_close(batch[0], (pixels - mean) / std, atol=1e-5, rtol=0)
     assert open_data(str(root)).image_size == 224
     assert source.to(torch.device("cpu")).unreadable is source.unreadable
-
-
-# Geometry
 
 
 def _transforms() -> Any:
@@ -118,9 +114,6 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(read_image(tmp_path / "x.png", number, views), np.asarray(ImageOps.mirror(expected)))
 
 
-# Decoding
-
-
 class _Whole(augment.Views):
     def __call__(self, number: int, width: int, height: int) -> tuple[augment.Box, bool]:
         return (0, 0, width, height), False
@@ -128,12 +121,6 @@ class _Whole(augment.Views):
 
 def _whole(path: Path, side: int) -> np.ndarray[Any, Any]:
     return read_image(path, 0, _Whole("none", side)).astype(int)
-
-
-def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 COLOUR, GREY = smooth(16, 16), smooth(16, 16).convert("L")
@@ -188,15 +175,12 @@ def test_large_images_are_read_without_a_warning(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_images_are_upright(tmp_path: Path, format: str, orientation: int) -> None:
-    image = smooth(500, 300)
-    back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
-    exif = Image.Exif()
-    exif[0x0112] = back  # turn it that way first: what undoes it is stored with it
-    image.getexif()[0x0112] = back
-    turned = ImageOps.exif_transpose(image)
+    upright, exif = smooth(500, 300), Image.Exif()
+    upright.save(tmp_path / "upright", format)
+    # Turn it that way first: what undoes it is stored with it.
+    upright.getexif()[0x0112] = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
     exif[0x0112] = orientation
-    turned.save(tmp_path / "turned", format, exif=exif)
-    smooth(500, 300).save(tmp_path / "upright", format)
+    ImageOps.exif_transpose(upright).save(tmp_path / "turned", format, exif=exif)
     # Small enough that JPEG is decoded at a quarter; an off-centre part, so that a wrong corner is seen.
     views = augment.Views("crop-flip", 14, seed=3)
     found, expected = (read_image(tmp_path / name, 0, views).astype(int) for name in ("turned", "upright"))
@@ -221,25 +205,28 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path, monkeypatch: pyte
     assert decoded[-1] == (800, 300)  # a quarter would do for the width alone
 
 
-# Unreadable images
+def _cut(stop: float) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(stop * path.stat().st_size)])
 
 
-BREAKINGS: dict[str, tuple[Callable[[bytes], bytes] | None, str]] = {
-    "missing png": (None, "No such file or directory"),
-    "empty jpg": (lambda old: b"", "cannot identify image file"),
-    "iconic png": (lambda old: _saved(smooth(8, 8), "ICO"), "cannot identify image file"),
-    "textual jpg": (lambda old: b"<html>404</html>", "cannot identify image file"),
-    "cut jpg": (lambda old: old[: len(old) // 2], "Truncated File Read"),
-    "short jpg": (lambda old: old[:-40], "image file is truncated"),
-    "cut png": (lambda old: old[: len(old) // 2], "truncated"),
-    "wrong png": (lambda old: old[:60] + bytes(8) + old[68:], "broken data stream"),
-    "cut gif": (lambda old: old[: len(old) // 2], "truncated"),
-    "huge png": (lambda old: _saved(Image.new("1", (3000, 3000)), "PNG"), "exceeds limit"),
-    "forbidden png": (lambda old: old, "Permission denied"),
-    "floating png": (
-        lambda old: _saved(Image.new("F", (8, 8)), "TIFF"),
-        "floating-point numbers, whose range",
-    ),
+def _zero(path: Path) -> None:
+    old = path.read_bytes()
+    path.write_bytes(old[:60] + bytes(8) + old[68:])
+
+
+BREAKINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing png": (Path.unlink, "No such file or directory"),
+    "empty jpg": (_cut(0), "cannot identify image file"),
+    "iconic png": (lambda path: smooth(8, 8).save(path, "ICO"), "cannot identify image file"),
+    "textual jpg": (lambda path: path.write_bytes(b"<html>404</html>"), "cannot identify image file"),
+    "cut jpg": (_cut(0.5), "Truncated File Read"),
+    "short jpg": (_cut(0.95), "image file is truncated"),
+    "cut png": (_cut(0.5), "truncated"),
+    "wrong png": (_zero, "broken data stream"),
+    "cut gif": (_cut(0.5), "truncated"),
+    "huge png": (lambda path: Image.new("1", (3000, 3000)).save(path), "exceeds limit"),
+    "forbidden png": (lambda path: None, "Permission denied"),
+    "floating png": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "floating-point numbers, whose range"),
 }
 
 
@@ -252,11 +239,8 @@ def test_an_unreadable_image_is_named_or_replaced_by_the_next(
     whole = all_of(_open(root, augment="none"))
     stop, skip = _open(root), _open(root, augment="none", on_error="skip")
     path, original = root / "train" / "cat" / f"2.{extension}", Image.open
-    change, reason = BREAKINGS[broken]
-    contents = path.read_bytes()
-    path.unlink()
-    if change is not None:
-        path.write_bytes(change(contents))
+    spoil, reason = BREAKINGS[broken]
+    spoil(path)
 
     def refuse(name: Path, formats: Any) -> Any:
         if name == path and kind == "forbidden":
@@ -324,9 +308,6 @@ def test_running_out_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypat
     monkeypatch.setattr(images, "_view", fail)
     with pytest.raises(MemoryError):
         all_of(source)
-
-
-# Processes
 
 
 def _dies(*arguments: Any) -> None:
