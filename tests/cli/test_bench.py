@@ -24,16 +24,10 @@ complaints = benchmark("report.record").complaints
 ONE = ["--device", "cpu", "--providers", "fastdense-activations"]
 
 
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    peers.torchvision()
-    for variable in ("FASTDENSE_IMPL", "TRITON_INTERPRET", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-
-
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures small networks, and in this process."""
+    peers.torchvision()
     for name in ("speed", "memory"):
         monkeypatch.setattr(benchmark(name), "in_fresh_process", lambda measure, *arguments: measure(*arguments))
     providers, options = benchmark("harness.providers"), benchmark("harness.options")
@@ -53,35 +47,32 @@ def written(folder: Path) -> dict[str, Any]:
     return records | {path.name: path for path in folder.glob("*.png")}
 
 
-def test_a_quick_run_of_all_writes_records_and_pictures(tiny: None, tmp_path: Path) -> None:
-    result = invoke("all", "--quick", *ONE, "--out", tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("speed --model tiny --size 16 --batch 2 --batches 1,3 --repeats 2 --processes 1",
+         ["speed-tiny-2x16-images-batch.png", "speed-tiny-2x16-step-memory.png", "speed-tiny-2x16.json"]),
+        ("memory --depths 10 16 --batch 2", ["memory-depths-2x32-depth.png", "memory-depths-2x32.json"]),
+        ("all --quick", ["memory-depths-8x32-depth.png", "memory-depths-8x32.json",
+         "speed-tiny-8x32-images-batch.png", "speed-tiny-8x32-step-memory.png", "speed-tiny-8x32.json"]),
+    ],
+    ids=["speed", "memory", "all"],
+)  # fmt: skip
+def test_records_and_pictures_are_written(tiny: None, tmp_path: Path, arguments: str, names: list[str]) -> None:
+    result = invoke(*arguments.split(), *ONE, "--json", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    files = written(tmp_path)
-    assert sorted(files) == [
-        *("memory-depths-8x32-depth.png", "memory-depths-8x32.json"),
-        *("speed-tiny-8x32-images-batch.png", "speed-tiny-8x32-step-memory.png", "speed-tiny-8x32.json"),
-    ]
-    rows = files["speed-tiny-8x32.json"]["results"]
-    assert list(rows) == ["torchvision", "fastdense activations torch"]
-    assert rows["torchvision"]["batches"].keys() == {"4", "16"}
-    assert list(files["memory-depths-8x32.json"]["results"]) == ["densenet-bc-10", "densenet-bc-16"]
-    assert "fastdense activations" in result.output and "images/s" in result.output
-
-
-def test_options_of_speed_reach_it(tiny: None, tmp_path: Path) -> None:
-    options = ["--model", "tiny", "--size", 16, "--batch", 2, "--batches", "1,3", "--repeats", 2, "--processes", 1]
-    result = invoke("speed", *ONE, *options, "--dtype", "bf16", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    row = written(tmp_path)["speed-tiny-2x16-bf16.json"]["results"]["torchvision"]
-    assert row["step"]["repeats"] == 2 and row["batches"].keys() == {"1", "3"}
-
-
-def test_memory_of_depths_for_machines(tiny: None, tmp_path: Path) -> None:
-    result = invoke("memory", *ONE, "--depths", 10, 16, "--batch", 2, "--json", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    record = json.loads(result.stdout)
-    assert list(record["results"]) == ["densenet-bc-10", "densenet-bc-16"]
-    assert written(tmp_path)["memory-depths-2x32.json"] == record
+    files, printed = written(tmp_path), json.loads(result.stdout)
+    assert sorted(files) == names
+    for record in printed if isinstance(printed, list) else [printed]:
+        assert record in files.values(), "for machines: the same on standard output"
+        rows, all_ = record["results"], arguments.startswith("all")
+        if record["kind"] == "memory":
+            assert list(rows) == ["densenet-bc-10", "densenet-bc-16"]
+        else:
+            assert list(rows) == ["torchvision", "fastdense activations torch"]
+            assert rows["torchvision"]["batches"].keys() == ({"4", "16"} if all_ else {"1", "3"})
+            assert rows["torchvision"]["step"]["repeats"] == (5 if all_ else 2)
+    assert "fastdense activations" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -152,6 +143,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.mark.minutes
 def test_a_quick_run_of_all_comes_to_its_end(tmp_path: Path) -> None:
+    peers.torchvision()
     result = invoke("all", "--quick", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert len(written(tmp_path)) == 5

@@ -27,13 +27,6 @@ from fastdense.training.run import Run
 Compared: TypeAlias = tuple[Result, list[dict[str, Any]]]
 
 
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("FASTDENSE_IMPL", "TRITON_INTERPRET", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
 def rows(text: str) -> dict[str, list[str]]:
     """The result table: label to cells."""
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]

@@ -155,9 +155,9 @@ def _cut(path: Path) -> None:
 
 
 def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 def _edit(**changes: Any) -> Callable[[Path], None]:
@@ -229,8 +229,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert command("train", "--out", out, "--resume").exit_code == 0
     assert same_runs(out, finished) == ""
     assert steps(out) == [1, 2, 3, 4] and steps(out, "epoch") == [2, 4]
-    kinds = [record["event"] for record in records(out)]
-    assert kinds.count("resumed") == kinds.count("summary") == 1 and "error" not in kinds, "cut back to the checkpoint"
+    assert [len(records(out, kind)) for kind in ("resumed", "summary", "error")] == [1, 1, 0], "cut back"
 
 
 def test_nothing_is_written_without_out_and_nothing_for_tensorboard_where_it_is_not_wanted(
