@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,19 +103,12 @@ def test_providers_are_listed() -> None:
 
 
 def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, given = bench.benchmark, []
-
-    class Depth:
-        @staticmethod
-        def run(options: Any) -> dict[str, Any]:
-            given.append(options)
-            return {"complete": True, "results": {}}
-
-        @staticmethod
-        def plot(record: dict[str, Any], path: Path) -> None:
-            path.write_text(str(record["results"]))
-
-    monkeypatch.setattr(bench, "benchmark", lambda name: Depth if name == "depth" else real(name))
+    given: list[Any] = []
+    depth = SimpleNamespace(
+        run=lambda options: given.append(options) or {"complete": True, "results": {}},
+        plot=lambda record, path: path.write_text(str(record["results"])),
+    )
+    monkeypatch.setattr(bench, "benchmark", lambda name: depth if name == "depth" else benchmark(name))
     result = invoke("depth", "--device", "cpu", "--budget", "3GB", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert (given[0].budget, given[0].device) == ("3GB", "cpu")

@@ -256,9 +256,10 @@ def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA H100" in output and "capability 9.0, 80 GB" in output
 
 
-# Children of one process that has imported PyTorch. None in sys.modules makes an import fail as if nothing were there.
+# Children of one process that has imported what all need. None in sys.modules makes an import fail.
 MISSING = """
-import os, sys, torch
+import os, sys, fastdense.data.images, fastdense.data.source, fastdense.training.outputs
+assert not {*sys.argv[1].split()} & {*sys.modules}
 for missing in sys.argv.pop(1).split():
     if not os.fork():
         sys.modules[missing] = None

@@ -32,7 +32,7 @@ FEW = dataclasses.replace(
 TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=480, device="cpu", impl="torch")
 SMALL = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
 COMMAND = [*SMALL, "--impl", "torch", "--batch-size", "480", "--epochs", "2"]  # of TINY: four steps
-UNLIKE = ("time", "seconds", "metrics_bytes")  # what two runs of the same training do not have in common
+UNLIKE = ("time", "seconds", "images_per_second", "metrics_bytes")  # in which two runs of the same training differ
 
 
 def prepared(config: TrainConfig = TINY, data: Dataset = DIGITS, **changes: Any) -> Experiment:

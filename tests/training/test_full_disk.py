@@ -33,8 +33,8 @@ class Half:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, what: str, during: Container[int]) -> None:
-    """Lets writes of a "checkpoint", or of the "logs", fail from the start of one of these steps to the next step."""
-    step, fsync, write = Run.step, os.fsync, WholeWrites.write
+    """Lets a "checkpoint", its "name" or the "logs" be unwritable from the start of each of these steps."""
+    step, fsync, replace, write = Run.step, os.fsync, os.replace, WholeWrites.write
     full = 0 in during
 
     def noted_step(self: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -47,6 +47,11 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, what: str, during: Container[int]
             raise NO_SPACE
         fsync(number)
 
+    def full_replace(path: Path, name: Path) -> None:
+        if full and what == "name":
+            raise NO_SPACE
+        replace(path, name)
+
     def full_write(log: WholeWrites, data: bytes) -> None:
         file = log.file
         if full and what == "logs":
@@ -58,10 +63,11 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, what: str, during: Container[int]
 
     monkeypatch.setattr(Run, "step", noted_step)
     monkeypatch.setattr(os, "fsync", full_fsync)
+    monkeypatch.setattr(os, "replace", full_replace)
     monkeypatch.setattr(WholeWrites, "write", full_write)
 
 
-@pytest.mark.parametrize(("what", "named"), [("checkpoint", "last.pt"), ("logs", "metrics.jsonl")])
+@pytest.mark.parametrize(("what", "named"), [("checkpoint", "last.pt"), ("name", "last.pt"), ("logs", "metrics.jsonl")])
 def test_a_full_disk_stops_training_and_spoils_nothing(
     finished: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str, named: str
 ) -> None:
@@ -82,13 +88,8 @@ def test_a_full_disk_stops_training_and_spoils_nothing(
     ("what", "during", "warnings", "written"),
     [("checkpoint", {3}, {"last.pt": 1}, [1, 2, 3, 4]), ("logs", {1, 2, 4}, {"metrics.jsonl": 2, "file": 2}, [3])],
 )
-def test_a_full_disk_can_be_skipped_with_one_warning_for_a_file_until_it_can_be_written_again(
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
-    during: set[int],
-    warnings: dict[str, int],
-    written: list[int],
+def test_a_full_disk_can_be_skipped_with_one_warning_until_a_file_can_be_written_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, what: str, during: set[int], warnings: dict[str, int], written: Any
 ) -> None:
     fill_disk(monkeypatch, what, during)
     result = command(*COMMAND, "--out", out, "--save-every", "1steps", "--on-error", "skip")
@@ -100,9 +101,7 @@ def test_a_full_disk_can_be_skipped_with_one_warning_for_a_file_until_it_can_be_
     assert steps(out) == written
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_after_the_report(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_last_checkpoint_is_an_error_after_the_report(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_disk(monkeypatch, "checkpoint", {3, 4})
     result = command(*COMMAND, "--out", out, "--on-error", "skip")
     text = words(result.output)

@@ -14,7 +14,7 @@ from helpers.blocks import randomise
 from helpers.train_runs import DIGITS, FEW, same
 from torch import nn
 
-from fastdense.data.source import batches, digits
+from fastdense.data.source import batches
 from fastdense.training.config import TrainConfig, layers_per_block
 from fastdense.training.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
 from fastdense.training.experiment import Experiment
@@ -217,19 +217,6 @@ def test_batches_are_full_and_show_no_image_twice() -> None:
     assert not torch.equal(first, second)
 
 
-def test_digits_are_split_and_standardised() -> None:
-    assert DIGITS.train_images.shape == (1437, 1, 8, 8)
-    assert DIGITS.test_images.shape == (360, 1, 8, 8)
-    assert DIGITS.train_images.mean() == pytest.approx(0, abs=1e-5)
-    assert DIGITS.train_images.std() == pytest.approx(1, abs=1e-5)
-    # The statistics are the training images' own: the test images' differ a little.
-    assert 1e-5 < abs(DIGITS.test_images.mean().item()) < 0.1
-    shares = [labels.bincount() / len(labels) for labels in (DIGITS.train_labels, DIGITS.test_labels)]
-    torch.testing.assert_close(*shares, atol=2e-3, rtol=0)
-    assert torch.equal(digits().test_images, DIGITS.test_images)
-    assert digits(16).train_images.shape == (1437, 1, 16, 16)
-
-
 @pytest.mark.parametrize(
     ("depth", "bottleneck", "n"), [(10, True, 1), (40, True, 6), (100, True, 16), (7, False, 1), (40, False, 12)]
 )
@@ -240,15 +227,6 @@ def test_depth_gives_layers_per_block(depth: int, bottleneck: bool, n: int) -> N
     model = config.architecture.build(channels=1, classes=10)
     # The depth counts convolutions on the longest path, and the classifier.
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) + 1 == depth
-
-
-@pytest.mark.parametrize(
-    ("depth", "bottleneck", "nearest"),
-    [(101, True, "100 and 106"), (99, True, "94 and 100"), (41, False, "40 and 43"), (4, True, "10"), (-3, False, "7")],
-)
-def test_depth_that_does_not_fit_names_the_nearest(depth: int, bottleneck: bool, nearest: str) -> None:
-    with pytest.raises(ValueError, match=rf"--depth {depth} .*nearest {nearest}$"):
-        layers_per_block(depth, bottleneck=bottleneck)
 
 
 def test_named_models_keep_their_stem_where_images_are_large_enough() -> None:
@@ -297,6 +275,11 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
         ({"ema": 1.0}, r"--ema must be more than 0 and less than 1, as 0.999, got 1\.0"),
         ({"on_error": "ignore"}, "--on-error must be one of 'stop', 'skip', got 'ignore'"),
         ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"depth": 101}, "--depth 101 .*nearest 100 and 106$"),
+        ({"depth": 99}, "--depth 99 .*nearest 94 and 100$"),
+        ({"depth": 4}, "--depth 4 .*nearest 10$"),
+        ({"depth": 41, "bn_size": None}, "--depth 41 .*nearest 40 and 43$"),
+        ({"depth": -3, "bn_size": None}, "--depth -3 .*nearest 7$"),
         ({"model": "resnet18"}, "--model must be one of densenet121, .* got 'resnet18'"),
         ({"model": "densenet121", "depth": 40}, "--model and --depth contradict"),
         ({"depth": 40, "block_config": (2, 2)}, "--depth and --block-config contradict"),
