@@ -27,6 +27,7 @@ from torch import Tensor
 from fastdense.data.images import UnreadableImage
 from fastdense.data.source import Dataset
 from fastdense.training.logs import WholeWrites
+from fastdense.training.outputs import Outputs
 from fastdense.training.run import Run
 from helpers.train_runs import SMALL, app, load, records, same
 
@@ -121,16 +122,14 @@ def two(out: Path, how: str) -> dict[str, Any]:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
         if rank:
             fail(how)
+        advise = Outputs.advise
+        # As from torchrun, once a process has ended, while another has something to say.
+        Outputs.advise = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or advise(*arguments)
 
     said = Path(f"{out}.said")
-    ranks = {child([*SMALL, "--out", str(out)], lambda rank=rank: prepare(rank), said): rank for rank in (0, 1)}
-    codes = {}
-    while len(codes) < 2:
-        pid, status = os.wait()
-        codes[ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
-        for other in ranks:
-            os.kill(other, signal.SIGTERM)  # as torchrun does
-    return {"codes": [codes[0], codes[1]], "said": said.read_text(), "saved": (out / "last.pt").exists()}
+    pids = [child([*SMALL, "--out", str(out)], lambda rank=rank: prepare(rank), said) for rank in (0, 1)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return {"codes": codes, "said": said.read_text(), "saved": (out / "last.pt").exists()}
 
 
 def main(folder: Path) -> None:
