@@ -42,7 +42,7 @@ def looked(*arguments: object, folder: Path) -> tuple[str, dict[str, Any], Path]
 
 def is_drawn(picture: Path) -> bool:
     image = imread(picture)
-    return bool(min(image.shape[:2]) > 400 and image.std() > 0.05)
+    return bool(min(image.shape[:2]) > 400 / 150 * plots.DPI and image.std() > 0.05)
 
 
 def own(seed: int = 0) -> fastdense.DenseNet:
@@ -227,7 +227,10 @@ def test_a_full_disk_leaves_the_picture_as_it_was(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("layers", [(1,), (2, 1, 3, 2), (60,)], ids=["one layer", "four blocks", "deep block"])
-def test_pictures_of_any_shape_are_drawn(layers: tuple[int, ...], tmp_path: Path) -> None:
+def test_pictures_of_any_shape_are_drawn(
+    layers: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "DPI", 50)  # a ninth of the pixels
     flows, reuses = [], []
     for i, L in enumerate(layers):
         matrix = torch.rand(L + 1, L + 1, dtype=torch.float64).triu() * 10.0 ** -torch.arange(L + 1).double()

@@ -224,7 +224,8 @@ def test_depth_gives_layers_per_block(depth: int, bottleneck: bool, n: int) -> N
     assert layers_per_block(depth, bottleneck=bottleneck) == n
     config = TrainConfig(depth=depth, bn_size=4 if bottleneck else None)
     assert config.architecture.arguments["block_config"] == (n, n, n)
-    model = config.architecture.build(channels=1, classes=10)
+    with torch.device("meta"):
+        model = config.architecture.build(channels=1, classes=10)
     # The depth counts convolutions on the longest path, and the classifier.
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) + 1 == depth
 
@@ -234,7 +235,8 @@ def test_named_models_keep_their_stem_where_images_are_large_enough() -> None:
     assert (small.last_resolution(31), large.last_resolution(32)) == (3, 1)
     kernels = []
     for net in (small, large):
-        model = net.build(channels=1, classes=10)
+        with torch.device("meta"):
+            model = net.build(channels=1, classes=10)
         (conv,) = (module for name, module in model.named_modules() if name == "features.conv0")
         assert isinstance(conv, nn.Conv2d) and conv.out_channels == 96
         kernels.append(conv.kernel_size)
