@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("typer")
-pytest.importorskip("sklearn")
-
-import torch
+from helpers.train_runs import SMALL, load, prepared, records, steps
 from rich.live import Live
 
 from fastdense.cli.display import Display
 from fastdense.cli.terminal import Printer
 from fastdense.cli.train import train
-from fastdense.data.source import digits
-from fastdense.training.config import TrainConfig
 from fastdense.training.events import Event, Stopped
-from fastdense.training.experiment import Experiment
 from fastdense.training.outputs import OutputOptions, Outputs
-
-TINY = TrainConfig(depth=10, growth_rate=4, epochs=3, batch_size=480, device="cpu", impl="torch")
 
 
 class Lost(io.StringIO):
@@ -44,29 +34,22 @@ class Lost(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC], ids=["broken pipe", "full disk"])
 @pytest.mark.parametrize(
     ("writes", "step", "told"),
-    [
-        (0, 1, "Resume with: fastdense train --out"),
-        (1, 2, "Resume with"),
-        (3, 6, "Training is over, and"),
-        (4, 6, "over"),
-    ],
+    [(0, 1, "Resume with: fastdense train --out"), (1, 2, "Resume"), (2, 4, "Training is over, and"), (3, 4, "over")],
     ids=["introduction", "epoch", "last epoch", "table"],
 )
 def test_what_cannot_be_printed_is_in_the_files(tmp_path: Path, number: int, writes: int, step: int, told: str) -> None:
-    file, experiment = Lost(writes, number), Experiment(TINY, digits())
+    file, experiment = Lost(writes, number), prepared()
     with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(Stopped) as caught:
         train(Printer(file=file), experiment, outputs)
     text = str(caught.value)
-    assert (
-        f"standard output cannot be written: {os.strerror(number)}, after step {step} of 6. " in text and told in text
-    )
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in written if record["event"] == "step"] == list(range(1, step + 1))
-    assert written[-1]["event"] == "summary"
+    assert f"standard output cannot be written: {os.strerror(number)}, after step {step} of 4. " in text
+    assert told in text
+    assert load(tmp_path / "last.pt")["step"] == step
+    assert steps(tmp_path) == list(range(1, step + 1))
+    assert records(tmp_path)[-1]["event"] == "summary"
 
 
 def test_files_come_before_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,10 +58,10 @@ def test_files_come_before_what_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
             raise ZeroDivisionError("a defect of ours")
 
     monkeypatch.setattr(Display, "update", fail)
-    experiment = Experiment(TINY, digits())
+    experiment = prepared()
     with Outputs(OutputOptions(out=tmp_path), experiment, print) as outputs, pytest.raises(ZeroDivisionError):
         train(Printer(file=io.StringIO()), experiment, outputs)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    assert load(tmp_path / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -96,13 +79,10 @@ def test_a_printer_falls_silent_and_raises_nothing(terminal: bool) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_line_and_status_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastdense", "train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
+    command = [sys.executable, "-m", "fastdense", *SMALL, "--out", tmp_path / "run"]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "run")],
-            env=buffered, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
-        )  # fmt: skip
+        done = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("Stopped: standard output cannot be written: No space left on device, after step 1 of ")

@@ -5,63 +5,26 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
+import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
-
-pytest.importorskip("typer")
-pytest.importorskip("sklearn")
-
-from typer.testing import CliRunner, Result
+from helpers.processes import python
+from helpers.train_runs import FEW, SMALL, Result, command, prepared, records, words
 
 import fastdense
 from fastdense.cli import display
-from fastdense.cli.app import app
 from fastdense.cli.terminal import Printer
 from fastdense.cli.train import train
-from fastdense.data.source import digits
 from fastdense.training.config import TrainConfig, flag
-from fastdense.training.experiment import Experiment
 from fastdense.training.outputs import OutputOptions, Outputs
 from fastdense.training.run import Run
 
-TINY = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu"]
-FINAL = re.compile(
-    r"^same loss curve \(largest difference of the training loss over the first 3 steps in float64: \S+; over all 30 "
-    r"steps in float32, where rounding errors grow: \S+\), \S+ times fewer bytes saved for backward, step time \S+ "
-    r"times\.$",
-    re.MULTILINE,
-)
-
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("FASTDENSE_IMPL", "TRITON_INTERPRET", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-def fastdense_command(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, prog_name="fastdense")
-
-
-def words(text: str) -> str:
-    """Without colours, frames and line breaks."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", text).split())
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+Compared: TypeAlias = tuple[Result, list[dict[str, Any]]]
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -71,58 +34,39 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[dict[str, Any]]]:
-    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
-    result = fastdense_command(
-        *TINY, "--compare", "--steps", "30", "--check-steps", "3", "--impl", "torch", "--metrics", str(path)
-    )
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    path = tmp_path_factory.mktemp("metrics") / "new" / "folders" / "metrics.jsonl"
+    options = ["--compare", "--steps", "30", "--check-steps", "3", "--impl", "torch"]
+    result = command(*SMALL, *options, "--metrics", path)
     assert result.exit_code == 0, result.output
     return result, records(path)
 
 
 def test_help_lists_the_commands_and_every_option() -> None:
-    result = fastdense_command("--help")
-    assert result.exit_code == 0
-    assert "train" in result.output and "env" in result.output
-    result = fastdense_command("train", "--help")
-    assert result.exit_code == 0
-    text = words(result.output)
+    result = command("--help")
+    assert result.exit_code == 0 and "train" in result.output and "env" in result.output
+    text = words(command("train", "--help").output)
     for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(OutputOptions)):
         assert f"{flag(field.name)} " in text, field.name
     for default in ("100", "12, or the model's own", "1 below 32 pixels", "digits 8, CIFAR 32, a folder 224"):
         assert default in text
 
 
-def test_compare_ends_in_a_table_and_plain_words(compared: tuple[Result, list[dict[str, Any]]]) -> None:
+def test_a_comparison_is_a_short_log_that_ends_in_a_table_and_plain_words(compared: Compared) -> None:
     result, written = compared
-    summaries = {record["label"]: record for record in written if record["event"] == "summary"}
-    table = rows(result.output)
-    for label in ("reference (torch.cat)", "fastdense"):
-        run = summaries[label]
-        assert table[label] == [
-            f"{run['train_loss']:.4f}",
-            f"{run['test_loss']:.4f}",
-            f"{100 * run['test_accuracy']:.2f}%",
-            f"{1000 * run['step_seconds']:.1f} ms",
-            f"{run['kept_bytes'] / 1e6:.1f} MB",
-        ]
-    assert FINAL.search(result.output), result.output
-    assert result.output.rstrip().endswith("times.")
-
-
-def test_log_is_short_and_fits_its_lines(compared: tuple[Result, list[dict[str, Any]]]) -> None:
-    result, _ = compared
-    lines = result.output.splitlines()
-    assert len(lines) < 20
-    assert "\x1b" not in result.output
-    assert [line.split(";")[0] for line in lines if line.startswith("epoch")] == [
-        "epoch 1/2 step 22/30",
-        "epoch 2/2 step 30/30",
-    ]
+    table, lines = rows(result.output), result.output.splitlines()
+    assert len(lines) < 20 and "\x1b" not in result.output
+    epochs = [line.split(";")[0] for line in lines if line.startswith("epoch")]
+    assert epochs == ["epoch 1/2 step 22/30", "epoch 2/2 step 30/30"]
     assert "check in float64: losses of 3 steps differ by at most" in result.output
+    for run in (record for record in written if record["event"] == "summary"):
+        cells = f"{run['train_loss']:.4f}", f"{run['test_loss']:.4f}", f"{100 * run['test_accuracy']:.2f}%"
+        rest = f"{1000 * run['step_seconds']:.1f} ms", f"{run['kept_bytes'] / 1e6:.1f} MB"
+        assert table[run["label"]] == [*cells, *rest]
+    assert re.search(r"^same loss curve \(largest difference of .*\d times\.$", lines[-1])
 
 
-def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) -> None:
+def test_metrics_hold_everything(compared: Compared) -> None:
     _, written = compared
     header, *rest = written
     assert header["event"] == "header"
@@ -135,34 +79,16 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
     assert header["steps"] == 30
 
     kinds = [record["event"] for record in rest]
-    assert kinds == [
-        *["check"] * 3,
-        *["step"] * 44,
-        *["epoch"] * 2,
-        *["step"] * 16,
-        *["epoch"] * 2,
-        *["summary"] * 2,
-        "comparison",
-    ]
+    first, second = [*["step"] * 44, *["epoch"] * 2], [*["step"] * 16, *["epoch"] * 2]
+    assert kinds == [*["check"] * 3, *first, *second, *["summary"] * 2, "comparison"]
     fields = {
-        "check": {"event", "step", "reference", "fastdense"},
-        "step": {
-            *("event", "run", "step", "epoch", "loss", "seconds", "images_per_second", "lr", "grad_norm", "skipped")
-        },
-        "epoch": {
-            *("event", "run", "epoch", "step", "train_loss", "test_loss", "test_accuracy"),
-            *("ema_test_loss", "ema_test_accuracy", "peak_bytes"),
-        },
+        "check": "event step reference fastdense",
+        "step": "event run step epoch loss seconds images_per_second lr grad_norm skipped",
+        "epoch": "event run epoch step train_loss test_loss test_accuracy ema_test_loss ema_test_accuracy peak_bytes",
     }
     for record in rest:
         if record["event"] in fields:
-            assert record.keys() == fields[record["event"]]
-    for run in ("reference", "fastdense"):
-        steps = [record for record in rest if record["event"] == "step" and record["run"] == run]
-        assert [record["step"] for record in steps] == list(range(1, 31))
-        assert all(math.isfinite(record["loss"]) and record["seconds"] > 0 for record in steps)
-        (summary,) = (record for record in rest if record["event"] == "summary" and record["run"] == run)
-        assert summary["train_loss"] == pytest.approx(sum(record["loss"] for record in steps[22:]) / 8)
+            assert record.keys() == set(fields[record["event"]].split())
     assert rest[-1]["same_curve"] is True
     assert rest[-1]["check_steps"] == 3
 
@@ -170,61 +96,43 @@ def test_metrics_hold_everything(compared: tuple[Result, list[dict[str, Any]]]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth", "101"], "--depth 101 does not fit a DenseNet-BC of three equal blocks"),
-        (["--depth", "101"], "nearest 100 and 106"),
-        (["--depth", "41", "--bn-size", "none"], "nearest 40 and 43"),
-        (["--block-config", "6,x"], "--block-config must be whole numbers, as in 6,12,24, got '6,x'"),
-        (["--bn-size", "four"], "--bn-size must be a whole number, 0 or none, got 'four'"),
-        (["--model", "resnet18"], "--model must be one of densenet121, densenet161, densenet169, densenet201"),
-        (["--model", "densenet121", "--depth", "40"], "--model and --depth contradict each other"),
-        (["--device", "nowhere"], "--device nowhere cannot be used"),
-        (["--batch-size", "5000"], "--batch-size must be at most 1437, the training images, got 5000"),
-        (
-            ["--milestones", "half"],
-            "--milestones must be fractions of all steps, as in 1/3,2/3, got 'half'",
-        ),
-        (["--save-every", "soon"], "--save-every must be a number of epochs or steps, as in 2epochs or 500steps"),
-        (["--resume"], "--resume needs --out, the folder of the run to resume"),
-        (["--lr", "0"], "--lr must be a positive number, got 0"),
-        (["--compare", "--impl", "reference"], "must be auto, triton or torch, not reference"),
-        (["--metrics", "/dev/null/x"], "--metrics /dev/null/x cannot be written: Not a directory. Name another file"),
-        (["--impl", "triton", "--device", "cpu"], "--impl triton cannot run on device 'cpu': the Triton kernels need"),
-        (["--impl", "triton", "--device", "cpu"], "use --impl auto or --impl torch"),
-        (["--epochs", "many"], "--epochs"),
-        (["--no-such-option"], "--no-such-option"),
+        ("--depth 101", "--depth 101 does not fit a DenseNet-BC of three equal blocks"),
+        ("--block-config 6,x", "--block-config must be whole numbers, as in 6,12,24, got '6,x'"),
+        ("--bn-size four", "--bn-size must be a whole number, 0 or none, got 'four'"),
+        ("--device nowhere", "--device nowhere cannot be used"),
+        ("--batch-size 5000", "--batch-size must be at most 1437, the training images, got 5000"),
+        ("--milestones half", "--milestones must be fractions of all steps, as in 1/3,2/3, got 'half'"),
+        ("--save-every soon", "--save-every must be a number of epochs or steps, as in 2epochs or 500steps"),
+        ("--metrics /dev/null/x", "--metrics /dev/null/x cannot be written: Not a directory. Name another file"),
+        ("--impl triton --device cpu", "--impl triton cannot run on device 'cpu': the Triton kernels need"),
+        ("--impl triton --device cpu", "use --impl auto or --impl torch"),
+        ("--epochs many", "--epochs"),
+        ("--no-such-option", "--no-such-option"),
     ],
 )
-def test_bad_options_exit_with_2(arguments: list[str], message: str) -> None:
-    result = fastdense_command("train", *arguments)
+def test_bad_options_exit_with_2(arguments: str, message: str) -> None:
+    result = command("train", *arguments.split())
     assert result.exit_code == 2, result.output
     assert message in words(result.output)
 
 
-def test_unknown_variable_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDENSE_IMPL", "fast")
-    result = fastdense_command(*TINY, "--steps", "1")
-    assert result.exit_code == 2
-    assert "the environment variable FASTDENSE_IMPL must be one of" in words(result.output)
-
-
 @pytest.mark.parametrize("bn_size", ["0", "none", "2"])
 def test_layers_with_and_without_bottleneck(bn_size: str) -> None:
-    result = fastdense_command(*TINY, "--steps", "1", "--bn-size", bn_size)
+    result = command(*SMALL, "--steps", "1", "--bn-size", bn_size)
     assert result.exit_code == 0, result.output
     assert ("basic layers" in result.output) == (bn_size != "2")
 
 
 def test_divergence_exits_with_1_and_still_reports(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    result = fastdense_command(*TINY, "--compare", "--check-steps", "0", "--lr", "1e30", "--metrics", str(path))
+    result = command(*SMALL, "--compare", "--check-steps", "0", "--lr", "1e30", "--metrics", path)
     assert result.exit_code == 1
     assert "Stopped: the training loss of run reference is not finite at epoch 1, step 2 (" in words(result.output)
     assert rows(result.output)["fastdense"][0] == "nan"
     assert "same loss curve" not in result.output
-    written = records(path)
-    (error,) = (record for record in written if record["event"] == "error")
+    (error,) = records(path, "error")
     assert (error["run"], error["epoch"], error["step"]) == ("reference", 1, 2)
-    assert [record["train_loss"] for record in written if record["event"] == "summary"] == ["nan", "nan"]
+    assert [record["train_loss"] for record in records(path, "summary")] == ["nan", "nan"]
 
 
 @pytest.mark.parametrize("at", [0, 7])
@@ -242,7 +150,7 @@ def test_interrupt_exits_with_130_and_shows_the_table_so_far(
 
     monkeypatch.setattr(Run, "step", interrupted)
     path = tmp_path / "metrics.jsonl"
-    result = fastdense_command(*TINY, "--compare", "--check-steps", "0", "--metrics", str(path))
+    result = command(*SMALL, "--compare", "--check-steps", "0", "--metrics", path)
     assert result.exit_code == 130
     # In the fourth step the other run goes first.
     table = rows(result.output)
@@ -251,49 +159,34 @@ def test_interrupt_exits_with_130_and_shows_the_table_so_far(
     assert records(path)[-3 if at == 0 else -4]["event"] == "error"
 
 
-def test_metrics_that_cannot_be_written_on_stop_with_a_message() -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("needs /dev/full")
-    result = fastdense_command(*TINY, "--steps", "1", "--metrics", str(full))
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_metrics_that_cannot_be_written_stop_training_with_a_message() -> None:
+    result = command(*SMALL, "--steps", "1", "--metrics", "/dev/full")
     assert result.exit_code == 1, result.output
     assert "Stopped: --metrics /dev/full cannot be written: No space left on device. Make room" in words(result.output)
 
 
-def test_metrics_makes_its_folders(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folders" / "x.jsonl"
-    assert fastdense_command(*TINY, "--steps", "1", "--metrics", str(path)).exit_code == 0
-    assert records(path)[0]["event"] == "header"
-
-
-def test_log_gives_a_sign_of_life_in_long_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gives_signs_of_life_and_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "HEARTBEAT_SECONDS", -1.0)
-    result = fastdense_command(*TINY, "--steps", "3")
-    assert [line.split(";")[0] for line in result.output.splitlines() if line.startswith("epoch")] == [
-        f"epoch 1/1 step {step}/3" for step in (1, 2, 3)
-    ]
-
-
-def test_log_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "HEARTBEAT_SECONDS", -1.0)
-    result = fastdense_command(*TINY, "--steps", "3")
+    result = command(*SMALL, "--steps", "3")
     lines = [line for line in result.output.splitlines() if line.startswith("epoch")]
+    assert [line.split(";")[0] for line in lines] == [f"epoch 1/1 step {step}/3" for step in (1, 2, 3)]
     assert re.search(r"; [\d,]+ images/s, \d+ s left$", lines[0]), lines
     assert re.search(r"; [\d,]+ images/s$", lines[-1]), lines
-    assert [display.duration(s) for s in (0.4, 59, 60, 3599, 3600, 90_000)] == [
-        *("0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "25 h 00 min")
-    ]
+    said = [display.duration(s) for s in (0.4, 59, 60, 3599, 3600, 90_000)]
+    assert said == ["0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "25 h 00 min"]
 
 
 def test_averaged_weights_have_a_row() -> None:
-    result = fastdense_command(*TINY, "--steps", "2", "--ema", "0.9", "--schedule", "step", "--amp", "bf16")
+    result = command(*SMALL, "--steps", "2", "--ema", "0.9", "--schedule", "step", "--amp", "bf16")
     assert "seed 0, times 0.1 at 50%, 75%, bf16, weights averaged with decay 0.9." in words(result.output)
     (row,) = [cells for label, cells in rows(result.output).items() if label.startswith("fastdense, averaged")]
     assert float(row[1]) > 0 and row[2].endswith("%") and row[0] == row[3] == "-"
 
 
-def test_log_of_many_epochs_stays_short() -> None:
-    result = fastdense_command(*TINY, "--epochs", "50", "--batch-size", "1400", "--growth-rate", "1")
+def test_a_log_of_many_epochs_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdense.data.source.digits", lambda size: FEW)
+    result = command(*SMALL, "--epochs", "50", "--batch-size", "200", "--growth-rate", "1")
     lines = [line for line in result.output.splitlines() if line.startswith("epoch")]
     assert 10 <= len(lines) <= 20
     assert lines[-1].startswith("epoch 50/50 step 50/50;")
@@ -302,10 +195,9 @@ def test_log_of_many_epochs_stays_short() -> None:
 def test_terminal_shows_both_curves_grow_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "REDRAW_SECONDS", -1.0)  # after each step, however fast they are
     monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} may live at exit"))
-    config = TrainConfig(depth=10, growth_rate=4, steps=12, check_steps=2, compare=True, device="cpu")
     screen = io.StringIO()
     console = Printer(file=screen, force_terminal=True, width=80, legacy_windows=False, color_system=None)
-    experiment = Experiment(config, digits())
+    experiment = prepared(epochs=1, batch_size=64, steps=12, check_steps=2, compare=True)
     with Outputs(OutputOptions(), experiment, print) as outputs:
         train(console, experiment, outputs)
     shown = screen.getvalue()
@@ -331,31 +223,25 @@ def test_curve_is_logarithmic_and_grows_with_the_steps() -> None:
     assert display.curve([2.0], 1, 2.0, 2.0, width=1, bars=display.ASCII_BARS) == "_"
 
 
-def test_env_names_the_implementation_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = fastdense_command("env")
-    assert result.exit_code == 0, result.output
-    text = words(result.output)
+def test_env_names_the_implementation_and_why() -> None:
+    said, found = words(command("env").output), json.loads(command("env", "--json").output)
     for value in (fastdense.__version__, torch.__version__, "TRITON_INTERPRET not set", "FASTDENSE_IMPL not set"):
-        assert value in text
-    found = json.loads(fastdense_command("env", "--json").output)
-    cpu = found["devices"][0]
+        assert value in said
+    cpu, *gpus = found["devices"]
     assert (cpu["device"], cpu["impl"], cpu["reason"]) == ("cpu", *fastdense.backends.explain("cpu"))
-    assert found["versions"]["torch"] == torch.__version__
-    assert len(found["devices"]) == 1 + torch.cuda.device_count()
+    assert found["versions"]["torch"] == torch.__version__ and len(gpus) == torch.cuda.device_count()
     assert found["variables"] == {"FASTDENSE_IMPL": None, "TRITON_INTERPRET": None}
 
 
-def test_env_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_is_followed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDENSE_IMPL", "reference")
-    found = json.loads(fastdense_command("env", "--json").output)
-    assert (found["devices"][0]["impl"], found["devices"][0]["reason"]) == (
-        "reference",
-        "FASTDENSE_IMPL is reference",
-    )
+    cpu, *_ = json.loads(command("env", "--json").output)["devices"]
+    assert (cpu["impl"], cpu["reason"]) == ("reference", "FASTDENSE_IMPL is reference")
     monkeypatch.setenv("FASTDENSE_IMPL", "fast")
-    result = fastdense_command("env")
-    assert result.exit_code == 0
-    assert "none" in result.output and "got 'fast'" in words(result.output)
+    shown, refused = command("env"), command(*SMALL, "--steps", "1")
+    assert shown.exit_code == 0 and "none" in shown.output and "got 'fast'" in words(shown.output)
+    assert refused.exit_code == 2
+    assert "the environment variable FASTDENSE_IMPL must be one of" in words(refused.output)
 
 
 def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,38 +250,39 @@ def test_env_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    gpu = json.loads(fastdense_command("env", "--json").output)["devices"][1]
+    gpu = json.loads(command("env", "--json").output)["devices"][1]
     assert (gpu["device"], gpu["capability"], gpu["memory_bytes"]) == ("cuda:0", "9.0", 80_000_000_000)
-    output = fastdense_command("env").output
+    output = command("env").output
     assert "NVIDIA H100" in output and "capability 9.0, 80 GB" in output
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "sklearn", "tensorboardX"])
-def test_missing_extra_is_one_line_with_the_remedy(missing: str, tmp_path: Path) -> None:
-    # None in sys.modules makes an import fail as if the package were not there.
-    code = f"import sys; sys.modules[{missing!r}] = None; from fastdense.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *TINY, "--steps", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line == f"fastdense: this command needs {missing}, which is not installed: pip install 'fastdense[train]'"
+# Children of one process that has imported what all need. None in sys.modules makes an import fail.
+MISSING = """
+import os, sys, fastdense.data.images, fastdense.data.source, fastdense.training.outputs
+assert not {*sys.argv[1].split()} & {*sys.modules}
+for missing in sys.argv.pop(1).split():
+    if not os.fork():
+        sys.modules[missing] = None
+        from fastdense.cli.main import main
+        main()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_missing_extra_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    packages = ["typer", "rich", "sklearn", "tensorboardX"]
+    done = python("-c", MISSING, " ".join(packages), *SMALL, "--steps", "1", "--out", tmp_path)
+    assert done.stdout.split() == ["1"] * 4
+    line = "fastdense: this command needs {}, which is not installed: pip install 'fastdense[train]'"
+    assert done.stderr.splitlines() == list(map(line.format, packages))
     assert not list(tmp_path.iterdir())
 
 
-def test_module_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "fastdense", "env", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["versions"]["fastdense"] == fastdense.__version__
-
-
 @pytest.mark.filterwarnings("ignore:fastdense. recompute")
-def test_what_recompute_auto_picked_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_recompute_auto_resolved_to_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, mode in ((1 << 40, "activations"), (0, "bottlenecks")):
         monkeypatch.setattr(fastdense.memory, "free_bytes", lambda device, free=free: free)
-        result = fastdense_command(*TINY, "--steps", "1", "--bn-size", "4", "--recompute", "auto")
-        assert result.exit_code == 0, result.output
-        assert f"recompute='auto' resolved to '{mode}' for denseblock1, denseblock2" in words(result.output)
-    result = fastdense_command(*TINY, "--steps", "1")
-    assert "resolved to" not in words(result.output)
+        text = words(command(*SMALL, "--steps", "1", "--recompute", "auto").output)
+        assert f"recompute='auto' resolved to '{mode}' for denseblock1, denseblock2" in text
+    assert "resolved to" not in words(command(*SMALL, "--steps", "1").output)

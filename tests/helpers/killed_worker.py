@@ -1,20 +1,19 @@
-"""``killed_worker.py FOLDER``: trains in children that are killed, until one of them comes to the end.
+"""``killed_worker.py FOLDER``: trains in children that are killed or fail, and prints how they ended.
 
-A child is forked from a process that has imported everything but computed nothing, because importing takes longer than
-the training. It prints how often children were killed, by how, and compares what they left with an undisturbed run's.
+Children are forked from a process that has imported everything but computed nothing, because importing takes longer
+than the training.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import random
 import signal
+import socket
 import sys
-import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,102 +22,129 @@ import sklearn.model_selection  # noqa: F401
 import tensorboardX.proto.event_pb2  # noqa: F401
 import torch
 import torch._dynamo  # which the first optimizer would import
+from torch import Tensor
 
-from fastdense.cli.app import app
-from helpers.states import same
+from fastdense.data.images import UnreadableImage
+from fastdense.data.source import Dataset
+from fastdense.training.logs import WholeWrites
+from fastdense.training.outputs import Outputs
+from fastdense.training.run import Run
+from helpers.train_runs import SMALL, app, load, records, same
 
-ARGUMENTS = [
+TRAIN = [
     *("train", "--depth", "7", "--bn-size", "none", "--growth-rate", "4", "--device", "cpu", "--impl", "torch"),
     *("--drop-rate", "0.2", "--epochs", "4", "--batch-size", "480", "--ema", "0.9", "--save-every", "3steps"),
     *("--keep", "1"),
 ]
+# What a child may be killed at, and every how many of its calls: too few of them, and no child comes to a checkpoint.
+MOMENTS: dict[str, tuple[list[tuple[Any, str]], int]] = {
+    "writing": ([(os, "fsync"), (os, "replace"), (os, "link")], 1),
+    "training": ([(Run, "step"), (Run, "evaluate"), (WholeWrites, "write")], 5),
+}
 
 
-def child(out: Path, prepare: Callable[[], None]) -> int:
-    """Start or resume training in a child that calls ``prepare`` first; its process number."""
+def child(arguments: list[str], prepare: Callable[[], None], said: Path) -> int:
+    """Runs a command in a child that calls ``prepare`` first; its process number."""
     pid = os.fork()
     if pid:
         return pid
-    prepare()
-    resume = ["--resume"] if (out / "last.pt").exists() else []
     code = 1
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        code = int(app([*ARGUMENTS, "--out", str(out), *resume], standalone_mode=False) or 0)
+    try:
+        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        prepare()
+        code = int(app(arguments, standalone_mode=False) or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
     os._exit(code)
 
 
-def ended(pid: int) -> int:
-    """The exit status, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def killed_at(moments: list[tuple[Any, str]], at: int) -> None:
+    """Lets this process be killed just before or just after the ``at``-th of these calls, or with half a log line."""
+    calls = count(1)
+
+    def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            last = next(calls) == at
+            if last and at % 2:
+                if isinstance(arguments[0], WholeWrites):
+                    arguments[0].file.write(arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for owner, name in moments:
+        setattr(owner, name, deadly(getattr(owner, name)))
 
 
-def killed_from_outside(out: Path, longest: float) -> int:
-    """SIGKILL after random times, which after four kills grow until a child comes to the end."""
-    kills, random_times = 0, random.Random(0)
-    while True:
-        pid = child(out, lambda: None)
-        time.sleep(random_times.uniform(0.2, 1) * longest * 1.5 ** max(0, kills - 4))
-        os.kill(pid, signal.SIGKILL)
-        code = ended(pid)
+def kills(out: Path, moments: list[tuple[Any, str]], every: int) -> int:
+    """How many children were killed, each one later than the one before, until one came to the end."""
+    said = Path(f"{out}.said")
+    for n in count(1):
+        resume = ["--resume"] if (out / "last.pt").exists() else []
+        pid = child([*TRAIN, "--out", str(out), *resume], lambda at=n * every: killed_at(moments, at), said)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code == 0:
-            return kills
-        assert code == -signal.SIGKILL, code
-        kills += 1
+            return n - 1
+        assert code == -signal.SIGKILL, said.read_text()
+    raise AssertionError
 
 
-def killed_while_writing(out: Path) -> int:
-    """SIGKILL just before, or just after, the n-th time that a file is fsynced or gets its name."""
-    kills, n = 0, 0
-    while True:
-        n += 1
+def fail(how: str) -> None:
+    """Lets this process fail in step 3."""
+    read = Dataset.train
 
-        def prepare(at: int = n) -> None:
-            calls = 0
+    def failing(self: Dataset, batches: Any, *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for n, batch in enumerate(read(self, batches, epoch=epoch)):
+            if n == 3 and how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if n == 3 and how == "unreadable":
+                raise UnreadableImage("cat.png cannot be read")
+            yield batch
 
-            def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
-                def call(*arguments: Any) -> Any:
-                    nonlocal calls
-                    calls += 1
-                    if calls == at and at % 2:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    result = original(*arguments)
-                    if calls == at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return result
-
-                return call
-
-            os.fsync, os.replace, os.link = deadly(os.fsync), deadly(os.replace), deadly(os.link)
-
-        code = ended(child(out, prepare))
-        if code == 0:
-            return kills
-        assert code == -signal.SIGKILL, code
-        kills += 1
+    Dataset.train = failing  # type: ignore[method-assign]
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    """Steps and epochs of ``metrics.jsonl``, without times."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = {"seconds", "images_per_second"}
-    return [{k: v for k, v in r.items() if k not in timed} for r in records if r["event"] in ("step", "epoch")]
+def two(out: Path, how: str) -> dict[str, Any]:
+    """Two processes of which the second one fails: their exit statuses, and what both said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def prepare(rank: int) -> None:
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        if rank:
+            fail(how)
+        advise = Outputs.advise
+        # As from torchrun, once a process has ended, while another has something to say.
+        Outputs.advise = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or advise(*arguments)
+
+    said = Path(f"{out}.said")
+    pids = [child([*SMALL, "--out", str(out)], lambda rank=rank: prepare(rank), said) for rank in (0, 1)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return {"codes": codes, "said": said.read_text(), "saved": (out / "last.pt").exists()}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    start = time.monotonic()
-    assert ended(child(folder / "whole", lambda: None)) == 0
-    took = time.monotonic() - start
-    said: dict[str, Any] = {
-        "outside": killed_from_outside(folder / "outside", took / 2),
-        "writing": killed_while_writing(folder / "writing"),
-    }
-    whole = torch.load(folder / "whole" / "last.pt", weights_only=True)
-    for name in ("outside", "writing"):
+    said: dict[str, Any] = {}
+    whole = folder / "whole"
+    kills(whole, [], 1)
+    for name, (moments, every) in MOMENTS.items():
         out = folder / name
-        last = torch.load(out / "last.pt", weights_only=True)
-        said[f"{name} differs"] = same(last, whole) or ("" if lines(out) == lines(folder / "whole") else "metrics")
-        said[f"{name} files"] = sorted(path.name for path in out.iterdir() if not path.name.startswith("events"))
+        said[name] = {"kills": kills(out, moments, every)}
+        said[name]["differs"] = same(load(out / "last.pt"), load(whole / "last.pt"))
+        said[name]["metrics"] = [same(records(out, kind), records(whole, kind)) for kind in ("step", "epoch")]
+        said[name]["files"] = sorted(path.name for path in out.iterdir() if not path.name.startswith("events"))
+    for how in ("killed", "unreadable"):
+        said[how] = two(folder / how, how)
     print(json.dumps(said))
 
 

@@ -1,11 +1,15 @@
-"""Small image folders that tests write."""
+"""Small image folders that tests write, and all that comes of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+
+from fastdense.data.source import Source
 
 
 def smooth(width: int, height: int, seed: int = 0, detail: int = 6) -> Image.Image:
@@ -22,3 +26,10 @@ def write_folder(root: Path, train: int = 6, test: int = 2, extension: str = "pn
             for i in range(count):
                 smooth(40 + i, 36, seed=10 * i + label).save(root / side / name / f"{i}.{extension}")
     return root
+
+
+def all_of(source: Source, epoch: int = 1, batch_size: int = 5, *, labels: bool = False) -> Any:
+    """Every image to train on, and the ``labels``, in order and in batches."""
+    batches = list(source.train(torch.arange(source.train_count).split(batch_size), epoch=epoch))
+    images = torch.cat([part for part, _ in batches])
+    return (images, torch.cat([part for _, part in batches])) if labels else images

@@ -11,45 +11,45 @@ import sys
 import traceback
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fastdense.cli import train
-from fastdense.cli.app import app
 from fastdense.cli.terminal import Printer
-from fastdense.data.source import digits
-from fastdense.training.config import TrainConfig
 from fastdense.training.distributed import Processes, processes
 from fastdense.training.events import EpochEvent, StepEvent, Stopped
 from fastdense.training.experiment import Experiment
 from fastdense.training.outputs import OutputOptions, Outputs
-from helpers.states import same
+from helpers.train_runs import FEW, SMALL, TINY, app, load, records, same, steps
 
-DATA = digits()
-UNEVEN = dataclasses.replace(DATA, test_images=DATA.test_images[:37], test_labels=DATA.test_labels[:37])
-TINY = TrainConfig(depth=10, growth_rate=4, epochs=2, batch_size=64, steps=6, device="cpu", impl="torch")
 FILE = ""  # where the cases may write, beside what they say
+
+
+def experiment(ranks: Processes | None = None, **changes: Any) -> Experiment:
+    """Six steps, of two processes or of this one alone, and 37 images to test on."""
+    config = dataclasses.replace(TINY, **{"batch_size": 64, **changes})
+    return Experiment(config, dataclasses.replace(FEW, unreadable=[]), *([] if ranks is None else [ranks]))
 
 
 def two_are_one_with_sync_bn(ranks: Processes) -> None:
     """The same losses, gradients and scores up to rounding."""
-    config = dataclasses.replace(TINY, sync_bn=True)
-    pair, alone = Experiment(config, UNEVEN, ranks), Experiment(config, UNEVEN)
+    pair, alone = experiment(ranks, sync_bn=True), experiment(sync_bn=True)
     for ours, theirs in zip(chain.from_iterable(pair.rounds()), chain.from_iterable(alone.rounds()), strict=True):
         if isinstance(ours, StepEvent):
             assert isinstance(theirs, StepEvent)
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), (ours, theirs)
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3), (ours, theirs)
     assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-3), (ours, theirs)
-    for name, value in pair.runs[0].model.state_dict().items():
-        torch.testing.assert_close(value, alone.runs[0].model.state_dict()[name], rtol=1e-3, atol=1e-4)
+    found, wanted = (run.model.state_dict() for run in (pair.runs[0], alone.runs[0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def evaluation_is_shared_exactly(ranks: Processes) -> None:
     """37 images: 19 here and 18 there; and rank 0's running statistics for both."""
-    pair, alone = Experiment(TINY, UNEVEN, ranks), Experiment(TINY, UNEVEN)
+    pair, alone = experiment(ranks), experiment()
     list(pair.rounds())
     model = pair.runs[0].model
     if ranks.rank:
@@ -67,8 +67,8 @@ def evaluation_is_shared_exactly(ranks: Processes) -> None:
 
 def resumed_bit_for_bit(ranks: Processes) -> None:
     """Dropout, an average, BatchNorm of each process alone; from the middle of an epoch and from its end."""
-    config = dataclasses.replace(TINY, drop_rate=0.2, ema=0.9, epochs=3, steps=None, batch_size=480)
-    whole = Experiment(config, UNEVEN, ranks)
+    changes: dict[str, Any] = {"drop_rate": 0.2, "ema": 0.9, "epochs": 3, "batch_size": 96}
+    whole = experiment(ranks, **changes)
     states = {}
     for _ in whole.rounds():
         # Rank 0's file is all that there is.
@@ -79,7 +79,7 @@ def resumed_bit_for_bit(ranks: Processes) -> None:
     last = torch.load(io.BytesIO(states[6, True]), weights_only=True)
     assert same(last["runs"]["fastdense"]["rng"][0], last["runs"]["fastdense"]["rng"][1]), "the same dropout masks"
     for at in ((1, True), (2, False), (2, True)):
-        resumed = Experiment(config, UNEVEN, ranks)
+        resumed = experiment(ranks, **changes)
         resumed.load_state_dict(torch.load(io.BytesIO(states[at]), weights_only=True))
         list(resumed.rounds())
         found = ranks.gather(resumed.state_dict())[0]
@@ -87,94 +87,82 @@ def resumed_bit_for_bit(ranks: Processes) -> None:
 
 
 def each_takes_its_share(ranks: Processes) -> None:
-    config = dataclasses.replace(TINY, steps=1)
-    pair = Experiment(config, UNEVEN, ranks)
+    pair, alone = experiment(ranks, steps=1), experiment(steps=1)
     list(pair.rounds())
     weights = ranks.gather({name: p.detach() for name, p in pair.runs[0].model.named_parameters()})
     assert same(weights[0], weights[1]) == ""
     # The mean of what two strangers find on their halves of the first batch.
-    alone = Experiment(config, UNEVEN)
     model = alone.runs[0].model
     (_, numbers), *_ = alone._epochs(0, 1)
     (batch,) = numbers
     losses = []
     for half in (batch[0::2], batch[1::2]):
         model.train()
-        loss = torch.nn.functional.cross_entropy(model(UNEVEN.train_images[half]), UNEVEN.train_labels[half])
+        loss = torch.nn.functional.cross_entropy(model(FEW.train_images[half]), FEW.train_labels[half])
         (loss / 2).backward()
         losses.append(loss.item())
     assert pair.runs[0].losses == pytest.approx([sum(losses) / 2])
     alone.runs[0].optimizer.step()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), weights[0][name])
+    torch.testing.assert_close({name: p.detach() for name, p in model.named_parameters()}, weights[0])
 
 
 def batches_that_cannot_be_shared(ranks: Processes) -> None:
     with pytest.raises(ValueError, match=r"--batch-size must be divisible by the 2 processes, as 64 is; got 65"):
-        Experiment(dataclasses.replace(TINY, batch_size=65), UNEVEN, ranks)
-    with pytest.raises(
-        ValueError, match="--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU"
-    ):
-        Experiment(dataclasses.replace(TINY, sync_bn=True, impl="reference"), UNEVEN, ranks)
+        experiment(ranks, batch_size=65)
+    message = "--sync-bn in the reference block is PyTorch's SyncBatchNorm, which needs a GPU"
+    with pytest.raises(ValueError, match=message):
+        experiment(ranks, sync_bn=True, impl="reference")
 
 
 def non_finite_on_one_stops_all(ranks: Processes) -> None:
-    pair = Experiment(TINY, UNEVEN, ranks)
+    pair = experiment(ranks)
     if ranks.rank == 1:
-        pair.data.train_images[:] = torch.nan
+        pair.data = dataclasses.replace(FEW, train_images=torch.full_like(FEW.train_images, torch.nan))
     with pytest.raises(RuntimeError, match="training loss of run fastdense is not finite at epoch 1, step 1"):
         list(pair.rounds())
 
 
 def command_line(ranks: Processes) -> None:
     """Rank 0 alone writes and prints."""
-    folder = Path(f"{FILE}.out")
+    folder, printed = Path(f"{FILE}.out"), io.StringIO()
     # A process joins the others once in its life.
     train.processes = lambda: contextlib.nullcontext(ranks)
-    tiny = ["train", "--depth", "10", "--growth-rate", "4", "--device", "cpu", "--steps", "6", "--sync-bn", "--out"]
-    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = app([*tiny, str(folder)], standalone_mode=False)
+        code = app([*SMALL, "--steps", "6", "--sync-bn", "--out", str(folder)], standalone_mode=False)
     assert not code, code
-    assert bool(printed.getvalue()) == (os.environ["RANK"] == "0"), printed.getvalue()
-    if os.environ["RANK"] == "0":
-        state = torch.load(folder / "last.pt", weights_only=True)
+    assert bool(printed.getvalue()) == (ranks.rank == 0), printed.getvalue()
+    if ranks.rank == 0:
+        state = load(folder / "last.pt")
         assert (state["processes"], state["step"]) == (2, 6)
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [record["step"] for record in records if record["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+        assert steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
 def unreadable_images_are_recorded_by_rank_0(ranks: Processes) -> None:
     """Each is named by the process that found it."""
-    folder, warned = Path(f"{FILE}.unreadable"), []
+    folder, warned, printed = Path(f"{FILE}.unreadable"), [], io.StringIO()
     folder.mkdir(exist_ok=True)
-    experiment = Experiment(TINY, dataclasses.replace(UNEVEN, unreadable=[]), ranks)
+    pair = experiment(ranks)
     if ranks.rank == 1:
-        experiment.data.unreadable.append("cat.png: broken")
-    printed = io.StringIO()
-    with Outputs(OutputOptions(out=folder), experiment, warned.append) as outputs:
-        train.train(Printer(file=printed), experiment, outputs)
+        pair.data.unreadable.append("cat.png: broken")
+    with Outputs(OutputOptions(out=folder), pair, warned.append) as outputs:
+        train.train(Printer(file=printed), pair, outputs)
     assert warned == ranks.rank * ["Skipped an image that cannot be read: cat.png: broken"], warned
     assert "could not be read: 1, the first cat.png: broken." in printed.getvalue()
     if ranks.rank == 0:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [r["message"] for r in records if r["event"] == "unreadable"] == ["cat.png: broken"]
+        assert [record["message"] for record in records(folder, "unreadable")] == ["cat.png: broken"]
 
 
 def lost_output_of_rank_0_ends_both(ranks: Processes) -> None:
     """With a checkpoint, which both must write together."""
-    folder = Path(f"{FILE}.lost")
+    folder, pair, printer = Path(f"{FILE}.lost"), experiment(ranks), Printer(file=io.StringIO())
     folder.mkdir(exist_ok=True)
-    experiment, printer = Experiment(TINY, UNEVEN, ranks), Printer(file=io.StringIO())
     if ranks.rank == 0:
         printer.on_broken_pipe()
-    with (
-        Outputs(OutputOptions(out=folder), experiment, print) as outputs,
-        pytest.raises(Stopped, match=r"Broken pipe, after step 1 of 6\. Resume with: torchrun --nproc-per-node 2"),
-    ):
-        train.train(printer, experiment, outputs)
+    message = r"Broken pipe, after step 1 of 6\. Resume with: torchrun --nproc-per-node 2"
+    with Outputs(OutputOptions(out=folder), pair, print) as outputs, pytest.raises(Stopped, match=message):
+        train.train(printer, pair, outputs)
     if ranks.rank == 0:
-        assert torch.load(folder / "last.pt", weights_only=True)["step"] == 1
+        assert load(folder / "last.pt")["step"] == 1
 
 
 CASES = (

@@ -1,3 +1,5 @@
+"""Digits, CIFAR's files and augmentation: every image as published, standardised, and varied by its number alone."""
+
 from __future__ import annotations
 
 import os
@@ -12,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import peers
+from helpers.pictures import all_of, write_folder
 
-from fastdense.data import augment, cifar
-from fastdense.data.source import Dataset, Source, digits, open_data
+from fastdense.data import augment
+from fastdense.data.source import Source, digits, open_data
 
 PER_FILE = 6
 Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -50,48 +53,39 @@ def python_2_pickle(value: Any) -> bytes:
     return b"\x80\x02" + encoded(value) + b"."
 
 
-def write_python(root: Path, classes: int) -> list[Arrays]:
-    """The files of the Python version, and what is in them; the last one is for testing."""
-    batches = [f"data_batch_{i}" for i in range(1, 6)]
-    folder, files, key, meta, names = {
-        10: ("cifar-10-batches-py", [*batches, "test_batch"], b"labels", "batches.meta", b"label_names"),
-        100: ("cifar-100-python", ["train", "test"], b"fine_labels", "meta", b"fine_label_names"),
-    }[classes]  # fmt: skip
-    (root / folder).mkdir(parents=True)
+def write(root: Path, kind: str, classes: int) -> list[Arrays]:
+    """The files of the Python or the binary version of CIFAR, and what is in them; the last one is for testing."""
+    name, meta = {
+        ("python", 10): ("cifar-10-batches-py", "batches.meta"),
+        ("python", 100): ("cifar-100-python", "meta"),
+        ("binary", 10): ("cifar-10-batches-bin", "batches.meta.txt"),
+        ("binary", 100): ("cifar-100-binary", "fine_label_names.txt"),
+    }[kind, classes]
+    files = ["train", "test"] if classes == 100 else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    folder, fine = root / name, b"fine_" if classes == 100 else b""
+    folder.mkdir(parents=True)
     written = [_arrays(classes, seed) for seed in range(len(files))]
     for file, (images, labels) in zip(files, written, strict=True):
-        contents = {b"data": images.reshape(PER_FILE, -1), key: labels.tolist(), b"coarse_labels": [0] * PER_FILE}
-        (root / folder / file).write_bytes(python_2_pickle(contents))
-    (root / folder / meta).write_bytes(python_2_pickle({names: [name.encode() for name in _names(classes)]}))
+        pixels, coarse = images.reshape(PER_FILE, -1), 99 - labels
+        if kind == "python":
+            contents = {b"data": pixels, fine + b"labels": labels.tolist(), b"coarse_labels": coarse.tolist()}
+            (folder / file).write_bytes(python_2_pickle(contents))
+        else:
+            columns = [*([coarse[:, None]] if classes == 100 else []), labels[:, None], pixels]
+            (folder / f"{file}.bin").write_bytes(np.concatenate(columns, 1).astype(np.uint8).tobytes())
+    if kind == "python":
+        encoded = [name.encode() for name in _names(classes)]
+        (folder / meta).write_bytes(python_2_pickle({fine + b"label_names": encoded}))
+    else:
+        (folder / meta).write_text("\n".join(_names(classes)) + "\n\n")
     return written
 
 
-def write_binary(root: Path, classes: int) -> list[Arrays]:
-    batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    folder, files, meta = {
-        10: ("cifar-10-batches-bin", [*batches, "test_batch.bin"], "batches.meta.txt"),
-        100: ("cifar-100-binary", ["train.bin", "test.bin"], "fine_label_names.txt"),
-    }[classes]  # fmt: skip
-    (root / folder).mkdir(parents=True)
-    written = [_arrays(classes, seed) for seed in range(len(files))]
-    for file, (images, labels) in zip(files, written, strict=True):
-        columns = [labels[:, None], images.reshape(PER_FILE, -1)]
-        if classes == 100:
-            columns.insert(0, 99 - labels[:, None])  # the coarse labels
-        (root / folder / file).write_bytes(np.concatenate(columns, 1).astype(np.uint8).tobytes())
-    (root / folder / meta).write_text("\n".join(_names(classes)) + "\n\n")
-    return written
-
-
-WRITERS = [(write_python, 10), (write_python, 100), (write_binary, 10), (write_binary, 100)]
-
-
-@pytest.mark.parametrize("itself", [False, True])
-@pytest.mark.parametrize(("write", "classes"), WRITERS)
-def test_cifar_as_published(
-    tmp_path: Path, write: Callable[[Path, int], list[Arrays]], classes: int, itself: bool
-) -> None:
-    *train, (test_images, test_labels) = write(tmp_path, classes)
+@pytest.mark.parametrize("itself", [False, True], ids=["its parent", "itself"])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("kind", ["python", "binary"])
+def test_cifar_is_read_as_published(tmp_path: Path, kind: str, classes: int, itself: bool) -> None:
+    *train, (test_images, test_labels) = write(tmp_path, kind, classes)
     source = open_data(str(next(tmp_path.iterdir()) if itself else tmp_path), augment="none")
     assert (source.name, source.channels, source.classes, source.image_size) == (f"CIFAR-{classes}", 3, classes, 32)
     assert source.class_names == tuple(_names(classes))
@@ -114,84 +108,66 @@ def test_cifar_as_published(
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_cifar_as_torchvision_reads_it(tmp_path: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_read_as_torchvision_reads_it(tmp_path: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     peers.torchvision()
-    from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets import cifar as theirs
 
     monkeypatch.setattr(theirs, "check_integrity", lambda path, md5: True)  # the published files' checksums
-    write_python(tmp_path, classes)
+    write(tmp_path, "python", classes)
     source = open_data(str(tmp_path))
-    assert isinstance(source, Dataset)
-    for train, images, labels in (
-        (True, source.train_images, source.train_labels),
-        (False, source.test_images, source.test_labels),
-    ):
-        peer = {10: CIFAR10, 100: CIFAR100}[classes](tmp_path, train=train)
-        assert np.array_equal(peer.data, images.permute(0, 2, 3, 1).numpy())
-        assert peer.targets == labels.tolist()
+    for side in ("train", "test"):
+        peer = getattr(theirs, f"CIFAR{classes}")(tmp_path, train=side == "train")
+        assert np.array_equal(peer.data, getattr(source, f"{side}_images").permute(0, 2, 3, 1).numpy())
+        assert peer.targets == getattr(source, f"{side}_labels").tolist()
         assert tuple(peer.classes) == source.class_names
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.filterwarnings("error")  # of PyTorch, about arrays that may not be written to
-def test_cifar_pickled_again(tmp_path: Path, protocol: int) -> None:
-    written = write_python(tmp_path, 10)
+def test_cifar_may_be_pickled_again(tmp_path: Path, protocol: int) -> None:
+    written = write(tmp_path, "python", 10)
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
     images, labels = written[-1]
     path.write_bytes(pickle.dumps({"data": images.reshape(PER_FILE, -1), "labels": labels}, protocol))
     (path.parent / "batches.meta").unlink()
-    source = open_data(str(tmp_path))
-    assert isinstance(source, Dataset)
+    source: Any = open_data(str(tmp_path))
     assert np.array_equal(source.test_images.numpy(), images)
     assert source.class_names == tuple("0123456789")
 
 
 class _Calls:
+    """What, unpickled, calls something; as a change of a file, its pickle."""
+
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self.call
 
-
-def test_a_pickle_calls_nothing(tmp_path: Path) -> None:
-    write_python(tmp_path / "data", 10)
-    victim = tmp_path / "victim"
-    for function, *arguments in (
-        (os.mkdir, victim),
-        (eval, f"__import__('os').mkdir({str(victim)!r})"),
-        (getattr, 1, "real"),
-    ):
-        attack = pickle.dumps({b"data": _Calls(function, *arguments), b"labels": []})
-        (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3").write_bytes(attack)
-        with pytest.raises(ValueError, match=r"data_batch_3 is damaged.*it asks for \w+\.\w+, which no file of CIFAR"):
-            open_data(str(tmp_path / "data"))
-        assert not victim.exists()
+    def __call__(self, old: bytes) -> bytes:
+        return pickle.dumps({b"data": self, b"labels": []})
 
 
 @pytest.mark.parametrize(
-    ("write", "file", "change", "message"),
+    ("kind", "file", "change", "message"),
     [
-        (write_python, "data_batch_2", lambda old: old[:-100], "data_batch_2 is damaged.*download it again"),
-        (write_python, "data_batch_2", lambda old: b"", "data_batch_2 is damaged.*EOFError"),
-        (write_python, "data_batch_2", lambda old: pickle.dumps([1]), "it holds a list, not a dict"),
-        (write_python, "data_batch_2", lambda old: pickle.dumps({b"data": 0}), "damaged.*KeyError: b'labels'"),
-        (write_python, "test_batch", lambda old: None, "lacks test_batch of CIFAR-10: unpack its archive again"),
-        (write_python, "batches.meta", lambda old: pickle.dumps({b"label_names": [b"a"]}), "meta.*1 names for 10"),
-        (write_binary, "data_batch_5.bin", lambda old: old[:-1], "18437 bytes are no multiple of 3073"),
-        (write_binary, "data_batch_5.bin", lambda old: b"", r"data_batch_5.bin is damaged.*for \(0,\) labels"),
-        (write_binary, "data_batch_5.bin", lambda old: b"\x0a" + old[1:], "labels are . to 10, not within 0 to 9"),
+        # Called, each of these would be another error.
+        ("python", "data_batch_3", _Calls(os.mkdir, "/"), r"damaged.*it asks for posix\.mkdir, which no file of CIFAR"),
+        ("python", "data_batch_3", _Calls(eval, "1 / 0"), r"damaged.*it asks for builtins\.eval, which no file"),
+        ("python", "data_batch_3", _Calls(getattr, 1, "x"), r"damaged.*it asks for builtins\.getattr, which no file"),
+        ("python", "data_batch_2", lambda old: old[:-100], "data_batch_2 is damaged.*download it again"),
+        ("python", "data_batch_2", lambda old: b"", "data_batch_2 is damaged.*EOFError"),
+        ("python", "data_batch_2", lambda old: pickle.dumps([1]), "it holds a list, not a dict"),
+        ("python", "data_batch_2", lambda old: pickle.dumps({b"data": 0}), "damaged.*KeyError: b'labels'"),
+        ("python", "test_batch", lambda old: None, "lacks test_batch of CIFAR-10: unpack its archive again"),
+        ("python", "batches.meta", lambda old: pickle.dumps({b"label_names": [b"a"]}), "meta.*1 names for 10"),
+        ("binary", "data_batch_5.bin", lambda old: old[:-1], "18437 bytes are no multiple of 3073"),
+        ("binary", "data_batch_5.bin", lambda old: b"", r"data_batch_5.bin is damaged.*for \(0,\) labels"),
+        ("binary", "data_batch_5.bin", lambda old: b"\x0a" + old[1:], "labels are . to 10, not within 0 to 9"),
     ],
 )
-def test_damaged_cifar(
-    tmp_path: Path,
-    write: Callable[[Path, int], list[Arrays]],
-    file: str,
-    change: Callable[[bytes], bytes | None],
-    message: str,
-) -> None:
-    write(tmp_path, 10)
+def test_damaged_files_of_cifar_are_named(tmp_path: Path, kind: str, file: str, change: Any, message: str) -> None:
+    write(tmp_path, kind, 10)
     path = next(tmp_path.glob(f"*/{file}"))
     contents = change(path.read_bytes())
     path.unlink()
@@ -201,16 +177,16 @@ def test_damaged_cifar(
         open_data(str(tmp_path))
 
 
-def test_several_cifars_in_one_folder(tmp_path: Path) -> None:
-    write_python(tmp_path, 10)
-    write_binary(tmp_path, 100)
+def test_several_cifars_in_one_folder_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    write(tmp_path, "python", 10)
+    write(tmp_path, "binary", 100)
     with pytest.raises(ValueError, match="cifar-10-batches-py and cifar-100-binary: name the folder of one"):
         open_data(str(tmp_path))
     assert open_data(str(tmp_path / "cifar-100-binary")).name == "CIFAR-100"
 
 
-def test_mean_and_deviation_of_one_colour(tmp_path: Path) -> None:
-    write_binary(tmp_path, 100)
+def test_images_of_one_colour_are_zero(tmp_path: Path) -> None:
+    write(tmp_path, "binary", 100)
     record = b"\0\1" + bytes([9]) * 1024 + bytes([255]) * 1024 + bytes(1024)
     (tmp_path / "cifar-100-binary" / "train.bin").write_bytes(record * 3)
     ((images, _),) = open_data(str(tmp_path), augment="none").train([torch.arange(3)], epoch=0)
@@ -219,18 +195,21 @@ def test_mean_and_deviation_of_one_colour(tmp_path: Path) -> None:
 
 def _cifar(tmp_path: Path, **options: Any) -> Source:
     if not list(tmp_path.iterdir()):
-        write_binary(tmp_path, 10)
+        write(tmp_path, "binary", 10)
     return open_data(str(tmp_path), **options)
 
 
-def _all(source: Source, epoch: int, batch_size: int = 7) -> torch.Tensor:
-    return torch.cat(
-        [images for images, _ in source.train(torch.arange(source.train_count).split(batch_size), epoch=epoch)]
-    )
+def _folder(tmp_path: Path, **options: Any) -> Source:
+    if not list(tmp_path.iterdir()):
+        write_folder(tmp_path)
+    return open_data(str(tmp_path), **{"image_size": 28, **options})
+
+
+SOURCES = pytest.mark.parametrize("source_of", [_cifar, _folder], ids=["CIFAR", "folder"])
 
 
 def test_crop_flip_is_padding_cropping_and_mirroring(tmp_path: Path) -> None:
-    plain, augmented = _all(_cifar(tmp_path, augment="none"), 3), _all(_cifar(tmp_path, seed=5), 3)
+    plain, augmented = all_of(_cifar(tmp_path, augment="none"), 3), all_of(_cifar(tmp_path, seed=5), 3)
     table = augment.crop_flip_table(len(plain), seed=5, epoch=3)
     for image, crop, top, left, flip in zip(plain, augmented, *table, strict=True):
         expected = F.pad(image, (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
@@ -246,23 +225,23 @@ def test_crop_flip_draws_every_corner_equally_often() -> None:
         assert abs(flip[corner].double().mean() - 0.5) < 0.08
 
 
+@SOURCES
 @pytest.mark.parametrize("kind", ["crop-flip", "resized-crop"])
-def test_augmentation_depends_on_seed_epoch_and_number_alone(tmp_path: Path, kind: str) -> None:
-    source = _cifar(tmp_path, augment=kind, seed=1)
-    first = _all(source, 2)
+def test_augmentation_depends_on_seed_epoch_and_number_alone(tmp_path: Path, kind: str, source_of: Any) -> None:
+    source = source_of(tmp_path, augment=kind, seed=1)
+    images, labels = all_of(source, 2, labels=True)
     order = torch.randperm(source.train_count)
-    shuffled = torch.cat([images for images, _ in source.train(order.split(4), epoch=2)])
-    assert torch.equal(shuffled, first[order])
-    ((some, labels),) = source.train([torch.tensor([9, 3, 9])], epoch=2)
-    assert torch.equal(some, first[[9, 3, 9]])
-    assert isinstance(source, Dataset) and torch.equal(labels, source.train_labels[[9, 3, 9]])
-    assert torch.equal(_all(_cifar(tmp_path, augment=kind, seed=1), 2), first)
-    for other in (
-        _all(source, 1),
-        _all(_cifar(tmp_path, augment=kind, seed=2), 2),
-        _all(_cifar(tmp_path, augment=kind, seed=2), 1),
-    ):
-        assert (other != first).flatten(1).any(1).double().mean() > 0.9
+    workers = (0, 2) if source_of is _folder else (0,)  # which read the files of folders
+    for again in (source_of(tmp_path, augment=kind, seed=1, workers=n) for n in workers):
+        parts = list(again.train(order.split(4), epoch=2))
+        assert torch.equal(torch.cat([part for part, _ in parts]), images[order])
+        assert torch.equal(torch.cat([part for _, part in parts]), labels[order])
+    ((some, few),) = source.train([torch.tensor([9, 3, 9])], epoch=2)
+    assert torch.equal(some, images[[9, 3, 9]]) and torch.equal(few, labels[[9, 3, 9]])
+    other = source_of(tmp_path, augment=kind, seed=2)
+    for different in (all_of(source, 1), all_of(other, 2), all_of(other, 1)):
+        changed = (different != images).flatten(1).any(1).double().mean()
+        assert changed > (0.8 if source_of is _folder else 0.9)
 
 
 class _FixedViews(augment.Views):
@@ -283,41 +262,51 @@ def test_resized_crop_is_cropping_and_resizing() -> None:
     torch.testing.assert_close(found[3][inside], part[1].flip(2)[inside], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "antialias"), [(48, False), (12, True)])
-def test_cifar_in_another_size(tmp_path: Path, size: int, antialias: bool) -> None:
+@pytest.mark.parametrize(("size", "antialias"), [(48, False), (12, True)], ids=["enlarged", "reduced"])
+def test_cifar_in_another_size_is_resized(tmp_path: Path, size: int, antialias: bool) -> None:
     source = _cifar(tmp_path, image_size=size)
     assert source.image_size == size
-    expected = F.interpolate(_all(_cifar(tmp_path), 1), size=(size, size), mode="bilinear", antialias=antialias)
-    assert torch.equal(_all(source, 1), expected)
+    expected = F.interpolate(all_of(_cifar(tmp_path), 1), size=(size, size), mode="bilinear", antialias=antialias)
+    assert torch.equal(all_of(source, 1), expected)
     ((images, _),) = source.test(torch.arange(6), 6)
     assert images.shape == (6, 3, size, size)
-    assert _all(_cifar(tmp_path, image_size=size, augment="resized-crop"), 1).shape == expected.shape
+    assert all_of(_cifar(tmp_path, image_size=size, augment="resized-crop"), 1).shape == expected.shape
 
 
-def test_digits_are_what_they_were() -> None:
-    old, source = digits(), open_data("digits", seed=3)
+def test_digits_are_split_and_standardised() -> None:
+    data = digits()
+    assert data.train_images.mean() == pytest.approx(0, abs=1e-5)
+    assert data.train_images.std() == pytest.approx(1, abs=1e-5)
+    # The statistics are the training images' own: the test images' differ a little.
+    assert 1e-5 < abs(data.test_images.mean().item()) < 0.1
+    shares = [labels.bincount() / len(labels) for labels in (data.train_labels, data.test_labels)]
+    torch.testing.assert_close(*shares, atol=2e-3, rtol=0)
+    assert digits(16).train_images.shape == (1437, 1, 16, 16)
+
+
+def test_digits_come_as_they_are_unless_augmented() -> None:
+    data, source = digits(), open_data("digits", seed=3)
     assert (source.name, source.image_size, source.channels) == ("scikit-learn's digits, 8x8", 8, 1)
     assert (source.train_count, source.test_count, source.class_names) == (1437, 360, tuple("0123456789"))
     numbers = torch.randperm(1437)[:64]
-    ((images, labels),) = source.train([numbers], epoch=4)
-    assert torch.equal(images, old.train_images[numbers]) and torch.equal(labels, old.train_labels[numbers])
+    augmented = open_data("digits", augment="crop-flip")
+    for same in (source, source.to(torch.device("cpu")), augmented):
+        ((images, labels),) = same.train([numbers], epoch=4)
+        assert torch.equal(images, data.train_images[numbers]) == (same is not augmented)
+        assert torch.equal(labels, data.train_labels[numbers])
     ((images, labels),) = source.test(torch.arange(360), 360)
-    assert torch.equal(images, old.test_images) and torch.equal(labels, old.test_labels)
+    assert torch.equal(images, data.test_images) and torch.equal(labels, data.test_labels)
     assert open_data("digits", image_size=16).image_size == 16
-    moved = source.to(torch.device("cpu"))
-    assert torch.equal(next(moved.train([numbers], epoch=4))[0], old.train_images[numbers])
-    shifted = open_data("digits", augment="crop-flip")
-    ((images, labels),) = shifted.train([numbers], epoch=4)
-    assert not torch.equal(images, old.train_images[numbers]) and torch.equal(labels, old.train_labels[numbers])
 
 
-@pytest.mark.parametrize("kind", ["auto", "none", "resized-crop"])
-def test_global_random_generators_stay_as_they_are(tmp_path: Path, kind: str) -> None:
-    _cifar(tmp_path)
+@SOURCES
+@pytest.mark.parametrize("options", [{}, {"augment": "none"}, {"augment": "resized-crop"}, {"workers": 1}], ids=str)
+def test_random_generators_stay_as_they_are(tmp_path: Path, options: dict[str, Any], source_of: Any) -> None:
+    source_of(tmp_path)
     before = torch.get_rng_state(), random.getstate()
-    source = _cifar(tmp_path, augment=kind)
-    _all(source, 1)
-    list(source.test(torch.arange(6), 3))
+    source = source_of(tmp_path, **options)
+    all_of(source)
+    list(source.test(torch.arange(4), 3))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
 
@@ -332,11 +321,6 @@ def test_global_random_generators_stay_as_they_are(tmp_path: Path, kind: str) ->
         (".", {"augment": "cutout"}, "--augment must be one of auto, none, crop-flip, resized-crop, got 'cutout'"),
     ],
 )
-def test_bad_options(data: str, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_named(data: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_data(data, **options)
-
-
-def test_every_version_of_cifar_has_its_own_files() -> None:
-    names = [name for version in cifar.CIFARS for name in (*version.train, version.test)]
-    assert len(names) == len(set(names))

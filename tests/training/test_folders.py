@@ -1,3 +1,5 @@
+"""Which files of a folder are images, of which class, and to train or to test on."""
+
 from __future__ import annotations
 
 import os
@@ -13,18 +15,18 @@ from fastdense.data import folders
 from fastdense.data.source import open_data
 
 
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
 def test_classes_and_order_are_torchvisions(tmp_path: Path) -> None:
     peers.torchvision()
     from torchvision.datasets import ImageFolder
 
-    for i, name in enumerate(
-        ("b/2.png", "b/10.JPG", "B/a.png", "10/x.jpeg", "9/x.bmp", "9/deep/er/0.png", "9/deep.png")
-    ):
-        for side in ("train", "test"):
-            path = tmp_path / side / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            smooth(8, 8, i).save(path)
-            path.with_suffix(".txt").write_text("no image")
+    for name in ("b/2.png", "b/10.JPG", "B/a.png", "10/x.jpeg", "9/x.bmp", "9/deep/er/0.png", "9/deep.png"):
+        touch(tmp_path, *(f"{side}/{name}{extra}" for side in ("train", "test") for extra in ("", ".txt")))
     train, test, names = folders.find(tmp_path)
     for files, side in ((train, "train"), (test, "test")):
         peer = ImageFolder(tmp_path / side)
@@ -33,15 +35,13 @@ def test_classes_and_order_are_torchvisions(tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_training_where_testing_lacks_a_class(tmp_path: Path) -> None:
-    for name in ("train/cat/0.png", "train/dog/0.png", "validation/dog/0.png", "test/cat/0.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, "train/cat/0.png", "train/dog/0.png", "validation/dog/0.png", "test/cat/0.png")
     _, test, names = folders.find(tmp_path)
     assert names == ("cat", "dog")
     assert test.labels.tolist() == [1] and test.path(0) == tmp_path / "validation" / "dog" / "0.png"
 
 
-def test_hidden_files_and_links_in_circles(tmp_path: Path) -> None:
+def test_hidden_files_are_left_out_and_links_are_followed_once(tmp_path: Path) -> None:
     root = write_folder(tmp_path, train=1, test=1)
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "cat" / "._0.png").write_bytes(b"resource fork")
@@ -63,18 +63,13 @@ def test_hidden_files_and_links_in_circles(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_sides_is_split_by_the_paths(tmp_path: Path) -> None:
-    def write(name: str, count: int) -> None:
-        (tmp_path / name).mkdir(exist_ok=True)
-        for i in range(count):
-            (tmp_path / name / f"{i}.png").touch()
-
-    write("b", 500)
-    write("train", 500)  # a class of that name
+    # Two classes, one of that name.
+    touch(tmp_path, *(f"{name}/{i}.png" for name in ("b", "train") for i in range(500)))
     train, test, names = folders.find(tmp_path)
     assert names == ("b", "train")
     assert train.labels.bincount().tolist() == [412, 403]  # fixed for ever: the paths alone decide
     assert test.labels.bincount().tolist() == [88, 97]
-    write("a", 50)
+    touch(tmp_path, *(f"a/{i}.png" for i in range(50)))
     (tmp_path / "b" / "0.png").unlink()
     more_train, more_test, names = folders.find(tmp_path)
     assert names == ("a", "b", "train")
@@ -102,15 +97,13 @@ def test_a_folder_without_sides_is_split_by_the_paths(tmp_path: Path) -> None:
         ([f"{i:02}/0.txt" for i in range(20)], "in 00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 10 more: add"),
     ],
 )  # fmt: skip
-def test_bad_folders(tmp_path: Path, files: list[str], message: str) -> None:
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Path, files: list[str], message: str) -> None:
+    touch(tmp_path, *files)
     with pytest.raises(ValueError, match=message):
         open_data(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path)
     original = os.scandir
 

@@ -4,137 +4,119 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("typer")
-pytest.importorskip("sklearn")
-
-from helpers.states import same
-from helpers.train_runs import COMMAND, command, load, records, words
+from helpers.train_runs import COMMAND, command, load, records, same_runs, steps, words
 
 from fastdense.training.logs import WholeWrites
 from fastdense.training.run import Run
 
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "run"
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class FullDisk:
-    """Writes to files of ``folder`` fail while ``full``, after some bytes."""
+class Half:
+    """A file that takes half of what it should."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-        self.full, self.what, self.failures = False, what, 0
-        fsync, write = os.fsync, WholeWrites.write
+    def __init__(self, file: Any) -> None:
+        self.file, self.taken, self.fileno = file, 0, file.fileno
 
-        def full_fsync(number: int) -> None:
-            if self.full and what == "checkpoint" and os.readlink(f"/proc/self/fd/{number}").endswith(".partial.pt"):
-                self.failures += 1
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(number)
-
-        class Half:
-            """A file that takes half of what it should."""
-
-            def __init__(self, file: Any) -> None:
-                self.file, self.taken = file, 0
-
-            def write(self, data: memoryview) -> int:
-                if self.taken:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self.taken = self.file.write(data[: len(data) // 2])
-                return self.taken
-
-            def fileno(self) -> int:
-                return self.file.fileno()
-
-        def full_write(log: WholeWrites, data: bytes) -> None:
-            if not (self.full and what == "logs"):
-                return write(log, data)
-            self.failures += 1
-            file, log.file = log.file, Half(log.file)  # type: ignore[assignment]
-            try:
-                return write(log, data)
-            finally:
-                log.file = file
-
-        monkeypatch.setattr(os, "fsync", full_fsync)
-        monkeypatch.setattr(WholeWrites, "write", full_write)
+    def write(self, data: memoryview) -> int:
+        if self.taken:
+            raise NO_SPACE
+        self.taken = self.file.write(data[: len(data) // 2])
+        return self.taken
 
 
-def _full_from(monkeypatch: pytest.MonkeyPatch, disk: FullDisk, first: int, last: int) -> None:
-    step = Run.step
+def fill_disk(monkeypatch: pytest.MonkeyPatch, what: str, during: Container[int]) -> None:
+    """Lets a "checkpoint", its "name" or the "logs" be unwritable from the start of each of these steps."""
+    step, fsync, replace, write = Run.step, os.fsync, os.replace, WholeWrites.write
+    full = 0 in during
 
-    def counted(self: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
-        disk.full = first <= len(self.losses) + 1 <= last
+    def noted_step(self: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
+        nonlocal full
+        full = len(self.losses) + 1 in during
         step(self, images, labels)
 
-    monkeypatch.setattr(Run, "step", counted)
+    def full_fsync(number: int) -> None:
+        if full and what == "checkpoint" and os.readlink(f"/proc/self/fd/{number}").endswith(".partial.pt"):
+            raise NO_SPACE
+        fsync(number)
+
+    def full_replace(path: Path, name: Path) -> None:
+        if full and what == "name":
+            raise NO_SPACE
+        replace(path, name)
+
+    def full_write(log: WholeWrites, data: bytes) -> None:
+        file = log.file
+        if full and what == "logs":
+            log.file = Half(file)  # type: ignore[assignment]
+        try:
+            write(log, data)
+        finally:
+            log.file = file
+
+    monkeypatch.setattr(Run, "step", noted_step)
+    monkeypatch.setattr(os, "fsync", full_fsync)
+    monkeypatch.setattr(os, "replace", full_replace)
+    monkeypatch.setattr(WholeWrites, "write", full_write)
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-
-
-@needs_proc
-@pytest.mark.parametrize("what", ["checkpoint", "logs"])
-def test_a_full_disk_stops_training_and_spoils_nothing(out: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    finished = out.with_name("finished")
-    assert command(*COMMAND, "--out", str(finished), "--ema", "0.5").exit_code == 0
+@pytest.mark.parametrize(("what", "named"), [("checkpoint", "last.pt"), ("name", "last.pt"), ("logs", "metrics.jsonl")])
+def test_a_full_disk_stops_training_and_spoils_nothing(
+    finished: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str, named: str
+) -> None:
     with monkeypatch.context() as patch:
-        _full_from(patch, FullDisk(patch, what), 3, 4)
-        result = command(*COMMAND, "--out", str(out), "--ema", "0.5")
+        fill_disk(patch, what, {3, 4})
+        result = command(*COMMAND, "--out", out, "--ema", "0.5")
     assert result.exit_code == 1, result.output
     text = words(result.output)
-    named = "last.pt" if what == "checkpoint" else "metrics.jsonl"
     assert f"Stopped: {named} in {out} cannot be written: No space left on device" in text
     assert f"fastdense train --out {out} --resume" in text
     assert load(out / "last.pt")["step"] == 2 and not list(out.glob("*.partial*"))
     assert records(out)  # each line is whole
-    assert command("train", "--out", str(out), "--resume").exit_code == 0
-    assert same(load(out / "last.pt")["runs"], load(finished / "last.pt")["runs"]) == ""
+    assert command("train", "--out", out, "--resume").exit_code == 0
+    assert same_runs(out, finished) == ""
 
 
-@needs_proc
-@pytest.mark.parametrize("what", ["checkpoint", "logs"])
-def test_a_full_disk_can_be_skipped(out: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    disk = FullDisk(monkeypatch, what)
-    _full_from(monkeypatch, disk, 3, 3)
-    result = command(*COMMAND, "--out", str(out), "--save-every", "1steps", "--on-error", "skip")
-    assert result.exit_code == 0, result.output
-    assert disk.failures >= 1
-    warnings = words(result.output).count("cannot be written: No space left on device.")
-    assert warnings == (1 if what == "checkpoint" else 2), "one for each file"
-    assert load(out / "last.pt")["step"] == 4
-    steps = [record["step"] for record in records(out) if record["event"] == "step"]
-    assert steps == ([1, 2, 3, 4] if what == "checkpoint" else [1, 2, 4])
-
-
-@needs_proc
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_after_the_report(
-    out: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "during", "warnings", "written"),
+    [("checkpoint", {3}, {"last.pt": 1}, [1, 2, 3, 4]), ("logs", {1, 2, 4}, {"metrics.jsonl": 2, "file": 2}, [3])],
+)
+def test_a_full_disk_can_be_skipped_with_one_warning_until_a_file_can_be_written_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, what: str, during: set[int], warnings: dict[str, int], written: Any
 ) -> None:
-    _full_from(monkeypatch, FullDisk(monkeypatch, "checkpoint"), 3, 4)
-    result = command(*COMMAND, "--out", str(out), "--on-error", "skip")
+    fill_disk(monkeypatch, what, during)
+    result = command(*COMMAND, "--out", out, "--save-every", "1steps", "--on-error", "skip")
+    assert result.exit_code == 0, result.output
+    text = words(result.output)
+    assert text.count("cannot be written: No space left on device.") == sum(warnings.values())
+    assert {name: text.count(f"{name} in {out} cannot be written") for name in warnings} == warnings
+    assert load(out / "last.pt")["step"] == 4
+    assert steps(out) == written
+
+
+def test_an_unwritable_last_checkpoint_is_an_error_after_the_report(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, "checkpoint", {3, 4})
+    result = command(*COMMAND, "--out", out, "--on-error", "skip")
+    text = words(result.output)
     assert result.exit_code == 1
-    assert "the last checkpoint could not be written" in words(result.output)
-    assert "No space left on device" in words(result.output) and "next save" not in words(result.output)
-    assert "saved for" in result.output and load(out / "last.pt")["step"] == 2
+    assert "the last checkpoint could not be written" in text and "No space left on device" in text
+    assert "saved for" in text and load(out / "last.pt")["step"] == 2
 
 
-@needs_proc
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_disk_that_is_full_from_the_start_leaves_a_folder_for_a_new_start(
     out: Path, monkeypatch: pytest.MonkeyPatch, on_error: str
 ) -> None:
     with monkeypatch.context() as patch:
-        disk = FullDisk(patch, "checkpoint")
-        disk.full = True
-        result = command(*COMMAND, "--epochs", "1", "--out", str(out), "--on-error", on_error)
+        fill_disk(patch, "checkpoint", range(5))
+        result = command(*COMMAND, "--epochs", "1", "--out", out, "--on-error", on_error)
     assert result.exit_code == 1
     text = words(result.output)
     assert "start again with the same command" in text and "--resume" not in text and "is whole" not in text
@@ -142,29 +124,11 @@ def test_a_disk_that_is_full_from_the_start_leaves_a_folder_for_a_new_start(
         assert text.count("last.pt in") == 1, "one warning for a file that stays unwritable"
         measured = (out / "metrics.jsonl").read_text()
         (out / "flow-fastdense-00000001.png").touch()
+    else:
+        (out / "metrics.jsonl").touch()  # an empty log is no run
     (out / "events.of.somebody.else").touch()
-    assert command(*COMMAND, "--epochs", "1", "--out", str(out)).exit_code == 0
-    assert [record["event"] for record in records(out)].count("header") == 1
+    assert command(*COMMAND, "--epochs", "1", "--out", out).exit_code == 0
+    assert len(records(out, "header")) == 1
     assert len(list(out.glob("events.out.*"))) == 1 and not list(out.glob("flow-*"))
     assert (out / "events.of.somebody.else").exists()
     assert on_error == "stop" or (out / "metrics.before.jsonl").read_text() == measured
-
-
-def test_an_empty_log_is_no_run(out: Path) -> None:
-    out.mkdir()
-    (out / "metrics.jsonl").touch()
-    assert command(*COMMAND, "--steps", "1", "--out", str(out)).exit_code == 0
-
-
-def test_each_log_warns_once_until_it_can_be_written_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = WholeWrites.write
-
-    def refuse(log: WholeWrites, data: bytes) -> None:
-        if b'"step": 1,' in data or b'"step": 2,' in data or b'"step": 4,' in data:  # metrics alone
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(log, data)
-
-    monkeypatch.setattr(WholeWrites, "write", refuse)
-    result = command(*COMMAND, "--out", str(out), "--on-error", "skip")
-    assert result.exit_code == 0, result.output
-    assert words(result.output).count("metrics.jsonl in") == 2, "at step 1, and again at step 4"

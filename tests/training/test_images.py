@@ -1,12 +1,13 @@
+"""Folders of images: which part of each is seen, how it is decoded, and what happens where one cannot be read."""
+
 from __future__ import annotations
 
-import io
+import importlib
 import multiprocessing
 import os
 import pickle
 import random
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import peers
-from helpers.pictures import smooth, write_folder
+from helpers.pictures import all_of, smooth, write_folder
 from PIL import Image, ImageOps
 
 from fastdense.data import augment, folders, images
@@ -29,24 +30,12 @@ def _open(root: Path, **options: Any) -> Source:
     return open_data(str(root), **{"image_size": SIZE, **options})
 
 
-def _all(source: Source, epoch: int = 1, batch_size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(source.train(torch.arange(source.train_count).split(batch_size), epoch=epoch))
-    return torch.cat([part for part, _ in batches]), torch.cat([labels for _, labels in batches])
-
-
-def _expected(image: Image.Image) -> torch.Tensor:
-    """ImageNet's standardisation, as torchvision's ``ToTensor`` and ``Normalize`` do it."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (pixels - mean) / std
-
-
-def test_folder(tmp_path: Path) -> None:
+def test_a_folder_gives_standardised_images_and_the_classes_of_its_subfolders(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "pets")
     source = _open(root)
     assert (source.name, source.class_names, source.classes) == ("pets (2 classes)", ("cat", "dog"), 2)
     assert (source.train_count, source.test_count, source.channels, source.image_size) == (12, 4, 3, SIZE)
-    batch, labels = _all(source)
+    batch, labels = all_of(source, labels=True)
     assert batch.shape == (12, 3, SIZE, SIZE) and batch.dtype == torch.float32 and batch.is_contiguous()
     assert labels.tolist() == [0] * 6 + [1] * 6 and labels.dtype == torch.int64
     parts = list(source.test(torch.arange(4), batch_size=3))
@@ -54,23 +43,33 @@ def test_folder(tmp_path: Path) -> None:
     square = smooth(32, 32)
     square.save(root / "val" / "cat" / "0.png")  # 28/32 is 224/256: its centre is not resized
     ((batch, _),) = source.test(torch.tensor([0]), 1)
-    torch.testing.assert_close(batch[0], _expected(square.crop((2, 2, 30, 30))), atol=1e-5, rtol=0)
+    # ImageNet's standardisation, as torchvision's ToTensor and Normalize do it.
+    pixels = torch.from_numpy(np.array(square.crop((2, 2, 30, 30)))).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(batch[0], (pixels - mean) / std, atol=1e-5, rtol=0)
     assert open_data(str(root)).image_size == 224
     assert source.to(torch.device("cpu")).unreadable is source.unreadable
 
 
-# Geometry
+def _transforms() -> Any:
+    peers.torchvision()
+    return importlib.import_module("torchvision.transforms")
+
+
+def _their_part(width: int, height: int) -> augment.Box:
+    """A random part of an image, as torchvision draws it."""
+    image = torch.empty(3, height, width)
+    top, left, h, w = _transforms().RandomResizedCrop.get_params(image, augment.AREA, augment.RATIO)
+    return left, top, left + w, top + h
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 47), (33, 33), (300, 31), (9, 13), (1, 1), (35, 32)])
 @pytest.mark.parametrize("size", [28, 33])
-def test_test_images_are_torchvisions(tmp_path: Path, width: int, height: int, size: int) -> None:
-    peers.torchvision()
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
-    image = smooth(width, height, detail=9)
+def test_images_to_test_on_are_cut_out_as_torchvision_does(tmp_path: Path, width: int, height: int, size: int) -> None:
+    image, transforms = smooth(width, height, detail=9), _transforms()
     image.save(tmp_path / "x.png")
-    expected = np.array(Compose([Resize(round(size * 256 / 224)), CenterCrop(size)])(image)).astype(int)
+    whole, middle = transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)
+    expected = np.array(middle(whole(image))).astype(int)
     found = read_image(tmp_path / "x.png", 0, augment.Views("none", size))
     assert found.dtype == np.uint8 and found.shape == (size, size, 3)
     # Pillow keeps a box in single precision, and rounds after each of its two passes.
@@ -85,22 +84,13 @@ def test_random_places_are_places_of_the_scaled_image() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (7, 900), (1, 1)])
 def test_images_without_a_part_of_the_ratio(width: int, height: int) -> None:
-    peers.torchvision()
-    from torchvision.transforms import RandomResizedCrop
-
-    top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), augment.AREA, augment.RATIO)
-    found = {augment.part_box(width, height, random.Random(i)) for i in range(5)}
-    assert found == {(left, top, left + w, top + h)}
+    wanted = _their_part(width, height)
+    assert {augment.part_box(width, height, random.Random(i)) for i in range(5)} == {wanted}
 
 
 def test_random_parts_are_distributed_as_torchvisions() -> None:
-    peers.torchvision()
-    from torchvision.transforms import RandomResizedCrop
-
     width, height, count = 100, 60, 2000
-    image = torch.empty(3, height, width)
-    theirs = [RandomResizedCrop.get_params(image, augment.AREA, augment.RATIO) for _ in range(count)]
-    wanted = torch.tensor([(left, top, left + w, top + h) for top, left, h, w in theirs]).double()
+    wanted = torch.tensor([_their_part(width, height) for _ in range(count)]).double()
     ours = torch.tensor([augment.part_box(width, height, random.Random(i)) for i in range(count)]).double()
     for boxes in (wanted, ours):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
@@ -112,76 +102,67 @@ def test_random_parts_are_distributed_as_torchvisions() -> None:
     torch.testing.assert_close(sides.prod(1).std(), (wanted[:, 2:] - wanted[:, :2]).prod(1).std(), rtol=0.08, atol=0)
 
 
-def test_half_of_the_images_are_mirrored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["crop-flip", "resized-crop"])
+def test_half_of_the_images_are_mirrored(tmp_path: Path, kind: str) -> None:
     smooth(40, 40).save(tmp_path / "x.png")
-    for kind in ("crop-flip", "resized-crop"):
-        views = augment.Views(kind, SIZE)
-        flips = [views(number, 40, 40)[1] for number in range(1000)]
-        assert 420 < sum(flips) < 580
-        number = flips.index(True)
-        box, _ = views(number, 40, 40)
-        expected = smooth(40, 40).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
-        assert np.array_equal(read_image(tmp_path / "x.png", number, views), np.asarray(ImageOps.mirror(expected)))
+    views = augment.Views(kind, SIZE)
+    flips = [views(number, 40, 40)[1] for number in range(1000)]
+    assert 420 < sum(flips) < 580
+    number = flips.index(True)
+    box, _ = views(number, 40, 40)
+    expected = smooth(40, 40).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
+    assert np.array_equal(read_image(tmp_path / "x.png", number, views), np.asarray(ImageOps.mirror(expected)))
 
 
-# Decoding
+class _Whole(augment.Views):
+    def __call__(self, number: int, width: int, height: int) -> tuple[augment.Box, bool]:
+        return (0, 0, width, height), False
 
 
 def _whole(path: Path, side: int) -> np.ndarray[Any, Any]:
-    class Whole(augment.Views):
-        def __call__(self, number: int, width: int, height: int) -> tuple[augment.Box, bool]:
-            return (0, 0, width, height), False
-
-    return read_image(path, 0, Whole("none", side)).astype(int)
-
-
-def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def _grey16(format: str) -> bytes:
-    return _saved(Image.fromarray(np.asarray(smooth(16, 16).convert("L")).astype(np.uint16) * 256 + 77), format)
+    return read_image(path, 0, _Whole("none", side)).astype(int)
 
 
 COLOUR, GREY = smooth(16, 16), smooth(16, 16).convert("L")
 HOLE = Image.linear_gradient("L").resize((16, 16)).point(lambda value: 255 * (value > 120))
 ON_WHITE = Image.composite(COLOUR, Image.new("RGB", (16, 16), "white"), HOLE)
 PALETTE = COLOUR.quantize(200)
+GREY16 = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256 + 77)
+RGBA = Image.merge("RGBA", (*COLOUR.split(), HOLE))
+LA = Image.merge("LA", (GREY, Image.new("L", (16, 16), 255)))
+FINE = {"quality": 100, "subsampling": 0}
 
 
 @pytest.mark.parametrize(
-    ("contents", "expected", "tolerance"),
+    ("image", "format", "options", "expected", "tolerance"),
     [
-        (_saved(GREY, "PNG"), GREY, 0),
-        (_saved(GREY, "JPEG", quality=100), GREY, 3),
-        (_grey16("PNG"), GREY, 0),
-        (_grey16("TIFF"), GREY, 0),
-        (_saved(PALETTE, "PNG"), PALETTE, 0),
-        (_saved(PALETTE, "PNG", transparency=bytes(200)), Image.new("RGB", (16, 16), "white"), 0),
-        (_saved(PALETTE, "GIF", save_all=True, append_images=[GREY]), PALETTE, 0),  # the first of two
-        (_saved(Image.merge("RGBA", (*COLOUR.split(), HOLE)), "PNG"), ON_WHITE, 0),
-        (_saved(Image.merge("RGBA", (*COLOUR.split(), HOLE)), "WEBP", lossless=True), ON_WHITE, 0),
-        (_saved(Image.merge("LA", (GREY, Image.new("L", (16, 16), 255))), "PNG"), GREY, 0),
-        (_saved(COLOUR.convert("CMYK"), "JPEG", quality=100), COLOUR, 8),
-        (_saved(COLOUR.convert("CMYK"), "TIFF"), COLOUR, 1),
-        (_saved(GREY.convert("1"), "PNG"), GREY.convert("1"), 0),
-        (_saved(COLOUR, "MPO", quality=100, subsampling=0, save_all=True, append_images=[GREY]), COLOUR, 4),
-        (_saved(COLOUR, "PPM"), COLOUR, 0),
-        (_saved(COLOUR, "BMP"), COLOUR, 0),
-        (_saved(COLOUR, "PNG", exif=b"Exif\0\0rubbish"), COLOUR, 0),
-        (_saved(COLOUR, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0rubbish"), COLOUR, 4),
+        (GREY, "PNG", {}, GREY, 0),
+        (GREY, "JPEG", {"quality": 100}, GREY, 3),
+        (GREY16, "PNG", {}, GREY, 0),
+        (GREY16, "TIFF", {}, GREY, 0),
+        (PALETTE, "PNG", {}, PALETTE, 0),
+        (PALETTE, "PNG", {"transparency": bytes(200)}, Image.new("RGB", (16, 16), "white"), 0),
+        (PALETTE, "GIF", {"save_all": True, "append_images": [GREY]}, PALETTE, 0),  # the first of two
+        (RGBA, "PNG", {}, ON_WHITE, 0),
+        (RGBA, "WEBP", {"lossless": True}, ON_WHITE, 0),
+        (LA, "PNG", {}, GREY, 0),
+        (COLOUR.convert("CMYK"), "JPEG", {"quality": 100}, COLOUR, 8),
+        (COLOUR.convert("CMYK"), "TIFF", {}, COLOUR, 1),
+        (GREY.convert("1"), "PNG", {}, GREY.convert("1"), 0),
+        (COLOUR, "MPO", {**FINE, "save_all": True, "append_images": [GREY]}, COLOUR, 4),
+        (COLOUR, "PPM", {}, COLOUR, 0),
+        (COLOUR, "BMP", {}, COLOUR, 0),
+        (COLOUR, "PNG", {"exif": b"Exif\0\0rubbish"}, COLOUR, 0),
+        (COLOUR, "JPEG", {**FINE, "exif": b"Exif\0\0rubbish"}, COLOUR, 4),
     ],
+    ids=lambda value: getattr(value, "mode", None) or (" ".join(value) if isinstance(value, dict) else str(value)),
 )
+@pytest.mark.filterwarnings("error")
 def test_every_kind_of_image_becomes_rgb(
-    tmp_path: Path, contents: bytes, expected: Image.Image, tolerance: int
+    tmp_path: Path, image: Image.Image, format: str, options: dict[str, Any], expected: Image.Image, tolerance: int
 ) -> None:
-    (tmp_path / "x.png").write_bytes(contents)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = _whole(tmp_path / "x.png", 16)
-    assert abs(found - np.asarray(expected.convert("RGB"))).max() <= tolerance
+    image.save(tmp_path / "x.png", format, **options)
+    assert abs(_whole(tmp_path / "x.png", 16) - np.asarray(expected.convert("RGB"))).max() <= tolerance
 
 
 @pytest.mark.filterwarnings("error")
@@ -194,15 +175,12 @@ def test_large_images_are_read_without_a_warning(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_images_are_upright(tmp_path: Path, format: str, orientation: int) -> None:
-    image = smooth(500, 300)
-    back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
-    exif = Image.Exif()
-    exif[0x0112] = back  # turn it that way first: what undoes it is stored with it
-    image.getexif()[0x0112] = back
-    turned = ImageOps.exif_transpose(image)
+    upright, exif = smooth(500, 300), Image.Exif()
+    upright.save(tmp_path / "upright", format)
+    # Turn it that way first: what undoes it is stored with it.
+    upright.getexif()[0x0112] = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
     exif[0x0112] = orientation
-    turned.save(tmp_path / "turned", format, exif=exif)
-    smooth(500, 300).save(tmp_path / "upright", format)
+    ImageOps.exif_transpose(upright).save(tmp_path / "turned", format, exif=exif)
     # Small enough that JPEG is decoded at a quarter; an off-centre part, so that a wrong corner is seen.
     views = augment.Views("crop-flip", 14, seed=3)
     found, expected = (read_image(tmp_path / name, 0, views).astype(int) for name in ("turned", "upright"))
@@ -227,67 +205,52 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path, monkeypatch: pyte
     assert decoded[-1] == (800, 300)  # a quarter would do for the width alone
 
 
-# Unreadable images
+def _cut(stop: float) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(stop * path.stat().st_size)])
 
 
-def _break(kind: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = path.read_bytes()
-    if kind == "missing":
-        path.unlink()
-    elif kind == "bomb":
-        Image.new("1", (3000, 3000)).save(path, "PNG")
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
-    elif kind == "forbidden":
-        original = Image.open
-
-        def refuse(name: Path, formats: Any) -> Any:
-            if name == path:
-                raise PermissionError(13, "Permission denied", str(path))
-            return original(name, formats=formats)
-
-        monkeypatch.setattr(Image, "open", refuse)
-    else:
-        broken = {
-            "empty": b"",
-            "text": b"<html>404</html>",
-            "cut": contents[: len(contents) // 2],
-            "short": contents[:-40],
-            "checksum": contents[:60] + bytes(8) + contents[68:],
-            "icon": _saved(smooth(8, 8), "ICO"),
-            "float": _saved(Image.new("F", (8, 8)), "TIFF"),
-        }
-        path.write_bytes(broken[kind])
+def _zero(path: Path) -> None:
+    old = path.read_bytes()
+    path.write_bytes(old[:60] + bytes(8) + old[68:])
 
 
-BREAKINGS = [
-    ("png", "missing", "No such file or directory"),
-    ("jpg", "empty", "cannot identify image file"),
-    ("png", "icon", "cannot identify image file"),
-    ("jpg", "text", "cannot identify image file"),
-    ("jpg", "cut", "Truncated File Read"),
-    ("jpg", "short", "image file is truncated"),
-    ("png", "cut", "truncated"),
-    ("png", "checksum", "broken data stream"),
-    ("gif", "cut", "truncated"),
-    ("png", "bomb", "exceeds limit"),
-    ("png", "forbidden", "Permission denied"),
-    ("png", "float", "floating-point numbers, whose range is unknown"),
-]
+BREAKINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing png": (Path.unlink, "No such file or directory"),
+    "empty jpg": (_cut(0), "cannot identify image file"),
+    "iconic png": (lambda path: smooth(8, 8).save(path, "ICO"), "cannot identify image file"),
+    "textual jpg": (lambda path: path.write_bytes(b"<html>404</html>"), "cannot identify image file"),
+    "cut jpg": (_cut(0.5), "Truncated File Read"),
+    "short jpg": (_cut(0.95), "image file is truncated"),
+    "cut png": (_cut(0.5), "truncated"),
+    "wrong png": (_zero, "broken data stream"),
+    "cut gif": (_cut(0.5), "truncated"),
+    "huge png": (lambda path: Image.new("1", (3000, 3000)).save(path), "exceeds limit"),
+    "forbidden png": (lambda path: None, "Permission denied"),
+    "floating png": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "floating-point numbers, whose range"),
+}
 
 
-@pytest.mark.parametrize(("extension", "kind", "reason"), BREAKINGS)
-def test_unreadable_image(
-    tmp_path: Path, extension: str, kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("broken", BREAKINGS)
+def test_an_unreadable_image_is_named_or_replaced(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, extension = broken.split()
     root = write_folder(tmp_path, train=3, extension=extension)
-    whole, _ = _all(_open(root, augment="none"))
+    whole = all_of(_open(root, augment="none"))
     stop, skip = _open(root), _open(root, augment="none", on_error="skip")
-    path = root / "train" / "cat" / f"2.{extension}"
-    _break(kind, path, monkeypatch)
+    path, original = root / "train" / "cat" / f"2.{extension}", Image.open
+    spoil, reason = BREAKINGS[broken]
+    spoil(path)
+
+    def refuse(name: Path, formats: Any) -> Any:
+        if name == path and kind == "forbidden":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(name, formats=formats)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
     with pytest.raises(UnreadableImage, match=f"{path}: .*({reason}).*--on-error skip"):
-        _all(stop)
+        all_of(stop)
     for _ in range(2):
-        batch, labels = _all(skip)
+        batch, labels = all_of(skip, labels=True)
         assert labels.tolist() == [0, 0, 1, 1, 1, 1]  # the dog after the cat
         torch.testing.assert_close(batch[2], batch[3])
         assert torch.equal(batch[[0, 1, 3, 4, 5]], whole[[0, 1, 3, 4, 5]])
@@ -303,7 +266,7 @@ def test_unreadable_images_are_noted_once_in_the_order_found(tmp_path: Path, wor
         path.write_bytes(b"")
     source = _open(root, on_error="skip", workers=workers)
     for epoch in (1, 2):
-        _, labels = _all(source, epoch, batch_size=2)
+        _, labels = all_of(source, epoch, 2, labels=True)
         assert labels.tolist() == [0, 0, 0, 0, 1, 1, 0, 0]  # after the last one comes the first, and it is bad too
     parts = list(source.test(torch.arange(6), batch_size=2))
     assert [labels.tolist() for _, labels in parts] == [[0, 0], [0, 1], [1]]  # left out: a test repeats no image
@@ -315,13 +278,13 @@ def test_unreadable_images_are_noted_once_in_the_order_found(tmp_path: Path, wor
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable(tmp_path: Path, workers: int) -> None:
+def test_a_folder_without_a_readable_image_is_an_error(tmp_path: Path, workers: int) -> None:
     root = write_folder(tmp_path)
     source = _open(root, on_error="skip", workers=workers)
     for path in root.glob("*/*/*.png"):
         path.unlink()
     with pytest.raises(UnreadableImage, match=r"none of 12 images can be read, the first: .*0\.png: No such file"):
-        _all(source)
+        all_of(source)
     assert len(source.unreadable) == 1
     with pytest.raises(UnreadableImage, match="none of 4 images can be read"):
         list(source.test(torch.arange(4), 2))
@@ -330,13 +293,9 @@ def test_nothing_readable(tmp_path: Path, workers: int) -> None:
 
 def test_a_replacement_is_seen_differently(tmp_path: Path) -> None:
     root = write_folder(tmp_path)
-    (root / "train" / "cat" / "2.png").unlink()
-    (root / "train" / "cat" / "2.png").mkdir()  # which is no image either
-    (root / "train" / "cat" / "2.png").rmdir()
-    source = _open(root, on_error="skip")
     (root / "train" / "cat" / "3.png").write_bytes(b"")
-    batch, _ = _all(source)
-    assert not torch.equal(batch[2], batch[3])
+    batch = all_of(_open(root, on_error="skip"))
+    assert not torch.equal(batch[3], batch[4])
 
 
 def test_running_out_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,63 +305,33 @@ def test_running_out_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypat
     source = _open(write_folder(tmp_path), on_error="skip")
     monkeypatch.setattr(images, "_view", fail)
     with pytest.raises(MemoryError):
-        _all(source)
-
-
-# Processes and random numbers
-
-
-@pytest.mark.parametrize("kind", ["crop-flip", "resized-crop"])
-def test_augmentation_depends_on_seed_epoch_and_number_alone(tmp_path: Path, kind: str) -> None:
-    root = write_folder(tmp_path)
-    source = _open(root, augment=kind, seed=1)
-    first, labels = _all(source, 2)
-    order = torch.randperm(12)
-    for workers, size in ((0, 4), (2, 3)):
-        parts = list(_open(root, augment=kind, seed=1, workers=workers).train(order.split(size), epoch=2))
-        assert torch.equal(torch.cat([part for part, _ in parts]), first[order])
-        assert torch.equal(torch.cat([part for _, part in parts]), labels[order])
-    for other in (
-        _all(source, 1),
-        _all(_open(root, augment=kind, seed=2), 2),
-        _all(_open(root, augment=kind, seed=2), 1),
-    ):
-        assert (other[0] != first).flatten(1).any(1).double().mean() > 0.8
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_global_random_generators_stay_as_they_are(tmp_path: Path, workers: int) -> None:
-    source = _open(write_folder(tmp_path), workers=workers)
-    before = torch.get_rng_state(), random.getstate()
-    _all(source)
-    list(source.test(torch.arange(4), 2))
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1] == random.getstate()
-
-
-def _dies(*arguments: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _fails(*arguments: Any) -> None:
-    raise ZeroDivisionError("a defect of ours")
+        all_of(source)
 
 
 @pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="other processes see no patch")
 @pytest.mark.parametrize(
     ("does", "error", "message"),
     [
-        (_dies, RuntimeError, r"--workers 2 processes failed: DataLoader worker .*(kill|exit).*try fewer.*--workers 0"),
-        (_fails, ZeroDivisionError, "a defect of ours"),
+        (
+            "dies",
+            RuntimeError,
+            r"--workers 2 processes failed: DataLoader .*(kill|exit).*try fewer.*--workers 0",
+        ),
+        ("raises", ZeroDivisionError, "a defect of ours"),
     ],
 )
-def test_a_worker_that_fails(
-    tmp_path: Path, does: Callable[..., None], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_that_fails_is_an_error_and_no_process_is_left(
+    tmp_path: Path, does: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*arguments: Any) -> None:
+        if does == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("a defect of ours")
+
     source = _open(write_folder(tmp_path), workers=2)
-    monkeypatch.setattr(images, "read_image", does)
+    monkeypatch.setattr(images, "read_image", fail)
     with pytest.raises(error, match=message):
-        _all(source)
+        all_of(source)
     assert multiprocessing.active_children() == []  # nothing is left to wait for
 
 

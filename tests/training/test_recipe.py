@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import sys
-import types
 import warnings
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.states import same
+from helpers import train_runs
+from helpers.train_runs import DIGITS, TINY, same
 from torch import nn
 
-from fastdense.data.source import digits
+from fastdense.nn import DenseBlock
 from fastdense.training import experiment as experiments
-from fastdense.training.config import TrainConfig
-from fastdense.training.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.training.experiment import Experiment
-from fastdense.training.run import Run, lr_scheduler
+from fastdense.training.events import NonFiniteLoss, StepEvent
+from fastdense.training.run import lr_scheduler
 
-DIGITS = digits()
-TINY = TrainConfig(depth=10, growth_rate=4, epochs=1, batch_size=64, device="cpu", impl="torch")
-
-
-def prepared(**changes: Any) -> Experiment:
-    return Experiment(dataclasses.replace(TINY, **changes), DIGITS)
+prepared = partial(train_runs.prepared, epochs=1, batch_size=64)
 
 
 def rates(steps: int, **changes: Any) -> list[float]:
-    config = dataclasses.replace(TINY, **changes)
+    config = replace(TINY, **changes)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     scheduler, found = lr_scheduler(optimizer, steps, config), []
     for _ in range(steps):
@@ -43,42 +36,25 @@ def rates(steps: int, **changes: Any) -> list[float]:
     return found
 
 
-def test_the_papers_schedules() -> None:
+def test_steps_of_the_schedule_are_the_papers() -> None:
     """CIFAR: a tenth at 50 % and 75 %; ImageNet: at a third and two thirds."""
     assert rates(8, schedule="step") == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
-    assert rates(9, schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0) == pytest.approx(
-        [1.0] * 3 + [0.1] * 3 + [0.01] * 3
-    )
+    thirds = rates(9, schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0)
+    assert thirds == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3)
     assert rates(4, schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
 
 
-def test_warm_up_comes_before_both_schedules() -> None:
+def test_warm_up_comes_before_the_steps() -> None:
     assert rates(8, schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert rates(10, warm_up=0.0, lr=1.0) == pytest.approx([(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
-    assert rates(10) == rates(10, warm_up=0.05)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
-        ({"schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
-        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
-        ({"schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
-        ({"schedule": "step", "milestones": ()}, "--milestones must be"),
-        ({"schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
-        ({"warm_up": 1.0}, r"--warm-up must be at least 0 and less than 1, .* got 1\.0"),
-        ({"gamma": 0.0}, r"--gamma must be more than 0 .* got 0\.0"),
-        ({"amp": "fp8"}, "--amp must be one of 'off', 'bf16', 'fp16', got 'fp8'"),
-        ({"ema": 1.0}, r"--ema must be more than 0 and less than 1, as 0.999, got 1\.0"),
-        ({"on_error": "ignore"}, "--on-error must be one of 'stop', 'skip', got 'ignore'"),
-        ({"workers": -1}, "--workers must be at least 0, got -1"),
-        ({"watch_flow": 0}, "--watch-flow must be at least 1, got 0"),
-    ],
-)
-def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **options)
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (10, 1), (100, 5), (101, 6)])
+def test_half_a_cosine_follows_a_linear_warm_up_over_a_twentieth_of_the_steps(steps: int, warm_up: int) -> None:
+    rest = steps - warm_up
+    wanted = [0.1 + 0.9 * i / warm_up for i in range(warm_up)]
+    wanted += [(1 + math.cos(math.pi * i / rest)) / 2 for i in range(rest)]
+    assert rates(steps, lr=1.0) == rates(steps, lr=1.0, warm_up=0.05) == pytest.approx(wanted)
+    assert rates(rest, lr=1.0, warm_up=0.0) == pytest.approx(wanted[warm_up:])
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -107,8 +83,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_reported() -> None:
         (event,) = next(rounds)
         assert isinstance(event, StepEvent) and event.skipped and not math.isfinite(event.grad_norm)
         assert run.scaler.get_scale() == 2.0**39
-        for name, parameter in run.model.named_parameters():
-            assert torch.equal(parameter, before[name]), name
+        assert all(torch.equal(parameter, before[name]) for name, parameter in run.model.named_parameters())
         assert event.lr == run.optimizer.param_groups[0]["lr"], "the schedule waits too"
         run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**10})
         events = [event for events in rounds for event in events if isinstance(event, StepEvent)]
@@ -136,9 +111,8 @@ def test_the_average_is_that_of_the_steps() -> None:
     assert averaged.runs[0].losses == plain.runs[0].losses, "the average must not be noticed"
     ema = averaged.runs[0].ema
     assert ema is not None
-    for name, value in ema.module.state_dict().items():
-        if name in expected:  # weights and running statistics
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    found = {name: value.double() for name, value in ema.module.state_dict().items() if name in expected}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # weights and running statistics
     ema.module.eval()
     with torch.no_grad():
         logits = ema.module(DIGITS.test_images)
@@ -155,23 +129,19 @@ def test_the_gradient_norm_is_reported() -> None:
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        experiments, "diagnose", lambda run, images, labels: f"{len(labels)} images went into {run.name}"
-    )
+    monkeypatch.setattr(experiments, "diagnose", lambda run, _, labels: f"{len(labels)} images went into {run.name}")
     experiment = prepared(steps=4, drop_rate=0.2, ema=0.9)
     (run,) = experiment.runs
     rounds = experiment.rounds()
-    next(rounds)
-    next(rounds)
+    assert len([next(rounds), next(rounds)]) == len(run.losses) == 2
     good = copy.deepcopy(run.state_dict())
     if bad == "loss":
         run.network.register_forward_pre_hook(lambda module, inputs: (inputs[0] * math.inf,))
     else:
         next(run.model.parameters()).register_hook(lambda grad: grad * math.nan)
     what = "training loss" if bad == "loss" else "gradient"
-    with pytest.raises(
-        NonFiniteLoss, match=f"the {what} of run fastdense is not finite at epoch 1, step 3 "
-    ) as stopped:
+    message = f"the {what} of run fastdense is not finite at epoch 1, step 3 "
+    with pytest.raises(NonFiniteLoss, match=message) as stopped:
         next(rounds)
     assert "try a smaller --lr than 0.1. 64 images went into fastdense" in str(stopped.value)
     assert (stopped.value.run, stopped.value.epoch, stopped.value.step) == ("fastdense", 1, 3)
@@ -180,22 +150,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeyp
         assert same(left[name], good[name], name) == ""
 
 
-def test_plain_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = types.ModuleType("fastdense.analysis.plain")
-    plain.without_dense_connections = lambda model: model.requires_grad_(False)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastdense.analysis.plain", plain)
-    for asked in (True, False):
-        model = dataclasses.replace(TINY, plain=asked).architecture.build(channels=1, classes=10)
-        assert any(p.requires_grad for p in model.parameters()) != asked
-
-
-def test_watching_happens_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def flow(run: Run, images: torch.Tensor, labels: torch.Tensor, *, step: int, epoch: int) -> FlowEvent:
-        seen.append((len(run.losses), all(p.grad is not None for p in run.model.parameters()), images.shape[0]))
-        return FlowEvent(run.name, step, epoch, {}, {})
-
-    monkeypatch.setattr(experiments, "flow", flow)
-    list(prepared(steps=5, watch_flow=2).rounds())
-    assert seen == [(2, True, 64), (4, True, 64)]
+@pytest.mark.parametrize("plain", [False, True])
+def test_plain_networks_have_no_dense_block(plain: bool) -> None:
+    model = replace(TINY, plain=plain).architecture.build(channels=1, classes=10)
+    assert any(isinstance(module, DenseBlock) for module in model.modules()) != plain

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import train_runs
+from helpers.train_runs import SMALL, command, records, steps, words
 from matplotlib.image import imread
-from typer.testing import CliRunner
 
 import fastdense
-from fastdense.cli.app import app
-from fastdense.data.source import digits
 from fastdense.training.config import TrainConfig
-from fastdense.training.events import FlowEvent, NonFiniteLoss, StepEvent
-from fastdense.training.experiment import Experiment
+from fastdense.training.events import FlowEvent, NonFiniteLoss
 
 TINY = TrainConfig(depth=16, growth_rate=4, epochs=1, steps=6, batch_size=32, device="cpu", impl="torch")
-
-
-def experiment(**changes: Any) -> Experiment:
-    return Experiment(dataclasses.replace(TINY, **changes), digits())
+prepared, trained = partial(train_runs.prepared, TINY), partial(train_runs.trained, TINY)
+WATCHED = [*SMALL, "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
 
 
 def test_flow_is_that_of_the_network_after_the_step() -> None:
-    watched = experiment(watch_flow=3)
+    watched = prepared(watch_flow=3)
+    order = torch.randperm(watched.data.train_count, generator=torch.Generator().manual_seed(watched.config.seed))
     flows = []
     for events in watched.rounds():
         for event in events:
             if isinstance(event, FlowEvent):
-                run = watched.runs[0]
-                images, labels = next(iter(watched.data.train([_numbers(watched, event.step)], epoch=1)))
-                flows.append((event, fastdense.gradient_flow(run.model, images, labels)))
+                numbers = order[(event.step - 1) * 32 : event.step * 32]
+                images, labels = next(iter(watched.data.train([numbers], epoch=1)))
+                flows.append((event, fastdense.gradient_flow(watched.runs[0].model, images, labels)))
     assert [event.step for event, _ in flows] == [3, 6]
     for event, blocks in flows:
         assert event.run == "fastdense" and event.epoch == 1
@@ -46,22 +41,16 @@ def test_flow_is_that_of_the_network_after_the_step() -> None:
             assert torch.allclose(got, block.contributions, rtol=1e-5)
 
 
-def _numbers(watched: Experiment, step: int) -> torch.Tensor:
-    order = torch.Generator().manual_seed(watched.config.seed)
-    return torch.randperm(watched.data.train_count, generator=order)[(step - 1) * 32 : step * 32]
-
-
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 def test_watching_changes_nothing(drop_rate: float) -> None:
-    plain, watched = experiment(drop_rate=drop_rate), experiment(drop_rate=drop_rate, watch_flow=1)
-    losses = [[e.loss for e in chain.from_iterable(e.rounds()) if isinstance(e, StepEvent)] for e in (plain, watched)]
-    assert losses[0] == losses[1]
-    for name, value in plain.runs[0].model.state_dict().items():
-        assert torch.equal(value, watched.runs[0].model.state_dict()[name]), name
+    plain, watched = (trained(drop_rate=drop_rate, watch_flow=every)[0].runs[0] for every in (None, 1))
+    assert plain.losses == watched.losses
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
 
 
 def test_both_runs_are_watched() -> None:
-    events = list(chain.from_iterable(experiment(compare=True, check_steps=0, steps=2, watch_flow=1).rounds()))
+    _, events = trained(compare=True, check_steps=0, steps=2, watch_flow=1)
     flows = [(event.run, event.step) for event in events if isinstance(event, FlowEvent)]
     assert flows == [("reference", 1), ("fastdense", 1), ("reference", 2), ("fastdense", 2)]
 
@@ -69,7 +58,7 @@ def test_both_runs_are_watched() -> None:
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_layer_that_broke_is_named(impl: str, amp: str) -> None:
-    broken = experiment(impl=impl, amp=amp)
+    broken = prepared(impl=impl, amp=amp)
     block: Any = broken.runs[0].model.features.denseblock2  # type: ignore[union-attr]
     with torch.no_grad():
         block.denselayer1.conv2.weight[0, 0, 0, 0] = float("inf")
@@ -89,37 +78,32 @@ def test_what_cannot_be_diagnosed_does_not_hide_the_error(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("fastdense.training.experiment.first_not_finite", fail)
     with pytest.raises(NonFiniteLoss, match=r"the training loss of run fastdense is not finite"):
-        list(experiment(lr=1e30).rounds())
+        trained(lr=1e30)
 
 
-def test_pictures_and_numbers_are_left_behind(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    small = ["--depth", "16", "--growth-rate", "4", "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
-    result = CliRunner().invoke(app, ["train", *small, "--out", str(out)], env={"COLUMNS": "200", "TERM": "dumb"})
+def test_pictures_and_numbers_are_left_behind(out: Path) -> None:
+    result = command(*WATCHED, "--out", out)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in out.glob("flow-*")) == [
-        "flow-fastdense-00000002.png", "flow-fastdense-00000004.png"
-    ]  # fmt: skip
-    assert imread(out / "flow-fastdense-00000004.png").std() > 0.05
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    flows = [record for record in records if record["event"] == "flow"]
-    assert [record["step"] for record in flows] == [2, 4]
-    first, last = flows[-1]["total"]["features.denseblock1"][1], flows[-1]["total"]["features.denseblock1"][-1]
-    assert f"after step 4: denseblock1 {first:.1e} .. {last:.1e}" in result.output
+    pictures = sorted(out.glob("flow-*"))
+    assert [path.name for path in pictures] == ["flow-fastdense-00000002.png", "flow-fastdense-00000004.png"]
+    assert imread(pictures[-1]).std() > 0.05
+    assert steps(out, "flow") == [2, 4]
+    total = records(out, "flow")[-1]["total"]["features.denseblock1"]
+    assert f"after step 4: denseblock1 {total[1]:.1e} .. {total[-1]:.1e}" in words(result.output)
     (events,) = out.glob("events.out.tfevents.*")
     assert b"gradient_flow/fastdense/features.denseblock1_first" in events.read_bytes()
 
 
-def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("on_error", "code"), [("skip", 0), ("stop", 1)])
+def test_a_picture_that_cannot_be_written_is_an_error_unless_skipped(
+    out: Path, monkeypatch: pytest.MonkeyPatch, on_error: str, code: int
+) -> None:
     def full(curves: object, path: Path, **words: str) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fastdense.analysis.plots.flow_picture", full)
-    small = ["--depth", "16", "--growth-rate", "4", "--steps", "4", "--batch-size", "32", "--watch-flow", "2"]
-    for on_error, code in (("skip", 0), ("stop", 1)):
-        out = tmp_path / on_error
-        result = CliRunner().invoke(app, ["train", *small, "--out", str(out), "--on-error", on_error])
-        assert result.exit_code == code, result.output
-        assert "No space left on device" in " ".join(result.output.split())
-        assert not list(out.glob("flow-*"))
+    result = command(*WATCHED, "--out", out, "--on-error", on_error)
+    assert result.exit_code == code, result.output
+    assert "No space left on device" in words(result.output)
+    assert not list(out.glob("flow-*"))
