@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -17,15 +18,30 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 RUNNABLE = tuple(page for page in PAGES if PYTHON.search(page.read_text()))
 
-# torchvision's own operators are missing beside a CPU build of PyTorch, its weights need a download, and the network
-# that a page names is larger than what a page must show.
-PRELUDE = """
+# All pages' Python in one process, each page in a namespace of its own; it prints what failed, by page.
+# torchvision's own operators are missing beside a CPU build of PyTorch, its weights need a download, and the networks
+# that a page names are larger than what a page must show.
+PROGRAM = """
+import json, sys, traceback
 from benchmarks.harness.providers import torchvision_densenet
 densenet = torchvision_densenet()
-import torchvision
+import fastdense, torchvision
+
 def small(weights=None, **options):
     return densenet.DenseNet(8, (3, 2), 16, num_classes=10, **options)
+
+def shallow(self, growth_rate=32, block_config=(6, 12, 24, 16), *arguments, **options):
+    build(self, growth_rate, [min(layers, 2) for layers in block_config], *arguments, **options)
+
 torchvision.models.densenet121 = small
+build, fastdense.DenseNet.__init__ = fastdense.DenseNet.__init__, shallow
+failed = {}
+for page, code in json.loads(sys.argv[1]).items():
+    try:
+        exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        failed[page] = traceback.format_exc()
+print(json.dumps(failed))
 """
 
 
@@ -33,14 +49,19 @@ def by_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNABLE, ids=by_name)
-def test_python_runs_in_order(page: Path) -> None:
+def run_pages(pages: dict[str, str]) -> dict[str, str]:
+    """The tracebacks of those pages whose Python fails, by the page's name."""
+    done = python("-c", PROGRAM, json.dumps(pages))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_python_of_every_page_runs_in_order() -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    code = PRELUDE + "\n".join(PYTHON.findall(page.read_text()))
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr[-3000:]
+    broken = {"a broken page": "import sys\nsys.exit(0)\n", "a name of another page": "fastdense.convert\n"}
+    failed = run_pages({by_name(page): "\n".join(PYTHON.findall(page.read_text())) for page in RUNNABLE} | broken)
+    assert failed.keys() == broken.keys(), failed
 
 
 def test_the_readme_shows_what_it_says() -> None:
