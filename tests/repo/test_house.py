@@ -1,4 +1,4 @@
-"""The house: imports go one way, every module has its room, and no page of code is too long to read."""
+"""The house rules: imports go one way, every module and test has its room, nothing is too long, every test asserts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.processes import ROOT
+from helpers.processes import HELPERS, ROOT
 
 FOLDERS = {"fastdense": "fastdense", "fastdense.kernels": "kernels", "fastdense.benchmarks": "benchmarks"}
 # From the bottom to the top; rooms on one floor do not know each other.
@@ -29,6 +29,8 @@ FLOORS = (
     ("fastdense.__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+ROOMS_OF_TESTS = {"core", "kernels", "networks", "conversion", "analysis", "training", "cli", "benchmarks", "repo"}
+LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 
 
 def _modules() -> dict[str, Path]:
@@ -41,6 +43,7 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
+TESTS = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 
 def _imports(name: str, path: Path, text: str) -> Iterator[str]:
@@ -74,7 +77,7 @@ def test_every_module_has_a_room() -> None:
     assert [name for name in MODULES if _room(name) == "?"] == []
 
 
-def test_imports_go_down() -> None:
+def test_modules_import_only_what_is_on_lower_floors() -> None:
     up = [
         f"{name} imports {other}"
         for name in MODULES
@@ -84,7 +87,7 @@ def test_imports_go_down() -> None:
     assert up == []
 
 
-def test_no_circles() -> None:
+def test_imports_make_no_circles() -> None:
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -98,7 +101,7 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
-def test_contributings_table_is_the_tree() -> None:
+def test_the_table_in_contributing_lists_every_file() -> None:
     rows = [row for row in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if row.startswith("| `")]
     tables = {row.split("`")[1].rstrip("/"): set(re.findall(r"`(\w+)`", row)) for row in rows}
     for folder in sorted({path.parent for path in MODULES.values()}):
@@ -109,15 +112,85 @@ def test_contributings_table_is_the_tree() -> None:
             assert there <= tables.get(room, set()), f"CONTRIBUTING.md does not say what lives in {room}"
 
 
-def test_files_and_functions_are_short() -> None:
-    long = []
-    for name, path in MODULES.items():
-        text = path.read_text()
-        long += [name] if text.count("\n") > 450 else []
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
-                long.append(f"{name}.{node.name}")
-    assert long == []
+def _too_long(name: str, path: Path) -> Iterator[str]:
+    text = path.read_text()
+    if text.count("\n") > LONGEST_FILE:
+        yield name
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
+            yield f"{name}.{node.name}"
+
+
+def test_files_and_functions_are_short(tmp_path: Path) -> None:
+    assert [found for name, path in MODULES.items() for found in _too_long(name, path)] == []
+    assert [found for path in TESTS for found in _too_long(str(path.relative_to(ROOT)), path)] == []
+    (tmp_path / "long.py").write_text("def f():\n" + "    pass\n" * LONGEST_FILE)
+    assert list(_too_long("long", tmp_path / "long.py")) == ["long", "long.f"]
+
+
+def test_every_test_file_has_a_room() -> None:
+    places = [path.relative_to(ROOT / "tests").parts for path in TESTS]
+    assert {folder for folder, *_ in places} - {"conftest.py"} == ROOMS_OF_TESTS | {"helpers"}
+    assert all((folder in ROOMS_OF_TESTS) == rest[-1].startswith("test_") for folder, *rest in places if rest)
+
+
+# Calls that fail by what they find, beside `assert`; that a program ended well says nothing of what it found.
+CLAIMS = {"raises", "warns", "fail", "assert_close", "opcheck"}
+NO_CLAIMS = "processes.py"
+
+
+def _functions(*trees: ast.AST) -> dict[str, ast.AST]:
+    return {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def _claims(function: ast.AST, known: dict[str, ast.AST]) -> bool:
+    """Whether a function claims something, itself or by one of the ``known`` functions that it calls."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            others = {other: body for other, body in known.items() if other != name}
+            if name in CLAIMS or (name in known and _claims(known[name], others)):
+                return True
+    return False
+
+
+def _idle_tests(tree: ast.AST, helpers: dict[str, ast.AST]) -> list[str]:
+    mine = _functions(tree)
+    return [name for name in mine if name.startswith("test_") and not _claims(mine[name], helpers | mine)]
+
+
+def test_every_test_asserts_something() -> None:
+    helpers = _functions(*(TESTS[path] for path in TESTS if path.parent == HELPERS and path.name != NO_CLAIMS))
+    idle = {str(path.relative_to(ROOT)): _idle_tests(tree, helpers) for path, tree in TESTS.items()}
+    assert {name: tests for name, tests in idle.items() if tests} == {}
+
+
+def test_a_test_that_asserts_nothing_is_noticed() -> None:
+    text = "def helper(x): assert x\ndef test_a(): helper(1)\ndef test_b(): f(1)\ndef test_c(): pytest.raises(E, f)\n"
+    assert _idle_tests(ast.parse(text + "def f(x): f(x)"), {}) == ["test_b"]
+
+
+def _top_level_kernels(tree: ast.AST) -> list[int]:
+    """Lines that import ``kernels`` under the name of its folder, which works in a checkout only."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            continue
+        lines += [node.lineno for name in names if name.split(".")[0] == "kernels"]
+    return lines
+
+
+def test_nothing_imports_kernels_by_its_folder_name() -> None:
+    assert _top_level_kernels(ast.parse("import kernels.common\nfrom kernels import x")) == [1, 2]
+    assert not _top_level_kernels(ast.parse("import fastdense.kernels\nfrom .kernels import x"))
+    trees = TESTS | {path: ast.parse(path.read_text()) for path in MODULES.values()}
+    assert {path: lines for path, tree in trees.items() if (lines := _top_level_kernels(tree))} == {}
 
 
 def test_the_reading_of_imports_finds_every_form() -> None:
