@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers.processes import ROOT
+from helpers.processes import LIBRARIES, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -94,8 +94,7 @@ def fresh_python(distributions: Distributions, tmp_path_factory: pytest.TempPath
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--quiet", "--no-index", "--no-deps", distributions.wheel, cwd=home)
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip()
-    libraries = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
-    Path(site, "libraries.pth").write_text("\n".join(libraries))
+    Path(site, "libraries.pth").write_text("\n".join(LIBRARIES))
     return python
 
 
