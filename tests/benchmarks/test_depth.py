@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -103,84 +103,55 @@ def test_a_search_without_time_tries_nothing_and_says_that_it_is_not_complete() 
     assert (row["size"], row["complete"], row["trials"]) == (0, False, [])
 
 
-class FakeMemory:
-    """A device whose memory is what the networks of this file say that they hold."""
+class Limited(LiveBytes):
+    """Within the ``with``, what operators make must fit into so many bytes, as in a device's memory."""
 
     def __init__(self, budget: int) -> None:
-        self.device, self.budget = torch.device("cpu"), budget
-        self.held: list[weakref.ref[Tensor]] = []
-        self.errors: list[BaseException] = []
-        self.models: list[weakref.ref[nn.Module]] = []
-        self.most = 0
+        super().__init__([])
+        self.errors: list[BaseException] = []  # stored, as a debugger or a log would
+        self.in_backward = False
+        self.memory: Any = SimpleNamespace(device=torch.device("cpu"), budget=budget, start=self.start)
+        self.memory.peak, self.memory.release = lambda: self.peak, lambda: self.now
 
     def start(self) -> None:
-        self.most = 0
+        self.peak = self.now
 
-    def peak(self) -> int:
-        return self.most
-
-    def release(self) -> int:
-        return self.now()
-
-    def now(self) -> int:
-        return sum(tensor.nbytes for ref in self.held if (tensor := ref()) is not None)
-
-    def take(self, size: int, message: str) -> Tensor:
-        """``size`` bytes, or no memory; the error is stored, as a debugger or a log would."""
-        if self.now() + size > self.budget:
-            self.errors.append(torch.OutOfMemoryError(message))
+    def __torch_dispatch__(self, *given: Any, **keywords: Any) -> Any:
+        found = super().__torch_dispatch__(*given, **keywords)
+        if self.now > self.memory.budget:
+            self.errors.append(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+            self.in_backward = torch._C._current_graph_task_id() != -1
             raise self.errors[-1]
-        tensor = torch.zeros(size // 4)
-        self.held.append(weakref.ref(tensor))
-        self.most = max(self.most, self.now())
-        return tensor
+        return found
 
 
-class Holding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, memory: FakeMemory, size: int) -> Tensor:
-        ctx.memory, ctx.size, ctx.held = memory, size, memory.take(size, "CUDA out of memory. Tried")
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.memory.take(ctx.size, "CUDA out of memory. Tried in backward")
-        return grads[0], None, None
+def deep(layers: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), *(nn.Softplus() for _ in range(layers)))
 
 
-class Deep(nn.Module):
-    """Each layer holds a thousand bytes, and takes as much again in its backward."""
-
-    def __init__(self, memory: FakeMemory, layers: int) -> None:
-        super().__init__()
-        self.memory, self.layers, self.linear = memory, layers, nn.Linear(3 * 4, 5)
-        memory.models.append(weakref.ref(self))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x.flatten(1))
-        for _ in range(self.layers):
-            x = Holding.apply(x, self.memory, 1000)
-        return x
+def fit(live: Limited, layers: int) -> Fit:
+    """Of 50 images, each layer of which saves a thousand bytes."""
+    with live:
+        return trained_fit(lambda: deep(layers), (50, 3, 2, 2), 5, live.memory)
 
 
-def fit(memory: FakeMemory, layers: int) -> Fit:
-    return trained_fit(lambda: Deep(memory, layers), (2, 3, 2, 2), 5, memory)
-
-
-@pytest.mark.parametrize("layers", [10, 11, 40], ids=["in backward", "in forward", "early in forward"])
-def test_running_out_of_memory_leaves_nothing_behind(layers: int) -> None:
-    memory = FakeMemory(10_000)
-    found = fit(memory, layers)
+@pytest.mark.parametrize("in_backward", [False, True], ids=["in forward", "in backward"])
+def test_running_out_of_memory_leaves_nothing_behind(in_backward: bool) -> None:
+    live = Limited(20_000)
+    sizes = [layers for layers in range(1, 40) if not fit(live, layers).fits and live.in_backward == in_backward]
+    assert sizes
+    found = fit(live, sizes[0])
     assert (found.fits, found.bytes) == (False, None)
     assert found.details["bytes_left"] == 0 and "CUDA out of memory" in found.details["error"]
-    assert memory.errors and memory.models[0]() is None
+    assert live.errors
 
 
 def test_what_fits_does_not_depend_on_what_was_tried_before() -> None:
-    memory = FakeMemory(10_500)
-    first, failed, second = (fit(memory, layers) for layers in (8, 80, 8))
+    live = Limited(20_000)
+    first, failed, second = (fit(live, layers) for layers in (8, 80, 8))
     assert first.fits and not failed.fits and second == first
-    assert found_by(search(partial(fit, memory), memory.budget)) == 9  # one of ten layers' bytes are for backward
+    largest = max(layers for layers in range(1, 40) if fit(Limited(20_000), layers).fits)
+    assert found_by(search(partial(fit, live), 20_000)) == largest
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:
@@ -189,12 +160,13 @@ def test_other_errors_are_not_taken_for_missing_memory() -> None:
             raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        trained_fit(lambda: nn.Sequential(Broken(), nn.Linear(1, 1)), (2, 3, 2, 2), 5, FakeMemory(10))
+        trained_fit(lambda: nn.Sequential(Broken(), nn.Linear(1, 1)), (2, 3, 2, 2), 5, Limited(10**6).memory)
 
 
-def test_a_peak_over_the_budget_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeMemory, "peak", lambda self: 10**6 + 1)
-    assert fit(FakeMemory(10**6), 1)[:2] == (False, 10**6 + 1)
+def test_a_peak_over_the_budget_does_not_fit() -> None:
+    memory = Limited(10**6).memory
+    memory.peak = lambda: 10**6 + 1
+    assert trained_fit(lambda: deep(1), (2, 3, 2, 2), 5, memory)[:2] == (False, 10**6 + 1)
 
 
 @pytest.mark.parametrize(
