@@ -43,13 +43,14 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
+TREES = {path: ast.parse(path.read_text()) for path in MODULES.values()}
 TESTS = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 
-def _imports(name: str, path: Path, text: str) -> Iterator[str]:
+def _imports(name: str, path: Path, tree: ast.AST) -> Iterator[str]:
     """Our modules that ``name`` imports, wherever in it and by whatever form, but for type checkers alone."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):
@@ -63,7 +64,7 @@ def _imports(name: str, path: Path, text: str) -> Iterator[str]:
             yield from (a.value for a in node.args if isinstance(a, ast.Constant) and a.value in MODULES)
 
 
-GRAPH = {name: set(_imports(name, path, path.read_text())) - {name} for name, path in MODULES.items()}
+GRAPH = {name: set(_imports(name, path, TREES[path])) - {name} for name, path in MODULES.items()}
 
 
 def _room(name: str) -> str:
@@ -112,20 +113,17 @@ def test_the_table_in_contributing_lists_every_file() -> None:
             assert there <= tables.get(room, set()), f"CONTRIBUTING.md does not say what lives in {room}"
 
 
-def _too_long(name: str, path: Path) -> Iterator[str]:
-    text = path.read_text()
-    if text.count("\n") > LONGEST_FILE:
-        yield name
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
-            yield f"{name}.{node.name}"
+def _too_long(path: Path, tree: ast.AST) -> Iterator[str]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    yield from (f"{path}:{node.name}" for node in functions if node.end_lineno - node.lineno >= LONGEST_FUNCTION)
+    if path.read_text().count("\n") > LONGEST_FILE:
+        yield str(path)
 
 
 def test_files_and_functions_are_short(tmp_path: Path) -> None:
-    assert [found for name, path in MODULES.items() for found in _too_long(name, path)] == []
-    assert [found for path in TESTS for found in _too_long(str(path.relative_to(ROOT)), path)] == []
-    (tmp_path / "long.py").write_text("def f():\n" + "    pass\n" * LONGEST_FILE)
-    assert list(_too_long("long", tmp_path / "long.py")) == ["long", "long.f"]
+    assert [name for path, tree in (TREES | TESTS).items() for name in _too_long(path, tree)] == []
+    (file := tmp_path / "long.py").write_text("def f():\n" + "    pass\n" * LONGEST_FILE)
+    assert list(_too_long(file, ast.parse(file.read_text()))) == [f"{file}:f", str(file)]
 
 
 def test_every_test_file_has_a_room() -> None:
@@ -172,32 +170,18 @@ def test_a_test_that_asserts_nothing_is_noticed() -> None:
     assert _idle_tests(ast.parse(text + "def f(x): f(x)"), {}) == ["test_b"]
 
 
-def _top_level_kernels(tree: ast.AST) -> list[int]:
-    """Lines that import ``kernels`` under the name of its folder, which works in a checkout only."""
-    lines = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        else:
-            continue
-        lines += [node.lineno for name in names if name.split(".")[0] == "kernels"]
-    return lines
+FOLDER_NAME = re.compile(r"^\s*(?:from|import) kernels\b", re.MULTILINE)  # works in a checkout only
 
 
 def test_nothing_imports_kernels_by_its_folder_name() -> None:
-    assert _top_level_kernels(ast.parse("import kernels.common\nfrom kernels import x")) == [1, 2]
-    assert not _top_level_kernels(ast.parse("import fastdense.kernels\nfrom .kernels import x"))
-    trees = TESTS | {path: ast.parse(path.read_text()) for path in MODULES.values()}
-    assert {path: lines for path, tree in trees.items() if (lines := _top_level_kernels(tree))} == {}
+    texts = ("import kernels.common", "  from kernels import x", "import fastdense.kernels", "from .kernels import x")
+    assert [bool(FOLDER_NAME.search(text)) for text in texts] == [True, True, False, False]
+    assert [path for path in (*TESTS, *MODULES.values()) if FOLDER_NAME.search(path.read_text())] == []
 
 
 def test_the_reading_of_imports_finds_every_form() -> None:
     text = "def f():\n    from ..core import warn\n    import fastdense.nn\n    from . import select as s\n"
     text += 'importlib.import_module("fastdense.memory")\nfrom ..core.warn import say_once'
-    path = ROOT / "fastdense" / "backends" / "torch_backend.py"
-    found = list(_imports("fastdense.backends.torch_backend", path, text))
-    assert sorted(found) == sorted(
-        ["fastdense.core.warn", "fastdense.nn", "fastdense.backends.select", "fastdense.memory", "fastdense.core.warn"]
-    )
+    name = "fastdense.backends.torch_backend"
+    found = [module.removeprefix("fastdense.") for module in _imports(name, MODULES[name], ast.parse(text))]
+    assert sorted(found) == ["backends.select", "core.warn", "core.warn", "memory", "nn"]
