@@ -6,13 +6,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
-from email import message_from_bytes
+from email import message_from_string
 from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
@@ -51,20 +52,14 @@ def run(*command: str | Path, cwd: Path) -> str:
 class Distributions(NamedTuple):
     """What ``python -m build`` makes of a clean copy of the repository."""
 
-    sdist: Path
+    source: set[str]  # names of files
     wheel: Path
+    code: set[str]
+    about: dict[str, str]  # the texts of the wheel's metadata, by file
 
-    def wheel_files(self) -> set[str]:
-        with zipfile.ZipFile(self.wheel) as archive:
-            return {name for name in archive.namelist() if not name.endswith("/")}
-
-    def wheel_text(self, ending: str) -> bytes:
-        (name,) = (name for name in self.wheel_files() if name.endswith(f".dist-info/{ending}"))
-        with zipfile.ZipFile(self.wheel) as archive:
-            return archive.read(name)
-
+    @property
     def metadata(self) -> Message:
-        return message_from_bytes(self.wheel_text("METADATA"))
+        return message_from_string(self.about["METADATA"])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,13 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     shutil.copytree(ROOT, copy, ignore=leftovers)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy, cwd=out)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    return Distributions(sdist, wheel)
+    with tarfile.open(sdist) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if not name.endswith("/")]
+        about = {name: archive.read(name).decode() for name in files if re.match(r"fastdense-[^/]+\.dist-info/", name)}
+    texts = {name.partition("/")[2]: text for name, text in about.items()}
+    return Distributions(source, wheel, set(files) - set(about), texts)
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +114,21 @@ def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) 
         modules += (ROOT / "benchmarks" / folder).glob("*.py")
     expected = {installed_name(path) for path in modules} | {"fastdense/py.typed"}
     assert "fastdense/kernels/__init__.py" in expected
-
-    version = distributions.metadata()["Version"]
-    code = {name for name in distributions.wheel_files() if not name.startswith(f"fastdense-{version}.dist-info/")}
-    assert code == expected
+    assert distributions.code == expected
 
 
 def test_source_archive_holds_the_folders_and_the_licence(distributions: Distributions) -> None:
-    with tarfile.open(distributions.sdist) as archive:
-        files = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py", "benchmarks/speed.py"} <= files
-    assert not any(name.startswith(("benchmarks/results", "benchmarks/gpu")) for name in files)
+    needed = {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py", "benchmarks/speed.py"}
+    assert needed <= distributions.source
+    assert not any(name.startswith(("benchmarks/results", "benchmarks/gpu")) for name in distributions.source)
 
 
 def test_wheel_metadata(distributions: Distributions) -> None:
-    metadata = distributions.metadata()
-    assert metadata["Name"] == "fastdense"
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata["Requires-Python"] == ">=3.10"
-    assert "Apache License" in distributions.wheel_text("licenses/LICENSE").decode()
-    assert "fastdense = fastdense.cli.main:main" in distributions.wheel_text("entry_points.txt").decode()
-
+    metadata, about = distributions.metadata, distributions.about
+    found = [metadata[name] for name in ("Name", "License-Expression", "Requires-Python")]
+    assert found == ["fastdense", "Apache-2.0", ">=3.10"]
+    assert "Apache License" in about["licenses/LICENSE"]
+    assert "fastdense = fastdense.cli.main:main" in about["entry_points.txt"]
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {r.name for r in needed if "extra" not in str(r.marker)} == {"torch", "triton"}
     capped = [str(r) for r in needed for part in r.specifier if part.operator not in {">=", "!="}]
@@ -143,7 +138,7 @@ def test_wheel_metadata(distributions: Distributions) -> None:
 def test_constraints_pin_every_direct_dependency_within_its_range(distributions: Distributions) -> None:
     lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     pins = {canonicalize_name(r.name): r.specifier for r in map(Requirement, filter(None, lines))}
-    for line in distributions.metadata().get_all("Requires-Dist", []):
+    for line in distributions.metadata.get_all("Requires-Dist", []):
         needed = Requirement(line)
         name = canonicalize_name(needed.name)
         assert name in pins, f"{name} is not in constraints.txt"
@@ -155,10 +150,9 @@ def test_constraints_pin_every_direct_dependency_within_its_range(distributions:
 def test_wheel_imports_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
     found = json.loads(run(fresh_python, "-c", WHERE, cwd=tmp_path))
     site = Path(found["site-packages"])
-    assert fresh_python.parents[1] in site.parents
-    assert Path(found["fastdense"]) == site / "fastdense" / "__init__.py"
-    assert Path(found["fastdense.kernels"]) == site / "fastdense" / "kernels" / "__init__.py"
-    assert Path(found["metadata"]) == site
+    assert fresh_python.parents[1] in site.parents and Path(found["metadata"]) == site
+    files = [site / "fastdense" / "__init__.py", site / "fastdense" / "kernels" / "__init__.py"]
+    assert [Path(found[name]) for name in ("fastdense", "fastdense.kernels")] == files
     assert not is_inside(found["top-level kernels"], site)
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.processes import ROOT, python
 
-PAGES = (
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 RUNNABLE = tuple(page for page in PAGES if PYTHON.search(page.read_text()))
@@ -49,18 +47,14 @@ def by_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def run_pages(pages: dict[str, str]) -> dict[str, str]:
-    """The tracebacks of those pages whose Python fails, by the page's name."""
-    done = python("-c", PROGRAM, json.dumps(pages))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_python_of_every_page_runs_in_order() -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    broken = {"a broken page": "import sys\nsys.exit(0)\n", "a name of another page": "fastdense.convert\n"}
-    failed = run_pages({by_name(page): "\n".join(PYTHON.findall(page.read_text())) for page in RUNNABLE} | broken)
+    pages = {by_name(page): "\n".join(PYTHON.findall(page.read_text())) for page in RUNNABLE}
+    broken = {"ends early": "import sys\nsys.exit(0)\n", "takes a name from another page": "fastdense.convert\n"}
+    done = python("-c", PROGRAM, json.dumps(pages | broken))
+    assert done.returncode == 0, done.stderr[-3000:]
+    failed = json.loads(done.stdout.splitlines()[-1])
     assert failed.keys() == broken.keys(), failed
 
 
@@ -78,7 +72,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
+
+
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
         if re.match(r"[a-z]+:", target):
@@ -91,11 +88,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_of_the_docs_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"](docs/{page.name}" in text, page.name
+    assert [page for page in DOCS if f"](docs/{page.name}" not in text] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+@each_page
 def test_targets_modules_and_files_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -108,7 +104,7 @@ def test_targets_modules_and_files_exist(page: Path) -> None:
         assert (ROOT / file).exists(), file
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+@each_page
 def test_commands_and_flags_exist(page: Path) -> None:
     typer = pytest.importorskip("typer")
     from fastdense.cli.app import app
