@@ -117,19 +117,6 @@ def test_a_fresh_process_yields_as_it_goes_and_one_that_dies_is_no_result(status
     assert len(found) == 2 and len({*found, os.getpid()}) == 2
 
 
-class Wrong(torch.nn.Module):
-    """A network whose forward is right and whose gradient is not."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = self.inner(x)
-        scores.register_hook(lambda gradient: gradient * (1 + 1e-6))
-        return scores
-
-
 @pytest.fixture
 def candidates(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """One right provider, one whose gradients are wrong, one that is not to be had and one that fails."""
@@ -138,10 +125,18 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     def fails(spec: NetworkSpec) -> torch.nn.Module:
         raise torch.OutOfMemoryError("out of memory")
 
+    def scaled(module: torch.nn.Module, given: Any, scores: torch.Tensor) -> None:
+        scores.register_hook(lambda gradient: gradient * (1 + 1e-6))
+
+    def wrong(spec: NetworkSpec) -> torch.nn.Module:
+        model = right.network(spec)
+        model.register_forward_hook(scaled)
+        return model
+
     right = PROVIDERS["fastdense-activations"]
     made: dict[str, dict[str, Any]] = {
         "right": {},
-        "wrong": {"network": lambda spec: Wrong(right.network(spec))},
+        "wrong": {"network": wrong},
         "absent": {"unsupported_reason": lambda device: "not here"},
         "fails": {"network": fails},
     }
