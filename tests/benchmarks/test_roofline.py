@@ -89,10 +89,9 @@ def test_what_a_launch_has_stored_is_loaded_for_nothing_and_what_it_adds_to_is_l
 
 def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     """As ``benchmarks.gpu`` writes it, with made-up times: each kernel takes twice its floor, a copy four times."""
-    rows = []
-    for row in roofline.floors((3e12, 8e14), traffic.NETWORKS["densenet121"], 64, 224, 2):
-        slower = 4 if row["operation"] == traffic.COPY else 2
-        rows.append({**row, "seconds": slower * row["floor_seconds"]})
+    rows = roofline.floors((3e12, 8e14), traffic.NETWORKS["densenet121"], 64, 224, 2)
+    for row in rows:
+        row["seconds"] = (4 if row["operation"] == traffic.COPY else 2) * row["floor_seconds"]
     environment = {"device": "Imaginary GPU", "rehearsal": rehearsal}
     rows.append({"operation": "reduce", "elements": 64, "times": 3, "seconds": 2e-9, "floor_seconds": 1e-9})
     profiles = {f"fastdense, batch {batch}": {"network": "densenet121", "rows": rows} for batch in (64, 256)}

@@ -118,12 +118,7 @@ def test_outside_the_blocks_of_a_network_for_small_images() -> None:
     assert outside_blocks(small, 1, 32, 1).bytes == stem + 1024 * (3 * 16 + 3 * 24)
 
 
-def test_a_floor_is_the_slower_of_moving_and_computing() -> None:
-    assert traffic.floor_seconds(3e12, 1.0, 3e12, 1e15) == 1.0
-    assert traffic.floor_seconds(1.0, 2e15, 3e12, 1e15) == 2.0
-
-
-def test_a_network_at_its_floor_is_the_sum_of_its_primitives() -> None:
+def test_a_networks_floor_is_the_sum_over_primitives_of_the_slower_of_moving_and_computing() -> None:
     network = Network(growth_rate=8, layers=(2,), init_features=16)
     total = traffic.network_traffic(network, 4, 32, 2)
     moving = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e30)

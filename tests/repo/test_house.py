@@ -143,15 +143,11 @@ def _functions(*trees: ast.AST) -> dict[str, ast.AST]:
 
 def _claims(function: ast.AST, known: dict[str, ast.AST]) -> bool:
     """Whether a function claims something, itself or by one of the ``known`` functions that it calls."""
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assert):
-            return True
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func).rpartition(".")[2]
-            others = {other: body for other, body in known.items() if other != name}
-            if name in CLAIMS or (name in known and _claims(known[name], others)):
-                return True
-    return False
+    nodes = list(ast.walk(function))
+    calls = {ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)}
+    others = {name: body for name, body in known.items() if body is not function}
+    itself = any(isinstance(node, ast.Assert) for node in nodes) or bool(calls & CLAIMS)
+    return itself or any(_claims(others[name], others) for name in calls & others.keys())
 
 
 def _idle_tests(tree: ast.AST, helpers: dict[str, ast.AST]) -> list[str]:
