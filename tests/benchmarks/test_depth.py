@@ -1,18 +1,21 @@
-"""Counted bytes beside measured ones, the search, recovery from a device without memory, and the command as a whole."""
+"""The depth benchmark: counted bytes beside measured ones, the search, running out of memory, the command."""
 
 from __future__ import annotations
 
 import json
 import time
-import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import depth
 from benchmarks.harness import fits
@@ -36,22 +39,19 @@ def test_counted_bytes_are_those_of_a_real_step(name: str) -> None:
         assert found["peak_counted"] == pytest.approx(found["peak_measured"], rel=0.02)
 
 
-def test_counted_parameters() -> None:
+def test_parameters_and_gradients_are_counted_with_their_momentum() -> None:
     counted = counted_bytes(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (2, 3, 2, 2), 5)
     assert (counted.gradients, counted.parameters) == (4 * 65, 8 * 65)
     assert counted.peak > counted.parameters + counted.gradients
 
 
-def test_a_copy_that_is_never_allocated_can_be_larger_than_any_machine() -> None:
-    spec = cifar(40)
-    small, huge = (
-        counted_bytes(lambda: PROVIDERS["memory-efficient"].network(spec), (batch, 3, 32, 32), 10).kept
-        for batch in (1, 10**7)
-    )
+def test_a_count_may_be_larger_than_any_machine() -> None:
+    network = partial(PROVIDERS["memory-efficient"].network, cifar(40))
+    small, huge = (counted_bytes(network, (batch, 3, 32, 32), 10).kept for batch in (1, 10**7))
     assert huge == pytest.approx(10**7 * small, rel=0.01)
 
 
-def test_live_bytes_by_hand() -> None:
+def test_live_bytes_counted_by_hand() -> None:
     x = torch.empty(MB // 4)
     with LiveBytes([x]) as live:
         y = x + 1
@@ -96,215 +96,174 @@ def test_the_search_tries_few_sizes_where_bytes_are_known() -> None:
     assert len(tried) <= 14
 
 
-def test_a_search_without_time_tries_nothing() -> None:
+def test_a_search_without_time_tries_nothing_and_says_that_it_is_not_complete() -> None:
     assert search(lambda n: Fit(n <= 100, None, {}), 1, until=time.monotonic() - 1) == {}
     run = depth.run(Options(budget=10**8, seconds=0.0, questions=("cifar",), providers=("fastdense-bottlenecks",)))
     row = run["results"]["cifar"]["providers"]["fastdense-bottlenecks"]
     assert (row["size"], row["complete"], row["trials"]) == (0, False, [])
 
 
-class FakeMemory:
-    """A device whose memory is what the networks of this file say that they hold."""
+class Limited(LiveBytes):
+    """Within the ``with``, what operators make must fit into so many bytes, as in a device's memory."""
 
     def __init__(self, budget: int) -> None:
-        self.device, self.budget = torch.device("cpu"), budget
-        self.held: list[weakref.ref[Tensor]] = []
-        self.errors: list[BaseException] = []
-        self.most = 0
+        super().__init__([])
+        self.errors: list[BaseException] = []  # stored, as a debugger or a log would
+        self.in_backward = False
+        self.memory: Any = SimpleNamespace(device=torch.device("cpu"), budget=budget, start=self.start)
+        self.memory.peak, self.memory.release = lambda: self.peak, lambda: self.now
 
     def start(self) -> None:
-        self.most = 0
+        self.peak = self.now
 
-    def peak(self) -> int:
-        return self.most
-
-    def release(self) -> int:
-        return self.now()
-
-    def now(self) -> int:
-        return sum(tensor.nbytes for ref in self.held if (tensor := ref()) is not None)
-
-    def take(self, size: int, message: str) -> Tensor:
-        """``size`` bytes, or no memory; the error is stored, as a debugger or a log would."""
-        if self.now() + size > self.budget:
-            self.errors.append(torch.OutOfMemoryError(message))
+    def __torch_dispatch__(self, *given: Any, **keywords: Any) -> Any:
+        found = super().__torch_dispatch__(*given, **keywords)
+        if self.now > self.memory.budget:
+            self.errors.append(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+            self.in_backward = torch._C._current_graph_task_id() != -1
             raise self.errors[-1]
-        tensor = torch.zeros(size // 4)
-        self.held.append(weakref.ref(tensor))
-        self.most = max(self.most, self.now())
-        return tensor
+        return found
 
 
-class Holding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, memory: FakeMemory, size: int) -> Tensor:
-        ctx.memory, ctx.size, ctx.held = memory, size, memory.take(size, "CUDA out of memory. Tried")
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.memory.take(ctx.size, "CUDA out of memory. Tried in backward")
-        return grads[0], None, None
+def deep(layers: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), *(nn.Softplus() for _ in range(layers)))
 
 
-class Deep(nn.Module):
-    """Each layer holds a thousand bytes, and takes as much again in its backward."""
-
-    def __init__(self, memory: FakeMemory, layers: int) -> None:
-        super().__init__()
-        self.memory, self.layers, self.linear = memory, layers, nn.Linear(3 * 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x.flatten(1))
-        for _ in range(self.layers):
-            x = Holding.apply(x, self.memory, 1000)
-        return x
+def fit(live: Limited, layers: int) -> Fit:
+    """Of 50 images, each layer of which saves a thousand bytes."""
+    with live:
+        return trained_fit(lambda: deep(layers), (50, 3, 2, 2), 5, live.memory)
 
 
-@pytest.mark.parametrize("layers", [10, 11, 40], ids=["in backward", "in forward", "early in forward"])
-def test_running_out_of_memory_leaves_nothing_behind(layers: int) -> None:
-    memory = FakeMemory(10_000)
-    models: list[weakref.ref[nn.Module]] = []
-
-    def build() -> nn.Module:
-        model = Deep(memory, layers)
-        models.append(weakref.ref(model))
-        return model
-
-    fit = trained_fit(build, (2, 3, 2, 2), 5, memory)
-    assert (fit.fits, fit.bytes) == (False, None)
-    assert fit.details["bytes_left"] == 0
-    assert "CUDA out of memory" in fit.details["error"]
-    assert memory.errors and models[0]() is None
+@pytest.mark.parametrize("in_backward", [False, True], ids=["in forward", "in backward"])
+def test_running_out_of_memory_leaves_nothing_behind(in_backward: bool) -> None:
+    live = Limited(20_000)
+    sizes = [layers for layers in range(1, 40) if not fit(live, layers).fits and live.in_backward == in_backward]
+    assert sizes
+    found = fit(live, sizes[0])
+    assert (found.fits, found.bytes) == (False, None)
+    assert found.details["bytes_left"] == 0 and "CUDA out of memory" in found.details["error"]
+    assert live.errors
 
 
-def test_a_size_does_not_depend_on_earlier_ones() -> None:
-    memory = FakeMemory(10_500)
-
-    def attempt(layers: int) -> Fit:
-        return trained_fit(lambda: Deep(memory, layers), (2, 3, 2, 2), 5, memory)
-
-    first, failed, second = attempt(8), attempt(80), attempt(8)
+def test_what_fits_does_not_depend_on_what_was_tried_before() -> None:
+    live = Limited(20_000)
+    first, failed, second = (fit(live, layers) for layers in (8, 80, 8))
     assert first.fits and not failed.fits and second == first
-    assert found_by(search(attempt, memory.budget)) == 9  # of each ten thousand bytes, one layer's is for backward
+    largest = max(layers for layers in range(1, 40) if fit(Limited(20_000), layers).fits)
+    assert found_by(search(partial(fit, live), 20_000)) == largest
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:
     class Broken(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("shapes do not match")
+        forward = Mock(side_effect=RuntimeError("shapes do not match"))
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        trained_fit(lambda: nn.Sequential(Broken(), nn.Linear(1, 1)), (2, 3, 2, 2), 5, FakeMemory(10))
+        trained_fit(lambda: nn.Sequential(Broken(), nn.Linear(1, 1)), (2, 3, 2, 2), 5, Limited(10**6).memory)
 
 
 def test_a_peak_over_the_budget_does_not_fit() -> None:
-    memory = FakeMemory(10**6)
-    memory.peak = lambda: 10**6 + 1  # type: ignore[method-assign]
-    fit = trained_fit(lambda: Deep(memory, 1), (2, 3, 2, 2), 5, memory)
-    assert (fit.fits, fit.bytes) == (False, 10**6 + 1)
+    memory = Limited(10**6).memory
+    memory.peak = lambda: 10**6 + 1
+    assert trained_fit(lambda: deep(1), (2, 3, 2, 2), 5, memory)[:2] == (False, 10**6 + 1)
 
 
 @pytest.mark.parametrize(
-    ("error", "want"),
-    [
-        (torch.OutOfMemoryError("anything"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory(error: RuntimeError, want: bool) -> None:
-    assert fits.out_of_memory(error) is want
+    ("words", "want"),
+    [("CUDA error: out of memory", True), ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+     ("CUDA error: an illegal memory access was encountered", False)],
+)  # fmt: skip
+def test_libraries_say_in_words_that_memory_is_out(words: str, want: bool) -> None:
+    assert fits.out_of_memory(RuntimeError(words)) is want
+    assert fits.out_of_memory(torch.OutOfMemoryError("anything"))
 
 
 def test_cuda_is_limited_measured_and_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    for name, value in {
-        "mem_get_info": (1, 24 * 10**9),
-        "set_per_process_memory_fraction": None,
-        "reset_peak_memory_stats": None,
-        "synchronize": None,
-        "max_memory_reserved": 77,
-        "empty_cache": None,
-        "memory_allocated": 3,
-    }.items():
-        monkeypatch.setattr(
-            torch.cuda, name, lambda *args, name=name, value=value: (calls.append((name, *args)), value)[1]
-        )
+    calls = MagicMock()
+    calls.mem_get_info.return_value = (1, 24 * 10**9)
+    calls.max_memory_reserved.return_value, calls.memory_allocated.return_value = 77, 3
+    monkeypatch.setattr(fits.torch, "cuda", calls)
     device = torch.device("cuda")
     memory = CudaMemory(12 * 10**9, device)
     memory.start()
     assert (memory.peak(), memory.release()) == (77, 3)
     memory.close()
-    assert [call for call in calls if call[0].startswith("set")] == [
-        ("set_per_process_memory_fraction", 0.5, device),
-        ("set_per_process_memory_fraction", 1.0, device),
-    ]
-    assert ("empty_cache",) in calls
+    limits = [call.args for call in calls.set_per_process_memory_fraction.mock_calls]
+    assert limits == [(0.5, device), (1.0, device)]
+    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
+        assert getattr(calls, name).called, name
     with pytest.raises(ValueError, match=r"has 24\.0 GB, less than the budget of 25\.0 GB"):
         CudaMemory(25 * 10**9, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu() -> None:
+def test_fastdense_trains_the_deepest_network_on_a_gpu_and_nothing_stays_allocated() -> None:
     options = Options(budget=10**9, device="cuda", questions=("cifar",), providers=depth.COUNTABLE)
     found = depth.run(options)["results"]["cifar"]["providers"]
     assert found["fastdense-bottlenecks"]["depth"] > 3 * found["torchvision"]["depth"] > 0
     assert all(trial["bytes_left"] < 64 * MB for row in found.values() for trial in row["trials"])
 
 
-def test_questions() -> None:
+def test_a_questions_size_gives_its_network_its_images_and_its_answer() -> None:
     questions = depth.QUESTIONS
     assert questions["cifar"].answer(16) == 100  # the tech report's DenseNet-BC-100
     assert questions["densenet264"].network(16) == MODELS["densenet264"]
     assert questions["densenet264"].network(17).block_config == (6, 12, 68, 51)
-    assert questions["batch-densenet201"].answer(7) == 7
-    assert questions["batch-densenet201"].shape(7) == (7, 3, 224, 224)
+    batch = questions["batch-densenet201"]
+    assert (batch.answer(7), batch.shape(7)) == (7, (7, 3, 224, 224))
 
 
-@pytest.mark.parametrize(("text", "want"), [("12GB", 12 * 10**9), ("1.5 gib", 3 << 29), ("500MB", 5 * 10**8), ("7", 7)])
-def test_budgets(text: str, want: int) -> None:
-    assert depth.parse_bytes(text) == want
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("12GB", 12 * 10**9), ("1.5 gib", 3 << 29), ("500MB", 5 * 10**8), ("7", 7),
+     *((text, None) for text in ("", "GB", "-1GB", "0GB", "12 parsecs"))],
+)  # fmt: skip
+def test_a_budget_is_a_number_and_a_unit(text: str, want: int | None) -> None:
+    with nullcontext() if want else pytest.raises(ValueError, match="a budget is a number"):
+        assert depth.parse_bytes(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "12 parsecs"])
-def test_bad_budgets(text: str) -> None:
-    with pytest.raises(ValueError, match="a budget is a number"):
-        depth.parse_bytes(text)
+def test_a_quick_run_has_a_small_budget_unless_another_than_the_usual_is_named() -> None:
+    quick = partial(Options, quick=True)
+    asked = (Options(), Options(budget="12GB"), Options(budget="24GiB"), quick(budget="12GB"), quick(budget="2GB"))
+    assert [depth.budget_bytes(options) for options in asked] == [12 * 10**9] * 2 + [24 << 30, 5 * 10**8, 2 * 10**9]
 
 
-@pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
+def test_other_arithmetic_and_cuda_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="fp32, got dtype 'bf16'"):
+        depth.run(Options(dtype="bf16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        Options(device="cuda")
+
+
+def test_the_command_searches_shows_and_records_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = depth.replace(depth.QUESTIONS["batch-densenet121"], network=lambda size: cifar(22), pixels=64)
+    monkeypatch.setitem(depth.QUESTIONS, "batch-densenet121", small)
+    file, picture = tmp_path / "depth.json", tmp_path / "depth.png"
     providers = ("torchvision", "memory-efficient", "fastdense-bottlenecks", "compile")
-    questions = ("cifar", "batch-densenet121")
-    return depth.run(Options(budget=2 * 10**8, processes=1, questions=questions, providers=providers))
-
-
-def test_a_small_run(record: dict[str, Any]) -> None:
-    assert record["settings"]["method"] == "by bytes counted, not by steps on a GPU"
-    assert complaints(json.loads(json.dumps(record))) == []
+    asked = ["--device", "cpu", "--processes", "1", "--questions", "cifar", "batch-densenet121", "--budget", "200MB"]
+    depth.main([*asked, "--providers", *providers, "--json", str(file), "--plot", str(picture)])
+    record = json.loads(file.read_text())
+    assert complaints(record) == [] and record["settings"]["budget"] == 2 * 10**8
+    assert record["settings"]["method"] == depth.COUNTED == "by bytes counted, not by steps on a GPU"
     assert record["checks"]["compile"]["unavailable"] == "its bytes cannot be counted without a device"
     found = record["results"]["cifar"]["providers"]
-    assert list(found) == ["torchvision", "memory-efficient", "fastdense-bottlenecks"]
+    assert tuple(found) == providers[:3]
     for row in found.values():
-        assert row["complete"]
-        fitting = [trial for trial in row["trials"] if trial["fits"]]
-        over = [trial for trial in row["trials"] if not trial["fits"]]
-        assert fitting[-1]["size"] == row["size"] == over[0]["size"] - 1
+        fitting, over = ([trial for trial in row["trials"] if trial["fits"] is fits] for fits in (True, False))
+        assert row["complete"] and fitting[-1]["size"] == row["size"] == over[0]["size"] - 1
         assert fitting[-1]["bytes"] <= 2 * 10**8 < over[0]["bytes"]
-    assert found["fastdense-bottlenecks"]["depth"] > found["memory-efficient"]["depth"] > found["torchvision"]["depth"]
-
-
-def test_its_table_and_picture(record: dict[str, Any], tmp_path: Path) -> None:
-    row = record["results"]["cifar"]["providers"]["fastdense-bottlenecks"]
-    text = depth_report.depth_table(json.loads(json.dumps(record)), "cpu/depth.json")
-    assert f"| {row['label']} | {row['depth']} |" in text
-    assert "by bytes counted, not by steps on a GPU" in text
+    ours = found["fastdense-bottlenecks"]
+    assert ours["depth"] > found["memory-efficient"]["depth"] > found["torchvision"]["depth"]
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    table = depth_report.depth_table(record, "cpu/depth.json")
+    assert f"| {ours['label']} | {ours['depth']} |" in table and depth.COUNTED in table
     assert len(list(depth_report.rows(record))) == 2
-    depth.plot(record, tmp_path / "depth.png")
-    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+    assert ours["label"] in capsys.readouterr().out
 
 
 def test_a_wrong_provider_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,29 +280,3 @@ def test_a_wrong_provider_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(found["results"]["cifar"]["providers"]) == ["torchvision"]
     assert not found["checks"]["memory-efficient"]["checked"]
     assert any("takes no part: differs by" in line for line in lines)
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = ["--processes", "1", "--json", str(tmp_path / "depth.json"), "--plot", str(tmp_path / "depth.png")]
-    depth.main(
-        ["--budget", "100MB", "--device", "cpu", "--questions", "cifar", "--providers", "fastdense-bottlenecks", *paths]
-    )
-    written = json.loads((tmp_path / "depth.json").read_text())
-    assert written["settings"]["budget"] == 10**8
-    assert (tmp_path / "depth.png").stat().st_size > 10_000
-    assert "fastdense bottlenecks" in capsys.readouterr().out
-
-
-def test_budgets_of_options() -> None:
-    assert depth.budget_bytes(Options()) == depth.budget_bytes(Options(budget="12GB")) == 12 * 10**9
-    assert depth.budget_bytes(Options(budget="24GiB")) == 24 << 30
-    assert depth.budget_bytes(Options(quick=True, budget="12GB")) == 5 * 10**8
-    assert depth.budget_bytes(Options(quick=True, budget="2GB")) == 2 * 10**9
-    with pytest.raises(ValueError, match="fp32, got dtype 'bf16'"):
-        depth.run(Options(dtype="bf16"))
-
-
-def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA GPU"):
-        Options(device="cuda")

@@ -1,4 +1,4 @@
-"""The run on a GPU: no stage takes another down, nothing wrong is timed, and all of it can be rehearsed."""
+"""The run on a GPU: no stage takes another down, the command records and sums up what they found, all is rehearsed."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ import multiprocessing
 import os
 import signal
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from helpers import gpu_stages
-from helpers.processes import ROOT, python
+from helpers.processes import LIBRARIES, ROOT, python
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import steps
 from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, Stage, _Worker
 from benchmarks.gpu.summary import CHARACTERS, summary
+from benchmarks.harness import checkout
 
-CPU = torch.device("cpu")
-
-
-def stage(name: str, seconds: float = 120.0, **options: Any) -> Stage:
-    return Stage(name.replace("_", "-"), getattr(gpu_stages, name), seconds, **options)
+Runs: TypeAlias = Callable[..., tuple[bool, list[str], dict[str, Any]]]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., tuple[bool, list[str]]]]:
-    """Runs stages into one folder; returns whether all finished, and what was said."""
-
-    def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str]]:
-        said: list[str] = []
-        complete = Run(tmp_path, minutes=minutes, rehearsal=True, say=said.append).run(stages)
-        return complete, said
-
-    yield run_them
-    assert {path.name for path in tmp_path.iterdir()} <= {RECORD, LOG}
+def stage(name: str, function: str = "finish", seconds: float = 120.0, **options: Any) -> Stage:
+    return Stage(name, getattr(gpu_stages, function), seconds, **options)
 
 
 def entries(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text(), parse_constant=pytest.fail)["stages"]
 
 
-def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Runs:
+    """Runs stages into one folder; returns whether all finished, of which stages was said something, the record."""
+
+    def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str], dict[str, Any]]:
+        said: list[str] = []
+        complete = Run(tmp_path, minutes=minutes, rehearsal=True, say=said.append).run(stages)
+        assert {path.name for path in tmp_path.iterdir()} <= {RECORD, LOG}
+        return complete, [line.partition(":")[0] for line in said], entries(tmp_path)
+
+    return run_them
+
+
+def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time() -> None:
     worker = _Worker.__new__(_Worker)
     worker.pipe, theirs = multiprocessing.Pipe()
     worker.begun = time.time() - 10 * START_SECONDS
@@ -56,31 +57,23 @@ def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time(tmp_path: Pa
     assert worker.wait() == {"status": "ok", "seconds": 1.0, "result": {}}
 
 
-@pytest.mark.slow
-def test_however_a_stage_ends_the_next_one_runs(run: Callable[..., Any], tmp_path: Path) -> None:
-    names = ("fail", "run_out_of_memory", "crash", "exit_early", "hang", "finish", "cannot_run_here")
-    complete, said = run(*(stage(name, 1.2 if name == "hang" else 120.0) for name in names))
-    assert not complete
-    assert [line.partition(":")[0] for line in said] == [name.replace("_", "-") for name in names]
-    found = entries(tmp_path)
-    assert {name: entry["status"] for name, entry in found.items()} == {
-        "fail": "failed",
-        "run-out-of-memory": "out of memory",
-        "crash": "crashed",
-        "exit-early": "crashed",
-        "hang": "timed out",
-        "finish": "ok",
-        "cannot-run-here": "skipped",
-    }
+def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> None:
+    ends = {
+        "fail": "failed", "run_out_of_memory": "out of memory", "crash": "crashed", "exit_early": "crashed",
+        "hang": "timed out", "finish": "ok", "cannot_run_here": "skipped",
+    }  # fmt: skip
+    complete, said, found = run(*(stage(name, name, 0.5 if name == "hang" else 120.0) for name in ends))
+    assert not complete and said == list(ends)
+    assert {name: entry["status"] for name, entry in found.items()} == ends
     assert "this stage fails" in found["fail"]["error"]
-    assert found["fail"]["result"] == {"saved": 1}
-    assert found["crash"]["result"] == {"saved": 2}
+    assert (found["fail"]["result"], found["crash"]["result"]) == ({"saved": 1}, {"saved": 2})
     assert "SIGSEGV" in found["crash"]["error"] and "the last thing that it said" in found["crash"]["error"]
-    assert found["hang"]["seconds"] < 30
+    assert found["hang"]["seconds"] < START_SECONDS
     assert gone(found["hang"]["result"]["helper"])
     assert found["finish"]["result"]["not finite"] == ["nan", "inf"]
     assert found["finish"]["result"]["earlier"] == []  # what has failed is no result to build on
-    assert "printed by a stage" in (tmp_path / "gpu.log").read_text()
+    assert found["cannot_run_here"]["error"] == "no such tool"
+    assert "printed by a stage" in (tmp_path / LOG).read_text()
     required = {"device", "torch", "triton", "commit", "sources", "date", "command", "rehearsal"}
     assert all(required <= entry["environment"].keys() for entry in found.values())
     assert len(summary(found)) <= CHARACTERS
@@ -94,48 +87,28 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.slow
-def test_stages_share_a_process_until_one_breaks_it_or_asks_for_its_own(
-    run: Callable[..., Any], tmp_path: Path
-) -> None:
-    def finish(name: str, **options: Any) -> Stage:
-        return Stage(name, gpu_stages.finish, 120, **options)
-
-    complete, _ = run(finish("a"), finish("b"), stage("exit_early"), finish("c"), finish("d", apart=True), finish("e"))
-    assert not complete
-    found = entries(tmp_path)
-    assert found["exit-early"]["status"] == "crashed"
-    processes = {name: entry["result"].get("process") for name, entry in found.items() if name != "exit-early"}
-    assert processes["a"] == processes["b"] and len(set(processes.values())) == 4
-    assert found["e"]["result"]["earlier"] == ["a", "b", "c", "d"]
+def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(run: Runs) -> None:
+    """And those in the background end before the first timed one."""
+    complete, said, found = run(
+        stage("beside", background=True), stage("a"), stage("b"), stage("broken", "break_the_device"),
+        stage("c"), stage("apart", apart=True), stage("timed", timed=True), stage("none", "cannot_run_here"),
+    )  # fmt: skip
+    assert complete and said == ["a", "b", "broken", "c", "apart", "beside", "timed", "none"]
+    assert found["broken"].keys() == {"status", "seconds", "result", "environment"}
+    processes = {name: entry["result"].get("process") for name, entry in found.items()}
+    assert processes["a"] == processes["b"]
+    assert len({processes[name] for name in ("beside", "a", "c", "apart", "timed")}) == 5
+    assert found["timed"]["result"]["earlier"] == ["a", "apart", "b", "beside", "broken", "c"]
 
 
-@pytest.mark.slow
-def test_after_a_stage_that_broke_the_device_the_next_one_has_a_new_process(
-    run: Callable[..., Any], tmp_path: Path
-) -> None:
-    first, last = (Stage(name, gpu_stages.finish, 120) for name in ("first", "last"))
-    complete, _ = run(first, stage("break_the_device"), last)
-    found = entries(tmp_path)
-    assert complete and found["break-the-device"].keys() == {"status", "seconds", "result", "environment"}
-    assert found["first"]["result"]["process"] != found["last"]["result"]["process"]
+def test_without_time_a_stage_is_not_reached(run: Runs) -> None:
+    complete, _, found = run(stage("finish"), minutes=0.0)
+    assert not complete and found["finish"]["status"] == "not reached"
 
 
-@pytest.mark.slow
-def test_stages_in_the_background_end_before_the_first_timed_one(run: Callable[..., Any], tmp_path: Path) -> None:
-    background = Stage("beside", gpu_stages.finish, 120, background=True)
-    timed = Stage("timed", gpu_stages.finish, 120, timed=True)
-    complete, said = run(background, stage("finish"), timed)
-    assert complete
-    assert [line.partition(":")[0] for line in said] == ["finish", "beside", "timed"]
-    found = entries(tmp_path)
-    assert found["timed"]["result"]["earlier"] == ["beside", "finish"]
-
-
-@pytest.mark.parametrize("rehearsal", [False, True])
-@pytest.mark.parametrize("given", ["0", "1"])
-def test_only_a_rehearsal_is_interpreted(
-    given: str, rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("rehearsal", [False, True], ids=["on a GPU", "in a rehearsal"])
+def test_kernels_are_interpreted_only_in_a_rehearsal_whatever_the_environment_says(
+    rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found: list[str | None] = []
 
@@ -143,7 +116,7 @@ def test_only_a_rehearsal_is_interpreted(
         found.append(os.environ.get("TRITON_INTERPRET"))
         return True
 
-    monkeypatch.setenv("TRITON_INTERPRET", given)
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if rehearsal else "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Run, "run", run)
     monkeypatch.setattr(command, "summary", lambda stages: "")
@@ -154,61 +127,62 @@ def test_only_a_rehearsal_is_interpreted(
     assert exit_.value.code == 0 and found == ["1" if rehearsal else None]
 
 
-def test_a_stage_that_cannot_run_here_says_why_and_the_run_is_complete(run: Callable[..., Any], tmp_path: Path) -> None:
-    complete, said = run(stage("cannot_run_here"))
-    assert complete and "skipped: no such tool" in said[0]
-    assert entries(tmp_path)["cannot-run-here"]["error"] == "no such tool"
+def rehearse(folder: Path, *options: Any) -> dict[str, Any]:
+    """The results of a rehearsal on the command line, by stage, those left out that cannot run here."""
+    done = python("-m", "benchmarks.gpu", "--out", folder, "--rehearse", "--minutes", 50, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = done.stdout[done.stdout.index("REHEARSAL") :]
+    assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
+    found = entries(folder)
+    skipped = {name for name, entry in found.items() if entry["status"] == "skipped"}
+    assert skipped <= {"counters", "depth"}
+    assert all(found[name]["status"] == "ok" and f" {name} " in report for name in found.keys() - skipped)
+    assert {path.name for path in folder.iterdir()} == {RECORD, LOG, *[PICTURE] * ("layers" in found)}
+    return {name: entry["result"] for name, entry in found.items()}
 
 
-def test_without_time_a_stage_is_not_reached(run: Callable[..., Any], tmp_path: Path) -> None:
-    assert run(stage("finish"), minutes=0.0)[0] is False
-    assert entries(tmp_path)["finish"]["status"] == "not reached"
+def check_profile(results: dict[str, Any]) -> None:
+    """Each kernel of a step has a row, and so has each candidate, with its floor."""
+    (profile,) = results["layers"].values()
+    assert {"bn_relu_conv 1x1", "bn_relu_conv_backward 1x1"} <= {row["operation"] for row in profile["rows"]}
+    assert {row["operation"] for row in results["candidates"]["rows"]} == {"forward 1x1"}
+    assert all("timing" in row and row["floor_seconds"] > 0 for row in results["candidates"]["rows"])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+def test_a_rehearsal_of_a_few_stages(tmp_path: Path) -> None:
+    stages = ("rates", "layers", "candidates", "counters")
+    results = rehearse(tmp_path, "--stages", *stages)
+    assert tuple(results) == stages
+    check_profile(results)
+
+
+@pytest.mark.minutes
+@pytest.mark.timeout(900)
 def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     results: dict[str, Any] = {}
     for again in (False, True):
-        out = tmp_path / str(again)
-        options = ["--again"] * again
-        done = python("-m", "benchmarks.gpu", "--out", out, "--rehearse", "--minutes", 50, *options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        report = done.stdout[done.stdout.index("REHEARSAL") :]
-        assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
-        found = entries(out)
-        skipped = {name for name, entry in found.items() if entry["status"] == "skipped"}
-        assert skipped <= {"counters", "depth"}
-        assert all(found[name]["status"] == "ok" for name in found.keys() - skipped)
+        found = rehearse(tmp_path / str(again), *["--again"] * again)
         assert found.keys() == {one.name for one in command.chosen(None, again=again)}
-        assert {path.name for path in out.iterdir()} == {RECORD, LOG, *[PICTURE] * (not again)}
-        results |= {name: entry["result"] for name, entry in found.items()}
-    assert results["tests"]["passed"] >= 2
-    assert {row["operation"] for row in results["candidates"]["rows"]} == {"forward 1x1"}
-    assert all("timing" in row and row["floor_seconds"] > 0 for row in results["candidates"]["rows"])
-    (profile,) = results["layers"].values()
-    assert {"bn_relu_conv 1x1", "bn_relu_conv_backward 1x1"} <= {row["operation"] for row in profile["rows"]}
-    labels: set[str] = set()
-    for name in ("batch64", "batch256", "batch1", "densenet201", "compiled-batch8", "compiled-batch256"):
-        rows = results[name]["rows"]
-        timed = {label: row for label, row in rows.items() if "cannot be captured" not in row.get("status", "")}
-        assert all(row["step"]["median"] > 0 and row["images_per_second"] > 0 for row in timed.values())
-        assert all(row["checked"] for label, row in rows.items() if label.startswith("fastdense"))
-        labels |= timed.keys()
-    assert labels == {
-        *(f"{label}, eager" for label in (*steps.PLAIN, steps.COMPILED, steps.REDUCED)),
-        *(f"{label}, graph" for label in steps.PLAIN if label != steps.EFFICIENT),
-    }
-    assert all(row["differs_by"] == 0 for row in results["batch64"]["rows"].values() if "differs_by" in row)
-    assert results["sanitizer"]["primitives"] == 13
+        results |= found
+    check_profile(results)
+    assert results["tests"]["passed"] >= 2 and results["sanitizer"]["primitives"] == 13
+    for name in steps.COMPARISONS.keys() & results.keys():
+        for label, row in results[name]["rows"].items():
+            captured = "cannot be captured" not in row.get("status", "")
+            assert not captured or (row["step"]["median"] > 0 and row["images_per_second"] > 0), (name, label)
+            assert row["checked"] or not label.startswith("fastdense"), (name, label)
+            assert row.get("differs_by", 0) == 0 or name != "batch64", (name, label)
 
 
-def test_stages_that_need_the_machine_to_themselves_come_after_those_that_do_not() -> None:
+def test_timed_stages_come_last_but_for_the_checks_and_time_every_provider() -> None:
     for again in (False, True):
         kinds = [one.timed for one in command.chosen(None, again=again) if one.name not in ("check", "smoke", "tests")]
         assert kinds == sorted(kinds)
     names = [one.name for one in command.STAGES]
     assert len(set(names)) == len(names) and command.chosen(["smoke"], again=True) == [command.STAGES[6]]
+    assert set(names) >= steps.COMPARISONS.keys() | steps.COMPILATIONS.keys()
+    _, _, eager, graphed = zip(*steps.COMPARISONS.values(), strict=True)
+    assert {*chain(*eager)} == {*steps.PLAIN, steps.COMPILED, steps.REDUCED} and {*chain(*graphed)} == {*steps.PLAIN}
 
 
 def test_without_a_gpu_the_run_says_what_to_do(
@@ -221,40 +195,36 @@ def test_without_a_gpu_the_run_says_what_to_do(
     assert exit_.value.code == 2 and "--rehearse" in capsys.readouterr().err
 
 
+# Without the .pth files of the environment, and so without the editable install.
 UNINSTALLED = f"""
 import importlib.util, sys
-sys.path += [{sysconfig.get_path("purelib")!r}]  # without its .pth files, and so without the editable install
+sys.path += {LIBRARIES}
 assert importlib.util.find_spec("fastdense.kernels") is None
+import pytest
+some = ["tests/benchmarks/test_traffic.py", "-k", "hand"]
+status = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "benchmarks.harness.checkout", *some])
 from benchmarks.harness import checkout
 checkout.enable()
-checkout.enable()
 import fastdense.kernels.launch
+print(int(status), sys.meta_path.count(checkout._Kernels))
 print(fastdense.kernels.__name__, fastdense.kernels.__file__, fastdense.kernels.launch.__file__)
 """
 
 
-def test_kernels_import_from_a_checkout_that_is_not_installed() -> None:
+def test_tests_run_and_find_the_kernels_in_a_checkout_that_is_not_installed() -> None:
     done = python("-S", "-c", UNINSTALLED)
-    assert done.returncode == 0, done.stderr
-    folder = ROOT / "kernels"
-    assert done.stdout.split() == ["fastdense.kernels", str(folder / "__init__.py"), str(folder / "launch.py")]
-
-
-def test_pytest_runs_in_a_checkout_that_is_not_installed() -> None:
-    code = f"""
-import sys
-sys.path += [{sysconfig.get_path("purelib")!r}]
-import pytest
-sys.exit(pytest.main(["-q", "-p", "benchmarks.harness.checkout", "tests/kernels/test_sources.py", "-k", "override"]))
-"""
-    done = python("-S", "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
+    *_, counts, files = done.stdout.splitlines()
+    assert counts == "0 1", done.stdout
+    assert files.split() == [
+        "fastdense.kernels",
+        *(str(ROOT / "kernels" / name) for name in ("__init__.py", "launch.py")),
+    ]
 
 
 def test_only_this_checkouts_package_is_given_these_kernels() -> None:
-    from benchmarks.harness.checkout import _Kernels
-
-    assert _Kernels.find_spec("fastdense.kernels", ["/elsewhere/fastdense"]) is None
-    assert _Kernels.find_spec("fastdense.nn", [str(ROOT / "fastdense")]) is None
-    found = _Kernels.find_spec("fastdense.kernels", [str(ROOT / "fastdense")])
+    find = checkout._Kernels.find_spec
+    assert find("fastdense.kernels", ["/elsewhere/fastdense"]) is None
+    assert find("fastdense.nn", [str(ROOT / "fastdense")]) is None
+    found = find("fastdense.kernels", [str(ROOT / "fastdense")])
     assert found is not None and found.origin == str(ROOT / "kernels" / "__init__.py")

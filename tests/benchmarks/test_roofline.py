@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.interpreter import accesses_counted
+from helpers.interpreter import Accesses, accesses_counted
+from rich.console import Console
 
 from benchmarks import roofline
 from benchmarks.compiled import traffic
@@ -30,17 +31,20 @@ ACCESSED, ACCESSED_3X3 = 2.3, 5.0
 
 
 def case(operation: str, dims: int = 2) -> Case:
-    m = 2 * (8**3 if dims == 3 else 16**2)
-    reads, writes, taps, width = 24, 24, 1, 24
-    if operation.endswith("3x3"):
-        reads, writes, taps, width = 32, 8, 9, 40
-    elif operation.endswith("1x1"):
-        writes, width = 32, 40
-    elif operation in traffic.TRANSITION:
+    reads, writes, taps, width = {"1x1": (24, 32, 1, 40), "3x3": (32, 8, 9, 40)}.get(operation[-3:], (24, 24, 1, 24))
+    if operation in traffic.TRANSITION:
         writes = 16
     elif operation in (traffic.COPY, traffic.RESOLVE):
         width = 40
+    m = 2 * (8**3 if dims == 3 else 16**2)
     return Case(operation, traffic.Shape(m, reads, writes, taps, 2), 2, width, dims)
+
+
+def counted(case: Case) -> list[Accesses]:
+    primitive = Primitive(case, torch.float16, CPU)
+    with accesses_counted() as found:
+        primitive()
+    return found
 
 
 CASES = [case(o) for o in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD, *traffic.AROUND)]
@@ -50,11 +54,7 @@ CASES += [case(o, dims=3) for o in traffic.TRANSITION]
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation} {case.dims}D")
 def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -> None:
-    torch.manual_seed(0)
-    primitive = Primitive(case, torch.float16, CPU)
-    with accesses_counted() as found:
-        primitive()
-    floor = case.floor.bytes
+    found, floor = counted(case), case.floor.bytes
     moved, accessed = sum(one.moved for one in found), sum(one.accessed for one in found)
     spatial, backward = case.shape.taps > 1, case.operation == traffic.BACKWARD[1]
     assert floor <= moved <= floor * (MOVED_3X3_BACKWARD if backward else MOVED), (moved / floor, found)
@@ -70,41 +70,28 @@ def test_a_floor_is_what_the_kernels_move_at_least_and_nearly_that(case: Case) -
 @needs_interpreter
 def test_of_the_stems_pooling_each_kernel_has_its_floor() -> None:
     backward = case(traffic.MAX_POOL[1])
-    primitive = Primitive(backward, torch.float16, CPU)
-    with accesses_counted() as found:
-        primitive()
     pixels = backward.shape.m
     windows = backward.shape._replace(m=pixels // traffic.WINDOW)
     floors = (traffic.floor(kernel, windows, pixels) for kernel in ("arg-max", "max pool backward"))
-    for one, floor in zip(found, floors, strict=True):
+    for one, floor in zip(counted(backward), floors, strict=True):
         assert floor.bytes <= one.moved <= floor.bytes * MOVED, one
 
 
 @needs_interpreter
-def test_a_load_of_what_a_launch_has_stored_is_no_traffic() -> None:
-    primitive = Primitive(case(traffic.FORWARD[0]), torch.float16, CPU)
-    with accesses_counted() as found:
-        primitive()
-    (one,) = found
-    assert "out_ptr" not in one.loaded  # the moments are those of the stored values
-    assert one.stored["out_ptr"] == 512 * 32 * 2
-    assert one.accessed >= one.moved + one.stored["out_ptr"]
-
-
-@needs_interpreter
-def test_the_gradient_that_is_added_to_is_read_and_written() -> None:
-    primitive = Primitive(case(traffic.BACKWARD[0]), torch.float16, CPU)
-    with accesses_counted() as found:
-        primitive()
-    assert found[0].loaded["D_ptr"] == found[0].stored["D_ptr"] == 512 * 24 * 2
+def test_what_a_launch_has_stored_is_loaded_for_nothing_and_what_it_adds_to_is_loaded_and_stored() -> None:
+    (forward,) = counted(case(traffic.FORWARD[0]))
+    assert "out_ptr" not in forward.loaded  # the moments are those of the stored values
+    assert forward.stored["out_ptr"] == 512 * 32 * 2
+    assert forward.accessed >= forward.moved + forward.stored["out_ptr"]
+    backward, *_ = counted(case(traffic.BACKWARD[0]))
+    assert backward.loaded["D_ptr"] == backward.stored["D_ptr"] == 512 * 24 * 2
 
 
 def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     """As ``benchmarks.gpu`` writes it, with made-up times: each kernel takes twice its floor, a copy four times."""
-    rows = []
-    for row in roofline.floors((3e12, 8e14), traffic.NETWORKS["densenet121"], 64, 224, 2):
-        slower = 4 if row["operation"] == traffic.COPY else 2
-        rows.append({**row, "seconds": slower * row["floor_seconds"]})
+    rows = roofline.floors((3e12, 8e14), traffic.NETWORKS["densenet121"], 64, 224, 2)
+    for row in rows:
+        row["seconds"] = (4 if row["operation"] == traffic.COPY else 2) * row["floor_seconds"]
     environment = {"device": "Imaginary GPU", "rehearsal": rehearsal}
     rows.append({"operation": "reduce", "elements": 64, "times": 3, "seconds": 2e-9, "floor_seconds": 1e-9})
     profiles = {f"fastdense, batch {batch}": {"network": "densenet121", "rows": rows} for batch in (64, 256)}
@@ -112,9 +99,10 @@ def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     return {"stages": {"layers": {"status": "ok", "environment": environment, "result": profiles}}}
 
 
-def test_bars_are_a_steps_sums_and_fractions() -> None:
+def test_bars_are_sums_over_a_step_and_fractions_of_the_floor_and_a_rehearsals_say_so() -> None:
     groups = roofline.bars_of_record(stage_record())
     assert len(groups) == 2 and all("Imaginary GPU" in title and "modelled floor" in title for title in groups)
+    assert all("REHEARSAL" in title for title in roofline.bars_of_record(stage_record(rehearsal=True)))
     group = next(iter(groups.values()))
     assert [bar.measured for bar in group] == sorted((bar.measured for bar in group), reverse=True)
     assert all(bar.fraction == pytest.approx(0.25 if bar.operation == traffic.COPY else 0.5) for bar in group)
@@ -125,11 +113,9 @@ def test_bars_are_a_steps_sums_and_fractions() -> None:
     assert of_layers == 4 * sum(network.layers)
 
 
-def test_a_rehearsals_picture_says_so() -> None:
-    assert all("REHEARSAL" in title for title in roofline.bars_of_record(stage_record(rehearsal=True)))
-
-
-def test_the_picture_of_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_a_record_and_refuses_one_without_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record, picture = tmp_path / "gpu.json", tmp_path / "kernels.png"
     record.write_text(json.dumps(stage_record()))
     roofline.main(["--record", str(record), "--plot", str(picture)])
@@ -140,7 +126,7 @@ def test_the_picture_of_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
         roofline.main(["--record", str(record)])
 
 
-def test_on_the_cpu_kernels_have_floors_and_a_step_that_is_right_a_time(
+def test_on_the_cpu_kernels_have_floors_and_a_step_is_timed_only_if_it_is_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(traffic.NETWORKS, "densenet121", traffic.Network(8, (1, 1), 16))
@@ -150,14 +136,13 @@ def test_on_the_cpu_kernels_have_floors_and_a_step_that_is_right_a_time(
     options = Options(batch=2, size=32, repeats=2, threads=2)
     record = roofline.run(options)
     assert record["step"]["checked"] and record["step"]["fraction_of_floor"] > 0
-    assert record["modelled"]["images_per_second"] == pytest.approx(2 / record["modelled"]["floor_seconds"])
-    assert all("seconds" not in row and row["floor_seconds"] > 0 for row in record["modelled"]["kernels"])
-    from rich.console import Console
-
+    modelled = record["modelled"]
+    assert modelled["images_per_second"] == pytest.approx(2 / modelled["floor_seconds"])
+    assert all("seconds" not in row and row["floor_seconds"] > 0 for row in modelled["kernels"])
     roofline.show(record, Console(width=140))
     shown = capsys.readouterr().out
     assert "not measured" in shown and "floor, modelled" in shown
-    json.dumps(runner.plain(record))
+    assert json.loads(json.dumps(runner.plain(record)))["settings"]["batch"] == 2
 
     right = PROVIDERS["fastdense-activations"]
 
@@ -167,7 +152,8 @@ def test_on_the_cpu_kernels_have_floors_and_a_step_that_is_right_a_time(
         return model
 
     monkeypatch.setitem(PROVIDERS, right.name, replace(right, network=wrong))
-    record = roofline.run(options)
-    assert not record["step"]["checked"] and "step" not in record["step"]
-    roofline.show(record, Console(width=140))
+    monkeypatch.setattr(roofline, "cpu_rates", lambda threads: record["rates"])
+    other = roofline.run(options)
+    assert not other["step"]["checked"] and "step" not in other["step"]
+    roofline.show(other, Console(width=140))
     assert "not timed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The traffic model's floors against numbers counted by hand, and its shapes against the networks themselves."""
+"""The traffic model's floors against numbers counted by hand, and its shapes against those of the networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.compiled import traffic
 from benchmarks.compiled.traffic import Network, Operation, Shape, Traffic
 
 
-def test_primitives_counted_by_hand() -> None:
+def test_primitives_move_and_compute_what_is_counted_by_hand() -> None:
     pointwise = Shape(m=10, reads=64, writes=128, taps=1, itemsize=2)
     # 10 rows of 64 in, of 128 out, a weight of 64*128, two bytes each
     assert traffic.floor("forward", pointwise) == Traffic(2 * (640 + 1280 + 8192), 2 * 10 * 8192)
@@ -19,9 +19,8 @@ def test_primitives_counted_by_hand() -> None:
     assert traffic.floor("backward", pointwise) == Traffic(2 * (2 * 1280 + 3 * 640) + 8192 * (2 + 4), 4 * 10 * 8192)
     spatial = Shape(m=10, reads=128, writes=32, taps=9, itemsize=4)
     assert traffic.floor("forward", spatial) == Traffic(4 * (1280 + 320 + 36864), 2 * 10 * 36864)
-    assert traffic.floor("backward of the only reader", spatial) == Traffic(
-        4 * (2 * 320 + 2 * 1280) + 36864 * (4 + 4), 4 * 10 * 36864
-    )
+    only_reader = Traffic(4 * (2 * 320 + 2 * 1280) + 36864 * (4 + 4), 4 * 10 * 36864)
+    assert traffic.floor("backward of the only reader", spatial) == only_reader
     assert traffic.floor("copy", Shape(10, 64, 64, 1, 2)) == Traffic(2560, 0)
 
 
@@ -46,42 +45,36 @@ def test_the_basic_layer_adds_to_the_gradient_of_what_it_read() -> None:
 def test_a_small_network_is_listed_in_full() -> None:
     network = Network(growth_rate=8, layers=(2, 1), init_features=16, bn_size=4)
     found = traffic.operations(network, batch=2, size=32, itemsize=2)
-    shapes = {
-        ("copy", 1): [(128, 16, 16, 1)],
-        ("forward 1x1", 1): [(128, 16, 32, 1), (128, 24, 32, 1)],
-        ("forward 3x3", 1): [(128, 32, 8, 9)],
-        ("copy", 2): [(32, 16, 16, 1)],
-        ("forward 1x1", 2): [(32, 16, 32, 1)],
-        ("forward 3x3", 2): [(32, 32, 8, 9)],
-    }
-    for block in (1, 2):
-        for taps in ("1x1", "3x3"):
-            shapes["backward " + taps, block] = shapes["forward " + taps, block]
-    times = {("forward 3x3", 1): 2, ("backward 3x3", 1): 2}
-    want = [
-        Operation(name, block, Shape(*shape, 2), times.get((name, block), 1))
-        for (name, block), group in shapes.items()
-        for shape in group
-    ]
+    want = [Operation("copy", block, Shape(m, 16, 16, 1, 2), 1) for block, m in ((1, 128), (2, 32))]
+    for pass_ in ("forward", "backward"):
+        pointwise = [(1, Shape(128, 16, 32, 1, 2)), (1, Shape(128, 24, 32, 1, 2)), (2, Shape(32, 16, 32, 1, 2))]
+        want += [Operation(f"{pass_} 1x1", block, shape, 1) for block, shape in pointwise]
+        want += [Operation(f"{pass_} 3x3", 1, Shape(128, 32, 8, 9, 2), 2)]
+        want += [Operation(f"{pass_} 3x3", 2, Shape(32, 32, 8, 9, 2), 1)]
     assert sorted(found) == sorted(want)
 
 
 @pytest.mark.parametrize("name", traffic.NETWORKS)
-def test_shapes_are_those_of_the_networks(name: str) -> None:
-    convolutions = [
-        module.weight.shape
-        for block in getattr(fastdense, name)(device="meta").features
-        if isinstance(block, fastdense.DenseBlock)
-        for layer in block.children()
-        for module in (layer.conv1, layer.conv2)
-    ]
+def test_shapes_are_those_of_the_network(name: str) -> None:
+    model, network = getattr(fastdense, name)(device="meta"), traffic.NETWORKS[name]
+    blocks, transitions = (
+        [module for module in model.features if isinstance(module, kind)]
+        for kind in (fastdense.DenseBlock, fastdense.Transition)
+    )
+    layers = [conv for block in blocks for layer in block.children() for conv in (layer.conv1, layer.conv2)]
     listed = [
         (shape.writes, shape.reads, *((3, 3) if shape.taps == 9 else (1, 1)))
-        for operation, _, shape, times in traffic.operations(traffic.NETWORKS[name], 1, 224, 2)
+        for operation, _, shape, times in traffic.operations(network, 1, 224, 2)
         if operation in traffic.FORWARD
         for _ in range(times)
     ]
-    assert sorted(listed) == sorted(map(tuple, convolutions))
+    assert sorted(listed) == sorted(tuple(conv.weight.shape) for conv in layers)
+    found = traffic.around(network, 1, 224, 2)
+    around = [o.shape for o in found if o.name in (traffic.STEM[0], traffic.TRANSITION[0])]
+    convolutions = [model.features.conv0, *(transition.conv for transition in transitions)]
+    assert [(s.writes, s.reads) for s in around] == [tuple(conv.weight.shape[:2]) for conv in convolutions]
+    assert [s.m for s in around] == [112**2, 28**2, 14**2, 7**2]
+    assert [o.shape.reads for o in found if o.name == traffic.MEAN[0]] == [model.classifier.in_features]
 
 
 def outside_blocks(*given: Any) -> Traffic:
@@ -93,16 +86,12 @@ def outside_blocks(*given: Any) -> Traffic:
 def test_densenet121_in_16_bit_moves_about_160_mb_an_image() -> None:
     network = traffic.NETWORKS["densenet121"]
     one, two = (traffic.network_traffic(network, batch, 224, 2).bytes for batch in (1, 2))
-    image = two - one  # weights are read once for the whole batch
-    # Elements of the blocks, from sums of C_l of 864, 3648, 14976 and 12032 over 6, 12, 24 and 16 layers.
-    layers = (
-        3136 * (4 * 864 + 6 * 864) + 784 * (4 * 3648 + 12 * 864) + 196 * (4 * 14976 + 24 * 864)
-        + 49 * (4 * 12032 + 16 * 864)
-    )  # fmt: skip
-    copies = 2 * (3136 * 64 + 784 * 128 + 196 * 256 + 49 * 512)
-    outside = outside_blocks(network, 2, 224, 2).bytes - outside_blocks(network, 1, 224, 2).bytes
-    assert image == 2 * (layers + copies) + outside
-    assert 155e6 < image < 165e6
+    assert 155e6 < two - one < 165e6  # weights are read once for the whole batch
+    parts = [
+        traffic.primitive(o.name, o.shape).bytes * o.times
+        for o in traffic.operations(network, 1, 224, 2) + traffic.around(network, 1, 224, 2)
+    ]
+    assert one == sum(parts)
 
 
 def test_outside_the_blocks_counted_by_hand() -> None:
@@ -129,24 +118,7 @@ def test_outside_the_blocks_of_a_network_for_small_images() -> None:
     assert outside_blocks(small, 1, 32, 1).bytes == stem + 1024 * (3 * 16 + 3 * 24)
 
 
-@pytest.mark.parametrize("name", traffic.NETWORKS)
-def test_shapes_round_the_blocks_are_those_of_the_networks(name: str) -> None:
-    model = getattr(fastdense, name)(device="meta")
-    found = traffic.around(traffic.NETWORKS[name], 1, 224, 2)
-    convolutions = [child.conv for child in model.features if isinstance(child, fastdense.Transition)]
-    convolutions.insert(0, model.features.conv0)
-    listed = [o.shape for o in found if o.name in (traffic.STEM[0], traffic.TRANSITION[0])]
-    assert [(s.writes, s.reads) for s in listed] == [tuple(conv.weight.shape[:2]) for conv in convolutions]
-    assert [s.m for s in listed] == [112**2, 28**2, 14**2, 7**2]
-    assert [o.shape.reads for o in found if o.name == traffic.MEAN[0]] == [model.classifier.in_features]
-
-
-def test_a_floor_is_the_slower_of_moving_and_computing() -> None:
-    assert traffic.floor_seconds(3e12, 1.0, 3e12, 1e15) == 1.0
-    assert traffic.floor_seconds(1.0, 2e15, 3e12, 1e15) == 2.0
-
-
-def test_a_network_at_its_floor_is_the_sum_of_its_primitives() -> None:
+def test_a_networks_floor_is_the_sum_over_primitives_of_the_slower_of_moving_and_computing() -> None:
     network = Network(growth_rate=8, layers=(2,), init_features=16)
     total = traffic.network_traffic(network, 4, 32, 2)
     moving = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +16,7 @@ from benchmarks.gpu.run import Job, Skip
 
 
 def finish(job: Job) -> None:
-    job.result["earlier"] = sorted(job.earlier)
-    job.result["process"] = os.getpid()
-    job.result["not finite"] = [float("nan"), float("inf")]
+    job.result |= {"earlier": sorted(job.earlier), "process": os.getpid(), "not finite": [math.nan, math.inf]}
     print("printed by a stage")
 
 

@@ -14,8 +14,8 @@ HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
 # Where kernels are compiled, not interpreted as in the tests' own process.
 COMPILED = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+LIBRARIES = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
 
 Done: TypeAlias = subprocess.CompletedProcess[str]
 
