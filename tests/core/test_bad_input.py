@@ -1,4 +1,4 @@
-"""Bad input: every case gets an error that names the value and what is allowed, and nothing has changed."""
+"""What is refused: each case raises an error that names the value and what is allowed, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -7,104 +7,155 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.blocks import block_pair
+from helpers.blocks import assert_same, random_input, results, unchanged
+from helpers.pooled import KINDS, PARTS, Case, pair, part
 from torch import nn
 
 import fastdense
-from fastdense import DenseBlock, DenseNet, Transition, dense_block
+from fastdense import DenseBlock, DenseLayer, DenseNet, Transition, dense_block
+from fastdense.ops import validate
 
-x = torch.zeros(2, 6, 4, 4, dtype=torch.float64)
-F32, F64 = torch.float32, torch.float64
-
-
-def _mixed_layers() -> list[nn.Module]:
-    return [fastdense.DenseLayer(6, 4, 2).double(), fastdense.DenseLayer(10, 4, None).double()]
+x = torch.zeros(3, 5, 5, 7, dtype=torch.float64)
+Call = Callable[[Any], Any]
+Refusal = tuple[str, Call]
 
 
-def _wrong_chain() -> list[nn.Module]:
-    return [fastdense.DenseLayer(6, 4, 2).double(), fastdense.DenseLayer(11, 4, 2).double()]
+def set_to(path: str, value: Any) -> Call:
+    """A call of the module whose attribute ``path`` is another."""
+
+    def call(module: Any) -> Any:
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, value)
+        return module(x)
+
+    return call
 
 
-def _on_meta(block: Any) -> Any:
-    block["denselayer2"].conv1.to("meta")
-    return block(x)
+def moved(path: str, to: Any) -> Call:
+    """A call of the module of which one part is elsewhere, or of another dtype."""
+
+    def call(module: Any) -> Any:
+        module.get_submodule(path).to(to)
+        return module(x)
+
+    return call
 
 
-def _norm_on_meta(block: Any) -> Any:
-    block["denselayer2"].norm2.to("meta")
-    return block(x)
+def statistics_moved(module: Any) -> Any:
+    module.norm.running_mean = module.norm.running_mean.to("meta")
+    return module(x)
 
 
-def _wrong_drop_rate(block: Any) -> Any:
-    block["denselayer2"].drop_rate = 1.5
-    return block(x)
+def with_moments(*moments: Any) -> Call:
+    def call(module: Any) -> Any:
+        if isinstance(module, DenseBlock):
+            return dense_block(x, module.values(), moments=moments)
+        return module.with_moments(x, moments)
+
+    return call
 
 
-def _half_layer(block: Any) -> Any:
-    block["denselayer2"].conv1.half()
-    return block(x)
+def moments_of(channels: int, **options: Any) -> Call:
+    options = {"dtype": torch.float64, **options}
+    return with_moments(torch.zeros(channels, **options), torch.ones(channels, **options))
 
 
-def _moments(*shape_dtype: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    shape, dtype = shape_dtype
-    return torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
+def layers(*channels_and_bn_size: Any) -> list[nn.Module]:
+    return [DenseLayer(channels, 3, bn_size).double() for channels, bn_size in channels_and_bn_size]
 
 
-def _with_moments(block: Any, moments: Any) -> Any:
-    return dense_block(x, block.values(), moments=moments)
-
-
-def _set(block: Any, name: str, value: object) -> Any:
-    setattr(block, name, value)
-    return block(x)
-
-
-CALLS: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
-    "too few channels": (ValueError, r"6 channels.*\(2, 5, 4, 4\)", lambda b: b(x[:, :5])),
-    "too many channels": (ValueError, r"6 channels.*\(2, 7, 4, 4\)", lambda b: b(torch.zeros(2, 7, 4, 4).double())),
-    "rank 3": (ValueError, r"4 dimensions.*\(6, 4, 4\)", lambda b: b(x[0])),
-    "rank 5": (ValueError, r"4 dimensions.*\(2, 6, 4, 4, 1\)", lambda b: b(x[..., None])),
-    "rank 0": (ValueError, r"4 dimensions", lambda b: b(torch.tensor(1.0))),
-    "integers": (ValueError, r"floating-point.*torch.int64", lambda b: b(x.long())),
-    "booleans": (ValueError, r"floating-point.*torch.bool", lambda b: b(x.bool())),
-    "complex": (ValueError, r"floating-point.*torch.complex128", lambda b: b(x + 0j)),
-    "a list": (TypeError, r"torch.Tensor, got list", lambda b: b([x])),
-    "None": (TypeError, r"torch.Tensor, got NoneType", lambda b: b(None)),
-    "float32 features": (ValueError, r"float32.*conv1 of layer 0 is torch.float64.*\.to\(\)", lambda b: b(x.float())),
-    "half features": (ValueError, r"torch.float16.*torch.float64", lambda b: b(x.half())),
-    "one layer half": (ValueError, r"conv1 of layer 1 is torch.float16", _half_layer),
-    "one layer elsewhere": (ValueError, r"'cpu'.*conv1 of layer 1 is on 'meta'", _on_meta),
-    "one norm elsewhere": (ValueError, r"'cpu'.*norm2 of layer 1 is on 'meta'", _norm_on_meta),
-    "drop rate set later": (ValueError, r"drop_rate of layer 1.*got 1.5", _wrong_drop_rate),
-    "no pixels": (ValueError, r"at least one pixel.*\(2, 6, 0, 4\)", lambda b: b(x[:, :, :0])),
-    "one value per channel": (ValueError, r"more than 1 value.*\(1, 6, 1, 1\)", lambda b: b(x[:1, :, :1, :1])),
-    "unknown recompute": (ValueError, r"recompute.*'activations'.*'all'", lambda b: _set(b, "recompute", "all")),
-    "unknown impl": (ValueError, r"impl.*'reference'.*'cuda'", lambda b: _set(b, "impl", "cuda")),
-    "impl of another type": (ValueError, r"impl.*got 3", lambda b: _set(b, "impl", 3)),
-    "triton without kernels": (RuntimeError, r"impl='triton' cannot run.*'torch'", lambda b: _set(b, "impl", "triton")),
-    "recompute None": (ValueError, r"recompute.*None", lambda b: dense_block(x, b.values(), recompute=None)),
-    "no layers": (ValueError, r"at least one layer", lambda b: dense_block(x, [])),
-    "layers with and without bottleneck": (ValueError, r"layer 1 differs", lambda b: dense_block(x, _mixed_layers())),
-    "layers that do not chain": (ValueError, r"layer 1 .*10 channels.*11", lambda b: dense_block(x, _wrong_chain())),
-    "moments of another size": (ValueError, r"\[6\] .*\[5\]", lambda b: _with_moments(b, _moments(5, F64))),
-    "moments of another dtype": (ValueError, r"float64.*float32", lambda b: _with_moments(b, _moments(6, F32))),
-    "moments that are no pair": (ValueError, r"pair.*\(mean, var\)", lambda b: _with_moments(b, (torch.zeros(6),))),
-    "moments that are no tensors": (ValueError, r"pair.*\(mean, var\)", lambda b: _with_moments(b, (None, None))),
+# Of everything that takes features. The part in question: the error's message and the call.
+ALL: dict[str, Refusal] = {
+    "too few channels": (r"5 channels.*\(3, 4, 5, 7\)", lambda m: m(x[:, :4])),
+    "too many channels": (r"5 channels.*\(3, 6, 5, 7\)", lambda m: m(torch.zeros(3, 6, 5, 7).double())),
+    "rank 3": (r"4 dimensions.*\(3, 5, 7\)", lambda m: m(x[:, :, 0])),
+    "one image without a batch": (r"4 dimensions.*\(5, 5, 7\)", lambda m: m(x[0])),
+    "rank 5": (r"4 dimensions.*\(3, 5, 5, 7, 1\)", lambda m: m(x[..., None])),
+    "rank 0": (r"dimensions.*\(\)", lambda m: m(torch.tensor(1.0))),
+    "integers": (r"floating-point.*torch.int64", lambda m: m(x.long())),
+    "booleans": (r"floating-point.*torch.bool", lambda m: m(x.bool())),
+    "complex": (r"floating-point.*torch.complex128", lambda m: m(x + 0j)),
+    "a list": (r"torch.Tensor, got list", lambda m: m([x])),
+    "None": (r"torch.Tensor, got NoneType", lambda m: m(None)),
+    "no pixels": (r"at least one pixel.*\(3, 5, 0, 7\)", lambda m: m(x[:, :, :0])),
+    "one value per channel": (r"more than 1 value per channel.*\[1, 5, 1|\(1, 5, 1", lambda m: m(x[:1, :, :1, :1])),
+    "unknown impl": (r"impl.*'reference'.*'cuda'", set_to("impl", "cuda")),
+    "impl of another type": (r"impl.*got 3", set_to("impl", 3)),
+    "triton without kernels": (r"impl='triton' cannot run.*'torch'", set_to("impl", "triton")),
+}
+MOMENTS: dict[str, Refusal] = {
+    "moments of another size": (r"\[5\] .*\[4\]", moments_of(4)),
+    "moments of another dtype": (r"float64.*float32", moments_of(5, dtype=torch.float32)),
+    "moments elsewhere": (r"'cpu'.*'meta'", moments_of(5, device="meta")),
+    "moments that are no pair": (r"pair.*\(mean, var\)", with_moments(torch.zeros(5))),
+    "moments that are no tensors": (r"pair.*\(mean, var\)", with_moments(None, None)),
+}
+BLOCK: dict[str, Refusal] = {
+    **MOMENTS,
+    "float32 features": (r"float32.*conv1 of layer 0 is torch.float64.*\.to\(\)", lambda b: b(x.float())),
+    "half features": (r"torch.float16.*torch.float64", lambda b: b(x.half())),
+    "one layer half": (r"conv1 of layer 1 is torch.float16", moved("denselayer2.conv1", torch.float16)),
+    "one layer elsewhere": (r"'cpu'.*conv1 of layer 1 is on 'meta'", moved("denselayer2.conv1", "meta")),
+    "one norm elsewhere": (r"'cpu'.*norm2 of layer 1 is on 'meta'", moved("denselayer2.norm2", "meta")),
+    "drop rate set later": (r"drop_rate of layer 1.*got 1.5", set_to("denselayer2.drop_rate", 1.5)),
+    "unknown recompute": (r"recompute.*'activations'.*'all'", set_to("recompute", "all")),
+    "recompute None": (r"recompute.*None", lambda b: dense_block(x, b.values(), recompute=None)),
+    "no layers": (r"at least one layer", lambda b: dense_block(x, [])),
+    "layers with and without bottleneck": (r"layer 1 differs", lambda b: dense_block(x, layers((5, 2), (8, None)))),
+    "layers that do not chain": (r"layer 1 .*8 channels.*9", lambda b: dense_block(x, layers((5, 2), (9, 2)))),
+}
+STAGE: dict[str, Refusal] = {
+    "rank 2": (r"1 to 3 spatial dimensions.*\(3, 5\)", lambda s: s(x[..., 0, 0])),
+    "rank 6": (r"1 to 3 spatial.*\(3, 5, 5, 7, 1, 1\)", lambda s: s(x[..., None, None])),
+    "norm elsewhere": (r"'cpu'.*norm's weight is on 'meta'.*\.to\(\)", moved("norm", "meta")),
+    "statistics elsewhere": (r"'cpu'.*norm's statistics is on 'meta'", statistics_moved),
+    "x elsewhere": (r"'meta'.*'s weight is on 'cpu'", lambda s: s(x.to("meta"))),
+    "another norm": (r"norm is a GroupNorm.*'reference'", set_to("norm", nn.GroupNorm(1, 5))),
+}
+WINDOWED: dict[str, Refusal] = {
+    "too small": (r"at least \(.*\) pixels.*\(3, 5, 1, 1\)", lambda s: s(x[:, :, :1, :1])),
+    "too small in one dimension": (r"at least \(.*\) pixels.*\(3, 5, 5, 1\)", lambda s: s(x[..., :1])),
+    "sizes for three dimensions": (r"each of 2 dimensions.*\(2, 2, 2\)", set_to("pool.kernel_size", (2, 2, 2))),
+}
+STEM: dict[str, Refusal] = {
+    "no window": (r"positive sizes.*kernel_size=0", set_to("pool.kernel_size", 0)),
+    "a stride backwards": (r"positive sizes.*stride=-1", set_to("pool.stride", -1)),
+    "no stride": (r"positive sizes.*stride=0", set_to("pool.stride", 0)),
+    "padding of more than half": (r"at most half.*padding=2", set_to("pool.padding", 2)),
+    "negative padding": (r"at most half.*padding=-1", set_to("pool.padding", -1)),
+    "pooling for another rank": (r"3 dimensions, as the pooling reads", set_to("pool", nn.MaxPool1d(2))),
+    "indices too": (r"returns indices", set_to("pool.return_indices", True)),
+}
+OTHER = nn.Conv2d(6, 4, 1, bias=False, dtype=torch.float64), nn.Conv1d(5, 4, 1, bias=False, dtype=torch.float64)
+TRANSITION: dict[str, Refusal] = {
+    **MOMENTS,
+    "no window": (r"positive sizes.*kernel_size=0", set_to("pool", nn.AvgPool2d(0))),
+    "conv elsewhere": (r"'cpu'.*conv's weight is on 'meta'", moved("conv", "meta")),
+    "conv of another dtype": (r"float64.*conv's weight is torch.float32", moved("conv", torch.float32)),
+    "half features": (r"float16.*torch.float64.*autocast", lambda s: s(x.half())),
+    "conv of other channels": (r"norm's 5 channels.*\(4, 6, 1, 1\)", set_to("conv", OTHER[0])),
+    "conv for another rank": (r"3 dimensions, as the conv reads", set_to("conv", OTHER[1])),
+    "pooling for another rank": (r"5 dimensions, as the pooling reads", set_to("pool", nn.AvgPool3d(2))),
+}
+REFUSED = {
+    "block": ALL | BLOCK, "basic block": ALL, "stem": ALL | STAGE | WINDOWED | STEM,
+    "transition": ALL | STAGE | WINDOWED | TRANSITION, "head": ALL | STAGE | MOMENTS,
 }  # fmt: skip
+KIND_OF_ERROR = dict.fromkeys(("a list", "None"), TypeError)
+KIND_OF_ERROR |= dict.fromkeys(("triton without kernels", "another norm", "indices too"), RuntimeError)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_calls(name: str) -> None:
-    error, message, call = CALLS[name]
-    _, block = block_pair(3, 6, 2, 4, drop_rate=0.1)
-    before = {key: value.clone() for key, value in block.state_dict().items()}
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, calls in REFUSED.items() for name in calls])
+def test_a_bad_call_is_refused_and_changes_nothing(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message, call = REFUSED[kind][name]
+    if kind in ("stem", "transition") and name == "one value per channel":
+        message = "at least .* pixels"  # windows of several do not fit
+    _, module, _ = part(kind, **({"drop_rate": 0.1} if "block" in kind else {}))
     rng = torch.get_rng_state()
-    with pytest.raises(error, match=message):
-        call(block)
+    with unchanged(module), pytest.raises(KIND_OF_ERROR.get(name, ValueError), match=message):
+        call(module)
     assert torch.equal(rng, torch.get_rng_state()) or "layers" in name  # building new layers draws their weights
-    for key, value in block.state_dict().items():
-        if value.device == before[key].device and value.dtype == before[key].dtype:
-            assert torch.equal(value, before[key]), key
 
 
 CONSTRUCTORS: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -139,22 +190,88 @@ CONSTRUCTORS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", CONSTRUCTORS)
-def test_constructors(name: str) -> None:
+def test_a_constructor_refuses(name: str) -> None:
     message, call = CONSTRUCTORS[name]
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_unknown_keyword() -> None:
+def test_a_constructor_refuses_an_unknown_keyword() -> None:
     with pytest.raises(TypeError, match="growth"):
         fastdense.densenet121(growth=3)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
-def test_an_empty_batch_does_what_the_textbook_does(mode: str, training: bool) -> None:
-    from helpers.blocks import assert_same, results
-
-    reference, fast = block_pair(2, 6, 4, 4, recompute=mode, change=lambda block: block.train(training))
-    empty = torch.zeros(0, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", [*PARTS, "stem 1D", "stem 3D", "transition 1D", "transition 3D", "head 1D", "head 3D"])
+def test_an_empty_batch_does_what_the_reference_does(name: str, training: bool) -> None:
+    reference, fast, x = part(name, change=lambda module: module.train(training))
+    empty = x.detach()[:0].requires_grad_()
     assert_same(results(fast, empty), results(reference, empty))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("stem", (1, 5, 1, 1), 3, 2, 1), Case("transition", (1, 5, 1), 1), Case("head", (1, 5, 1, 1, 1))],
+    ids=KINDS,
+)
+def test_one_value_per_channel_is_refused_in_training_only(case: Case) -> None:
+    """As by F.batch_norm."""
+    reference, fast = pair(case)
+    for stage in (reference, fast):
+        with pytest.raises(ValueError, match=r"more than 1 value per channel.*[(\[]1, 5, 1"):
+            stage(random_input(case.shape))
+    assert int(fast.norm.num_batches_tracked) == 0
+    reference.norm.num_batches_tracked.zero_()  # PyTorch has counted the batch that it refused
+    assert_same(results(fast.eval(), random_input(case.shape)), results(reference.eval(), random_input(case.shape)))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_other_dimensions_are_refused(kind: str, dims: int) -> None:
+    _, fast = pair(Case(kind, (3, 5, *(4, 4, 4)[:dims])))
+    for other in {1, 2, 3} - {dims}:
+        with pytest.raises(ValueError, match=rf"{dims + 2} dimensions, as the norm reads.*\(3, 5, 4"):
+            fast(random_input((3, 5, *(4, 4, 4)[:other])))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_everything_on_meta_has_the_shape(name: str) -> None:
+    reference, fast, _ = part(name)
+    assert fast.to("meta")(x.to("meta")).shape == reference(x).shape
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_environment_chooses_the_implementation_unless_the_module_does(name: str, monkeypatch: Any) -> None:
+    _, fast, x = part(name, impl="auto")
+    monkeypatch.setenv("FASTDENSE_IMPL", "cudnn")
+    with pytest.raises(ValueError, match=r"FASTDENSE_IMPL.*'cudnn'"):
+        fast(x)
+
+    def saved(chosen: str, environment: str) -> int:
+        monkeypatch.setenv("FASTDENSE_IMPL", environment)
+        fast.impl = chosen
+        with fastdense.memory.saved_bytes(fast) as found:
+            fast(x)
+        return found.bytes
+
+    assert saved("auto", "reference") == saved("reference", "torch")
+    assert saved("auto", "torch") == saved("torch", "reference") < saved("auto", "reference")
+
+
+def test_modules_of_a_network_refuse_as_well() -> None:
+    transition = fastdense.Transition(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"5 channels.*\(3, 4, 5, 7\)"):
+        transition(x[:, :4])
+    with pytest.raises(TypeError, match="got str"):
+        transition("x")
+    net = fastdense.DenseNet(4, (1,), 6, num_classes=2)
+    with pytest.raises(ValueError, match=r"more than 1 value.*\(1, 6, 1, 1\)"):
+        net(torch.zeros(1, 3, 1, 1))
+    with unchanged(net), pytest.raises(RuntimeError, match="expected input"):
+        net(torch.zeros(2, 4, 32, 32))
+
+
+def test_windows_have_a_size_for_each_dimension() -> None:
+    assert validate.windows("maximum", nn.MaxPool2d(3, 2, 1)) == ("maximum", (3, 3), (2, 2), (1, 1))
+    assert validate.windows("average", nn.AvgPool3d((1, 2, 3))) == ("average", (1, 2, 3), (1, 2, 3), (0, 0, 0))
+    assert validate.windows("average", nn.AvgPool1d(2)) == ("average", (2,), (2,), (0,))
