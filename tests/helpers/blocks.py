@@ -240,6 +240,7 @@ def kernel(convolution: str, *size: int) -> Callable[[nn.Module], None]:
 wider_kernel = kernel("conv2", 5, 3, 3)
 
 NORMS: dict[str, Callable[[nn.Module], None]] = {
+    "plain": lambda module: None,
     "evaluated": evaluate,
     "some frozen": freeze_some,
     "first of each layer frozen": freeze_first_of_each,
