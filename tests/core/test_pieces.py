@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.blocks import assert_same, block_pair, random_input, randomise, results
+from helpers.pooled import Case, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fastdense
-from fastdense import functional
 from fastdense.backends.tiling import of_images, of_rows
 from fastdense.core.primitives import Pool
 
@@ -51,7 +51,7 @@ def test_every_row_is_wanted_once(images: int, height: int, width: int, at_most:
     assert (sorted(set(written)) if pool == "mean" else written) == list(range(images * made))
 
 
-def test_scratch_is_respected_where_it_can_be() -> None:
+def test_pieces_fit_into_the_scratch_where_they_can() -> None:
     sizes = [p.read.stop - p.read.start for p in of_images(2 * 40 * 10, (40, 10), 100, halo=1)]
     assert max(sizes) == 100  # eight lines and their neighbours
     assert [p.read.stop - p.read.start for p in of_rows(25, (5, 5), 10)] == [10, 10, 5]
@@ -66,18 +66,20 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
 @pytest.mark.parametrize("bn_size", [4, None])
 @pytest.mark.parametrize("shape", [(2, 9, 41), (2, 9, 11, 6), (1, 9, 8, 3, 5)])
-def test_blocks_by_lines(shape: tuple[int, ...], bn_size: int | None) -> None:
+def test_a_block_by_lines_equals_its_reference(shape: tuple[int, ...], bn_size: int | None) -> None:
     reference, fast = block_pair(3, 9, bn_size, 4, spatial_dims=len(shape) - 2)
     assert_same(results(fast, random_input(shape)), results(reference, random_input(shape)))
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_dropout_by_lines(per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_by_lines_equals_dropout_at_once(per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(block: nn.Module) -> None:
+        for layer in block.children():
+            layer.drop_channels = per_channel
+
     def run() -> dict[str, Any]:
-        _, fast = block_pair(
-            2, 6, 4, 5, drop_rate=0.4, change=lambda b: [setattr(c, "drop_channels", per_channel) for c in b.children()]
-        )
+        _, fast = block_pair(2, 6, 4, 5, drop_rate=0.4, change=choose)
         torch.manual_seed(2)
         return results(fast, random_input((2, 6, 13, 5)))
 
@@ -88,7 +90,7 @@ def test_dropout_by_lines(per_channel: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_networks_by_lines(dims: int) -> None:
+def test_a_network_by_lines_equals_its_reference(dims: int) -> None:
     """Stem, transitions and head too, with sizes that leave a line over at every pooling."""
     options: dict[str, Any] = {"bn_size": 2, "num_classes": 3, "spatial_dims": dims, "dtype": torch.float64}
     networks = [fastdense.DenseNet(4, (2, 2), 6, impl=impl, **options) for impl in ("torch", "reference")]
@@ -102,16 +104,8 @@ def test_networks_by_lines(dims: int) -> None:
 @pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (5, 2, 2), (2, 2, 0), (3, 1, 1), (4, 3, 0)])
 @pytest.mark.parametrize("height", [16, 17, 18])
-def test_maximum_pooling_by_lines(kernel: int, stride: int, padding: int, height: int) -> None:
+def test_maximum_pooling_by_lines_equals_pytorchs(kernel: int, stride: int, padding: int, height: int) -> None:
     """Rounded to few values, so that windows have several maxima: the first one is the first of all."""
-    norm, relu, pool = nn.BatchNorm2d(5).double(), nn.ReLU(), nn.MaxPool2d(kernel, stride, padding)
+    reference, fast = pair(Case("stem", (2, 5, height, 9), kernel, stride, padding))
     x = (random_input((2, 5, height, 9)).detach() * 2).round().requires_grad_()
-    forms = {
-        "ours": lambda x: functional.bn_relu_max_pool(x, norm, relu, pool, impl="torch"),
-        "PyTorch": lambda x: pool(relu(norm(x))),
-    }
-    found = []
-    for form in forms.values():
-        norm.reset_running_stats()
-        found.append(results(norm, x, forward=form))
-    assert_same(*found)
+    assert_same(results(fast, x), results(reference, x))
