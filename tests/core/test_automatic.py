@@ -63,12 +63,13 @@ def said(network: Any, x: torch.Tensor) -> list[str]:
     return [str(warning.message) for warning in caught if "recompute" in str(warning.message)]
 
 
-def check_saved(network: nn.Module, x: torch.Tensor, modes: list[str]) -> None:
-    """A step saves what ``modes`` are planned to."""
+def check_saved(network: nn.Module, x: torch.Tensor, modes: list[str | None]) -> None:
+    """``recompute="auto"`` resolves to ``modes``, and a step saves what is planned for them."""
     sizes, also_saved = network_sizes(network, x)
     with saved_bytes(network, x) as found:
         network(x)
-    planned = planned_bytes(list(sizes.values()), modes, also_saved)[0]
+    assert resolved(network) == modes
+    planned = planned_bytes(list(sizes.values()), [mode for mode in modes if mode], also_saved)[0]
     planned -= sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
     assert planned <= found.bytes <= 1.03 * planned
 
@@ -116,25 +117,21 @@ def test_the_network_obeys_the_plan(free: Free) -> None:
     enough = int(planned_bytes(list(sizes.values()), [B, A, A], also_saved)[1] / 0.9) + 1  # nine tenths are used
     for free.bytes, modes in ((PLENTY, [A, A, A]), (enough, [B, A, A]), (0, [B, B, B]), (PLENTY, [A, A, A])):
         check_saved(network, x, modes)
-        assert resolved(network) == modes
 
 
-@pytest.mark.parametrize(
-    ("options", "shape"),
-    [
-        ({}, (3, 3, 75, 53)),
-        ({"small_inputs": True}, (4, 3, 17, 18)),
-        ({"spatial_dims": 3}, (2, 3, 41, 38, 35)),
-        ({"spatial_dims": 1}, (4, 3, 999)),
-    ],
-    ids=["2D", "small inputs", "3D", "1D"],
-)
-@pytest.mark.parametrize("free_bytes", [0, PLENTY])
-def test_planned_is_what_is_saved(options: Any, shape: tuple[int, ...], free_bytes: int, free: Free) -> None:
-    network, free.bytes = small(**options), free_bytes
-    modes = [A if free_bytes else B] * 3
-    check_saved(network, torch.randn(shape), modes)
-    assert resolved(network) == modes
+SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "2D": ({}, (3, 3, 75, 53)),
+    "small inputs": ({"small_inputs": True}, (4, 3, 17, 18)),
+    "3D": ({"spatial_dims": 3}, (2, 3, 41, 38, 35)),
+    "1D": ({"spatial_dims": 1}, (4, 3, 999)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_planned_is_what_is_saved(name: str, free: Free) -> None:
+    options, shape = SIZES[name]
+    for free.bytes, mode in ((0, B), (PLENTY, A)):
+        check_saved(small(**options), torch.randn(shape), [mode] * 3)
 
 
 def test_autocast_halves_the_elements() -> None:
@@ -150,8 +147,7 @@ def test_planned_is_what_is_saved_where_only_the_end_learns(free: Free) -> None:
         parameter.requires_grad_(name.startswith((*learning, "features.transition2", "features.norm5", "classifier")))
     sizes, _ = network_sizes(network, x)
     assert {name: len(size.reads) for name, size in sizes.items()} == {"denseblock2": 2, "denseblock3": 2}
-    check_saved(network, x, [A, A])
-    assert resolved(network) == [None, A, A]
+    check_saved(network, x, [None, A, A])
 
 
 @pytest.mark.parametrize("modes", [[A, A, A, A], [B, A, A, A], [B, B, B, B]], ids=["none", "first", "all"])
@@ -205,9 +201,16 @@ def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch
     """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
     monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
-    assert said(network, x) == []
-    check_saved(network, x, [B] * 3)
+    with saved_bytes(network, x) as found:
+        assert said(network, x) == []
     assert (free.asked, resolved(network)) == (0, [None] * 3)
+    network = small(impl="torch")
+    for block in network.features.children():
+        if isinstance(block, fastdense.DenseBlock):
+            block.recompute = B
+    with saved_bytes(network, x) as recomputed:
+        network(x)
+    assert found.bytes == recomputed.bytes
 
 
 def test_a_compiled_network_asks_nothing(free: Free) -> None:

@@ -68,12 +68,16 @@ def test_equal_where_only_some_require_gradients(
     assert_same(results(fast, x), results(reference, x))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_equal_in_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features far larger than the scratch: many chunks of rows, a few images at a time."""
-    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 4096)
-    reference, fast = block_pair(3, 9, 4, 5, recompute=mode)
-    x = random_input((5, 9, 7, 6))
+@pytest.mark.parametrize("size", [600, 3000, 4096])
+@pytest.mark.parametrize(("bn_size", "mode"), [(4, "activations"), (4, "bottlenecks"), (None, "activations")])
+@pytest.mark.parametrize("shape", [(2, 9, 41), (2, 9, 11, 6), (5, 9, 7, 6), (1, 9, 8, 3, 5)])
+def test_equal_in_chunks(
+    shape: tuple[int, ...], bn_size: int, mode: str, size: int, monkeypatch: Any, fresh_memory_is_nan: None
+) -> None:
+    """Scratch for a line or a few, or for a few images, of features far larger than it."""
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
+    reference, fast = block_pair(3, 9, bn_size, 4, spatial_dims=len(shape) - 2, recompute=mode)
+    x = random_input(shape)
     assert_same(results(fast, x), results(reference, x))
 
 

@@ -166,20 +166,3 @@ def test_nothing_of_the_generator_is_read_while_a_graph_is_captured(monkeypatch:
     torch.manual_seed(5)
     assert torch.equal(block(x), want)
     assert drawn == [x.device]
-
-
-def test_a_step_leaves_nothing_behind_that_another_needs() -> None:
-    """A graph replays one step's work: the same inputs, the same results, whatever ran before it."""
-    _, fast = networks.network("own", torch.float32)
-    x = networks.images("own", dtype=torch.float32)
-    state = {key: value.clone() for key, value in fast.state_dict().items()}
-
-    def step() -> dict[str, Tensor | None]:
-        fast.load_state_dict(state)
-        return networks.step(fast, x, lambda net, x, target: F.cross_entropy(net(x), target))
-
-    first = step()
-    networks.step(fast, networks.images("own", 5, dtype=torch.float32), lambda net, x, _: net(x * 3).square().sum())
-    second = step()
-    for key, value in first.items():
-        assert value is not None and torch.equal(value, second[key]), key

@@ -90,16 +90,20 @@ def test_a_stage_keeps_the_budget_at_every_shape(name: str, dtype: torch.dtype, 
     pooled.check_shape(name, dtype, "torch")
 
 
+STAGES: dict[str, dict[str, Any]] = {
+    "frozen norm": {"change": evaluate},
+    "relus and maxima that switch": {"decided": False, "inputs": 25},
+    "in chunks": {"layout": "contiguous"},
+}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_with_a_frozen_norm_keeps_the_budget(kind: str, dtype: torch.dtype) -> None:
-    pooled.check_budget(small(kind), dtype, "torch", change=evaluate)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_whose_relus_and_maxima_switch_keeps_the_budget(kind: str, dtype: torch.dtype) -> None:
-    pooled.check_budget(small(kind), dtype, "torch", decided=False, inputs=25)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_keeps_the_budget(name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "in chunks":
+        monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 700)
+    pooled.check_budget(small(kind), dtype, "torch", **STAGES[name])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -108,13 +112,6 @@ def test_a_stage_keeps_the_budget_where_means_are_far_larger_than_the_deviation(
     """Against the contiguous reference too, which loses fewer digits on the CPU than the channels-last one."""
     case = small(kind, 8)._replace(shape=(8, 8, 9, 9))
     pooled.check_budget(case, F32, "torch", shift=1e4, layout=layout, inputs=8)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_in_chunks_keeps_the_budget(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 700)
-    pooled.check_budget(small(kind), dtype, "torch", layout="contiguous")
 
 
 def _torch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

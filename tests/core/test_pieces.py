@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.blocks import assert_same, block_pair, random_input, randomise, results
-from helpers.pooled import Case, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -63,14 +62,6 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", request.param)
 
 
-@pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
-@pytest.mark.parametrize("bn_size", [4, None])
-@pytest.mark.parametrize("shape", [(2, 9, 41), (2, 9, 11, 6), (1, 9, 8, 3, 5)])
-def test_a_block_by_lines_equals_its_reference(shape: tuple[int, ...], bn_size: int | None) -> None:
-    reference, fast = block_pair(3, 9, bn_size, 4, spatial_dims=len(shape) - 2)
-    assert_same(results(fast, random_input(shape)), results(reference, random_input(shape)))
-
-
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_dropout_by_lines_equals_dropout_at_once(per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +90,3 @@ def test_a_network_by_lines_equals_its_reference(dims: int) -> None:
     x = random_input((2, 3, *((203,), (53, 31), (29, 22, 23))[dims - 1]))
     got, want = (results(network, x) for network in networks)
     assert_same(got, want)
-
-
-@pytest.mark.usefixtures("small_chunks", "fresh_memory_is_nan")
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (5, 2, 2), (2, 2, 0), (3, 1, 1), (4, 3, 0)])
-@pytest.mark.parametrize("height", [16, 17, 18])
-def test_maximum_pooling_by_lines_equals_pytorchs(kernel: int, stride: int, padding: int, height: int) -> None:
-    """Rounded to few values, so that windows have several maxima: the first one is the first of all."""
-    reference, fast = pair(Case("stem", (2, 5, height, 9), kernel, stride, padding))
-    x = (random_input((2, 5, height, 9)).detach() * 2).round().requires_grad_()
-    assert_same(results(fast, x), results(reference, x))

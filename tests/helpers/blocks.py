@@ -132,6 +132,11 @@ def assert_same(got: Results, want: Results, tolerance: float = TOLERANCE) -> No
         assert_close(name, got[name], want[name], tolerance, scale)
 
 
+def assert_each_close(got: Sequence[Tensor | None], want: Sequence[Tensor | None], scale: float = 0.0) -> None:
+    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert_close(f"tensor {i}", ours, theirs, scale=scale)
+
+
 def random_input(
     shape: Sequence[int], *, layout: str = "contiguous", dtype: torch.dtype = torch.float64, seed: int = 7
 ) -> Tensor:
@@ -167,48 +172,28 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             assert torch.equal(value, old), key
 
 
-# What may be changed about a block or a stage, whatever its dimensions; of several norms some.
+# What may be changed about a block or a stage, whatever its dimensions.
 
 
-def evaluate(module: nn.Module) -> None:
-    module.eval()
+def setting(name: str, *values: Any) -> Callable[[nn.Module], None]:
+    """``name`` of one norm after the other is one of ``values`` after the other."""
+
+    def change(module: nn.Module) -> None:
+        for i, norm in enumerate(norms(module)):
+            setattr(norm, name, values[i % len(values)])
+
+    return change
 
 
-def freeze_some(module: nn.Module) -> None:
-    for i, norm in enumerate(norms(module)):
-        norm.train(i % 3 == 1)
+evaluate = nn.Module.eval
+freeze_some = setting("training", False, True, False)
+other_eps = setting("eps", 0.3, 1e-5, 1e-3)
 
 
 def freeze_first_of_each(module: nn.Module) -> None:
     """Of each layer of a block."""
     for name, norm in module.named_modules():
         norm.train(not name.endswith("norm1"))
-
-
-def other_eps(module: nn.Module) -> None:
-    for i, norm in enumerate(norms(module)):
-        norm.eps = (0.3, 1e-5, 1e-3)[i % 3]
-
-
-def other_momenta(module: nn.Module) -> None:
-    for i, norm in enumerate(norms(module)):
-        norm.momentum = (0.7, 0.1, None)[i % 3]
-
-
-def cumulative(module: nn.Module) -> None:
-    for norm in norms(module):
-        norm.momentum = None
-
-
-def tracked_no_longer(module: nn.Module) -> None:
-    """Statistics that are there, and are neither read nor written in training."""
-    for norm in norms(module):
-        norm.track_running_stats = False
-
-
-def without_bias(module: nn.Module) -> None:
-    for norm in norms(module):
-        norm.register_parameter("bias", None)
 
 
 def new_norms(*, training: bool = True, **options: Any) -> Callable[[nn.Module], None]:
@@ -245,12 +230,12 @@ NORMS: dict[str, Callable[[nn.Module], None]] = {
     "some frozen": freeze_some,
     "first of each layer frozen": freeze_first_of_each,
     "other eps": other_eps,
-    "other momenta": other_momenta,
-    "cumulative": cumulative,
+    "other momenta": setting("momentum", 0.7, 0.1, None),
+    "cumulative": setting("momentum", None),
     "without affine": new_norms(affine=False),
     "evaluated without affine": new_norms(affine=False, training=False),
-    "without bias": without_bias,
+    "without bias": setting("bias", None),
     "untracked": new_norms(track_running_stats=False),
     "untracked, evaluated": new_norms(track_running_stats=False, training=False),
-    "tracked no longer": tracked_no_longer,
+    "statistics neither read nor written in training": setting("track_running_stats", False),
 }

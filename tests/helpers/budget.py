@@ -121,7 +121,7 @@ def within_budget(
 
 def _errors(got: Tensor | None, want: Tensor, at_least: float) -> tuple[float, float]:
     """In the 2-norm and element-wise, relative to ``want``, or to ``at_least`` where that is more."""
-    assert got is not None
+    assert got is not None and got.isfinite().all(), "an average would hide it"
     difference = got.double() - want
     norm = difference.norm().item() / (max(want.norm().item(), at_least) or 1.0)
     return norm, difference.abs().max().item() / (max(want.abs().max().item(), at_least) or 1.0)
