@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.blocks import MODES, assert_same, block_pair, random_input, results
+from helpers.blocks import MODES, Results, assert_same, block_pair, random_input, results
 from torch import Tensor, nn
 
 from fastdense import reference
@@ -89,6 +89,21 @@ def test_equal_to_the_reference_with_the_same_mask(
     monkeypatch.setattr(F, "dropout", masks)
     monkeypatch.setattr(reference, "_CHANNEL_DROPOUT", dict.fromkeys((3, 4, 5), masks))
     assert_same(got, results(ref, x))
+
+
+@pytest.mark.parametrize("size", [600, 3000])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_chunks_see_the_same_mask(per_channel: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Results:
+        _, fast = block_pair(2, 6, 4, 5, drop_rate=0.4)
+        for layer in fast.children():
+            layer.drop_channels = per_channel
+        torch.manual_seed(2)
+        return results(fast, random_input((2, 6, 13, 5)))
+
+    want = run()
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
+    assert_same(run(), want)
 
 
 def test_pytorchs_seed_governs_the_mask_and_evaluation_draws_none() -> None:

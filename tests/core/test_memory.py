@@ -1,19 +1,25 @@
-"""Bytes saved for backward: at the plan, linear in depth, nothing hidden from saved-tensor hooks."""
+"""Bytes: what is saved for backward, at the plan; ``peak_bytes`` by hand, and the bound on a training step's peak."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.blocks import MODES, assert_close, random_input, results
 from helpers.pooled import KINDS, PARTS, Case, pair, part
 from torch import nn
 
+import fastdense
+from benchmarks.micro.host import host_side
 from fastdense import DenseBlock, memory, ops
+from fastdense.memory import peak_bytes, saved_bytes
 
 
 def saved(block: nn.Module, x: torch.Tensor) -> int:
@@ -139,3 +145,172 @@ def test_a_shared_storage_is_counted_once() -> None:
 
 def test_free_bytes_is_plausible() -> None:
     assert 1 << 20 < memory.free_bytes(torch.device("cpu")) <= 1 << 62
+
+
+MB = 1 << 20
+ALLOWANCE = 32 * MB  # what does not grow with the network
+
+
+def block(size: int) -> torch.Tensor:
+    return torch.empty(size * MB, dtype=torch.uint8)
+
+
+@torch.library.custom_op("fastdense_tests::with_scratch", mutates_args=())
+def with_scratch(x: torch.Tensor) -> torch.Tensor:
+    scratch = torch.empty(5 * MB, dtype=torch.uint8)
+    return x + scratch.new_zeros(1)
+
+
+def test_what_lives_together_adds_up() -> None:
+    with peak_bytes("cpu") as peak:
+        held = [block(1), block(2), block(3)]
+    assert (peak.bytes, peak.at_peak(), len(held)) == (6 * MB, [3 * MB, 2 * MB, MB], 3)
+
+
+def test_what_is_freed_in_between_does_not() -> None:
+    before = block(7)
+    with peak_bytes("cpu") as peak:
+        first = block(4)
+        del first
+        second = block(3)
+        del before  # what was there at the start takes nothing off
+        third = block(2)
+        del second, third
+        last = block(1)
+    assert peak.bytes == 5 * MB
+    assert peak.at_peak() == [3 * MB, 2 * MB]
+    assert last.nbytes == MB
+
+
+def test_nothing_allocated_is_nothing() -> None:
+    with peak_bytes("cpu") as peak:
+        pass
+    assert (peak.bytes, peak.at_peak()) == (0, [])
+
+
+def test_scratch_of_a_custom_operator_counts() -> None:
+    x = block(1)
+    with peak_bytes("cpu") as peak:
+        y = with_scratch(x)
+    assert 6 * MB <= peak.bytes <= 6 * MB + 1024  # its scratch and its result
+    assert y.nbytes == MB
+
+
+def test_gradients_are_left_aside_where_asked() -> None:
+    """``y = exp(x)`` is saved; backward has its gradient and that of ``x`` beside it."""
+    x = torch.zeros(MB // 4, requires_grad=True)
+    with peak_bytes("cpu") as peak:
+        x.exp().backward(torch.ones(MB // 4))  # y, the cotangent, x.grad
+    assert x.grad is not None
+    assert peak.bytes == 3 * MB
+    assert peak.without(x) == 2 * MB
+
+
+def test_left_aside_is_what_is_alive_not_what_lay_at_its_address() -> None:
+    weight = torch.nn.Linear(512, 512, bias=False)  # 1 MB
+    with peak_bytes("cpu") as peak:
+        for _ in range(3):  # memory that the gradient may get later
+            del (scratch := [block(1), block(1)])[:]
+        weight(torch.ones(1, 512)).sum().backward()
+    assert scratch == []
+    assert 2 * MB <= peak.without(weight) < 2.1 * MB
+    assert peak.bytes >= peak.without(weight)
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"CUDA device or the CPU, got 'meta'"), peak_bytes("meta"):
+        pass
+
+
+def test_cuda_takes_the_allocators_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = {"allocated": 100, "peak": 5000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: counter.update(peak=counter["allocated"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: counter["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: counter["peak"])
+    with peak_bytes("cuda:0") as peak:
+        counter["peak"] = 350
+    assert (peak.bytes, peak.at_peak()) == (250, [])
+    with pytest.raises(RuntimeError, match="allocate them before"):
+        peak.without(torch.ones(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_peak_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    with peak_bytes(device) as peak:
+        first = torch.empty(8 * MB, dtype=torch.uint8, device=device)
+        del first
+        second = [torch.empty(6 * MB, dtype=torch.uint8, device=device) for _ in range(2)]
+    assert peak.bytes == 12 * MB
+    assert len(second) == 2
+
+
+def dense_net(dims: int, *arguments: Any, **named: Any) -> Callable[[str], nn.Module]:
+    options = {"num_classes": 3, "spatial_dims": dims, "in_channels": 3 if dims == 2 else 1, **named}
+    return lambda mode: fastdense.DenseNet(*arguments, recompute=mode, impl="torch", **options)
+
+
+NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
+    "three blocks": (dense_net(2, 12, (4, 8, 4), 24), (24, 3, 224, 224)),
+    "one large image": (dense_net(2, 16, (3, 3), 32), (1, 3, 1024, 1024)),
+    "CIFAR": (dense_net(2, 12, (8, 8, 8), 24, small_inputs=True), (16, 3, 32, 32)),
+    "basic": (dense_net(2, 8, (4, 4), 16, small_inputs=True, bn_size=None), (8, 3, 112, 112)),
+    "3D": (dense_net(3, 16, (3, 4), 32), (4, 1, 32, 48, 48)),
+    "one large volume": (dense_net(3, 16, (3, 4), 32), (1, 1, 96, 96, 96)),
+}
+DOMINATED = ("three blocks", "one large image")  # by what grows with the network, not by the 32 MB
+
+
+def largest_backward(network: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of ``2*m*C + 3*m*B`` of the block where that is most; ``B`` is 0 without bottleneck."""
+    sizes: list[int] = []
+
+    def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        bottleneck = module["denselayer1"].conv1.out_channels if "conv2" in module["denselayer1"]._modules else 0
+        pixels, channels = output.numel() // output.shape[1], output.shape[1]
+        sizes.append(pixels * (2 * channels + 3 * bottleneck) * output.element_size())
+
+    twin = copy.deepcopy(network).to("meta")
+    for child in twin.modules():
+        if isinstance(child, fastdense.DenseBlock):
+            child.register_forward_hook(note)
+    with torch.no_grad():
+        twin(x.to("meta"))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_peak_of_a_training_step_is_bounded(name: str, mode: str) -> None:
+    """At most what is saved, ``2*m*C + 3*m*B`` elements for the block where that is most, and 32 MB, on both backends.
+
+    Saved: ``saved_bytes`` of the forward pass. Peak: ``peak_bytes`` of forward and backward, ``without`` the
+    parameters' gradients; parameters, buffers and the input exist before. ``2*m*C``: the gradient that arrives at the
+    block, and ``D``. ``3*m*B``: ``D`` of a bottleneck, a bottleneck that is computed again, the gradient handed on.
+    32 MB: what is worked on in chunks, and moments, sums and weights' gradients. Of the Triton backend everything runs
+    but its launches, which allocate nothing: memory comes from PyTorch, as much as for an H100.
+    """
+    build, shape = NETWORKS[name]
+    network = build(mode)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    labels = torch.zeros(shape[0], dtype=torch.int64)
+    allowed, saved = largest_backward(network, x) + ALLOWANCE, 0
+    for impl in ("torch", "triton"):
+        network.zero_grad()
+        with host_side() if impl == "triton" else nullcontext(), peak_bytes("cpu") as peak:
+            with saved_bytes(network, x, labels) if impl == "torch" else nullcontext() as found:
+                loss = F.cross_entropy(network(x), labels)
+            loss.backward()
+        del loss
+        if found is not None:
+            saved = found.bytes
+        needed = peak.without(network)
+        figures = f"saved {saved / 1e6:.1f} MB, peak {needed / 1e6:.1f} MB, allowed {(saved + allowed) / 1e6:.1f} MB"
+        print(name, mode, impl, figures)
+        live = [f"{size / 1e6:.1f}" for size in peak.at_peak()[:40]]
+        assert needed <= saved + allowed, f"{impl}: {figures}; alive at the peak [MB]: {live}"
+        assert needed >= saved, "everything that is saved was there at the end of the forward pass"
+    if name in DOMINATED:
+        assert saved + allowed > 5 * ALLOWANCE
