@@ -49,7 +49,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Free]:
 
 
 def small(**named: Any) -> fastdense.DenseNet:
-    return fastdense.DenseNet(8, (3, 4, 2), 16, num_classes=5, recompute="auto", **named)
+    return fastdense.DenseNet(8, (3, 4, 2), 16, num_classes=5, **{"recompute": "auto", **named})
 
 
 def resolved(network: nn.Module) -> list[str | None]:
@@ -97,6 +97,7 @@ def test_the_cheapest_blocks_recompute_first() -> None:
     assert plan_recompute(blocks, 0) == [B, B]
     assert plan_recompute(blocks, needs[0] + 999, also_saved=1000) == [A, B]
     assert plan_recompute([], 0) == []
+    assert plan_recompute([BlockSize(10, 20, (10, 15), (), 4)], 0) == [A], "without bottleneck nothing is recomputed"
 
 
 def test_what_was_unnecessary_is_taken_back() -> None:
@@ -105,10 +106,6 @@ def test_what_was_unnecessary_is_taken_back() -> None:
     enough = planned_bytes([cheap, dear], [A, B])[1]
     assert planned_bytes([cheap, dear], [B, A])[1] > enough
     assert plan_recompute([cheap, dear], enough) == [A, B]
-
-
-def test_blocks_without_bottleneck_have_nothing_to_recompute() -> None:
-    assert plan_recompute([BlockSize(10, 20, (10, 15), (), 4)], 0) == [A]
 
 
 def test_the_network_obeys_the_plan(free: Free) -> None:
@@ -204,11 +201,7 @@ def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch
     with saved_bytes(network, x) as found:
         assert said(network, x) == []
     assert (free.asked, resolved(network)) == (0, [None] * 3)
-    network = small(impl="torch")
-    for block in network.features.children():
-        if isinstance(block, fastdense.DenseBlock):
-            block.recompute = B
-    with saved_bytes(network, x) as recomputed:
+    with saved_bytes(network := small(recompute=B), x) as recomputed:
         network(x)
     assert found.bytes == recomputed.bytes
 
@@ -260,11 +253,8 @@ def test_a_module_of_unknown_size_ends_the_plan(free: Free) -> None:
     assert "for a block by itself" in said(network, x)[0]
 
 
-def test_converted_blocks_decide_by_themselves(free: Free) -> None:
+def test_converted_blocks_decide_by_themselves_and_the_reference_nothing(free: Free) -> None:
     blocks = nn.Sequential(fastdense.reference.ConcatDenseBlock(3, 6, 2, 4), nn.Conv2d(18, 6, 1))
     converted = fastdense.convert(blocks, recompute="auto")
     assert "for a block by itself" in said(converted, torch.randn(2, 6, 8, 8))[0]
-
-
-def test_the_reference_decides_nothing(free: Free) -> None:
     assert said(small(impl="reference"), torch.randn(2, 3, 32, 32)) == []

@@ -8,23 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.blocks import (
-    INF,
-    LAYOUTS,
-    MODES,
-    NAN,
-    assert_close,
-    assert_same,
-    block_pair,
-    evaluate,
-    kernel,
-    random_input,
-    randomise,
-    results,
-    wider_kernel,
-)
+from helpers import blocks, pooled
+from helpers.blocks import INF, LAYOUTS, MODES, NAN, assert_close, assert_same, block_pair, random_input, results
 from helpers.budget import SHAPES
-from helpers.pooled import CASES, KINDS, Case, Stage, pair, part, rolled, small
+from helpers.pooled import CASES, KINDS, Case, pair, part, rolled, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -98,37 +85,38 @@ def test_equal_in_chunks(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("change", [wider_kernel, kernel("conv1", 3, 1)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("change", [blocks.wider_kernel, blocks.kernel("conv1", 3, 1)], ids=["3x3", "1x1"])
 def test_equal_with_kernels_of_another_size(change: Any, mode: str, fresh_memory_is_nan: None) -> None:
     reference, fast = block_pair(4, 6, 3, 4, change=change, recompute=mode)
     x = random_input((2, 6, 5, 4))
     assert_same(results(fast, x), results(reference, x))
 
 
-SUBSETS: dict[str, Any] = {
-    "only the input": lambda name: False,
-    "all weights": lambda name: "conv" in name,
-    "all norms": lambda name: "norm" in name,
-    "second layer's first conv": lambda name: name == "denselayer2.conv1.weight",
-    "third layer's second norm": lambda name: name.startswith("denselayer3.norm2"),
-    "last layer's gamma": lambda name: name == "denselayer4.norm1.weight",
-    "first layer's beta": lambda name: name == "denselayer1.norm1.bias",
-    "layers 2 and 4": lambda name: name.startswith(("denselayer2", "denselayer4")),
-}
+# What parameters' names hold.
+OF_A_BLOCK = (
+    "", "conv", "norm", "denselayer2.conv1", "denselayer3.norm2", "denselayer3.norm1.weight", "denselayer1.norm1.bias",
+    "denselayer1 denselayer3",
+)  # fmt: skip
+OF_A_STAGE = [
+    " ".join(names) for n in range(4) for names in itertools.combinations(("norm.weight", "norm.bias", "conv"), n)
+]
 
 
-@pytest.mark.parametrize(("bn_size", "mode"), [(3, "activations"), (3, "bottlenecks"), (None, "activations")])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("input_needs", [True, False])
-@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize(
+    ("name", "learning"), [*itertools.product(pooled.BLOCKS, OF_A_BLOCK), *itertools.product(KINDS, OF_A_STAGE)]
+)
 def test_equal_where_only_some_require_gradients(
-    subset: str, input_needs: bool, mode: str, bn_size: int | None, fresh_memory_is_nan: None
+    name: str, learning: str, input_needs: bool, training: bool, fresh_memory_is_nan: None
 ) -> None:
-    def choose(block: nn.Module) -> None:
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(SUBSETS[subset](name))
+    def choose(module: nn.Module) -> None:
+        module.train(training)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(any(part in name for part in learning.split()))
 
-    reference, fast = block_pair(4, 5, bn_size, 4, change=choose, recompute=mode)
-    x = random_input((2, 5, 4, 3)).detach().requires_grad_(input_needs)
+    reference, fast, x = part(name, change=choose)
+    x = x.detach().requires_grad_(input_needs)
     assert_same(results(fast, x), results(reference, x))
 
 
@@ -173,27 +161,6 @@ STEMS = {
     "stem 5, 2, 2": Case("stem", (2, 5, 17, 9), 5, 2, 2),
     "stem 4, 3, 0": Case("stem", (2, 5, 16, 9), 4, 3, 0),
 }
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_where_any_subset_requires_gradients(
-    kind: str, needs: tuple[bool, ...], training: bool, fresh_memory_is_nan: None
-) -> None:
-    """Of x, gamma, beta and the weight; the stem and the head have none."""
-    if kind != "transition" and needs[3]:
-        return
-
-    def choose(stage: Stage) -> None:
-        for (_, parameter), need in zip(stage.named_parameters(), needs[1:], strict=False):
-            parameter.requires_grad_(need)
-        stage.train(training)
-
-    reference, fast = pair(small(kind), change=choose)
-    assert [name for name, _ in fast.named_parameters()][:2] == ["norm.weight", "norm.bias"]
-    x = random_input(small(kind).shape).detach().requires_grad_(needs[0])
-    assert_same(results(fast, x), results(reference, x))
 
 
 @pytest.mark.parametrize("size", [600, 1 << 22], ids=["by lines", "at once"])
@@ -260,7 +227,7 @@ def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[flo
 
 def test_the_last_nan_of_a_window_gets_the_gradient() -> None:
     """As PyTorch's, which takes whatever comes when it meets a NaN; with a frozen norm one sees which."""
-    reference, fast = pair(Case("stem", (2, 5, 9, 12), 3, 2, 1), change=evaluate)
+    reference, fast = pair(Case("stem", (2, 5, 9, 12), 3, 2, 1), change=blocks.evaluate)
     generator = torch.Generator().manual_seed(3)
     x = random_input((2, 5, 9, 12)).detach()
     x[torch.rand(x.shape, generator=generator) < 0.3] = NAN
@@ -362,7 +329,7 @@ def test_a_network_in_chunks_equals_its_reference(
     monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
     options: dict[str, Any] = {"bn_size": 2, "num_classes": 3, "spatial_dims": dims, "dtype": torch.float64}
     networks = [fastdense.DenseNet(4, (2, 2), 6, impl=impl, **options) for impl in ("torch", "reference")]
-    randomise(networks[1])
+    blocks.randomise(networks[1])
     networks[0].load_state_dict(networks[1].state_dict())
     x = random_input((2, 3, *((203,), (53, 31), (29, 22, 23))[dims - 1]))
     got, want = (results(network, x) for network in networks)

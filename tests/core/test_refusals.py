@@ -1,4 +1,4 @@
-"""What is refused: each case raises an error that names the value and what is allowed, and nothing has changed."""
+"""What is refused, by an error that names the value and what is allowed, and what runs the reference path."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.blocks import assert_same, random_input, results, unchanged
+from helpers.blocks import assert_same, block_pair, random_input, results, says_once, unchanged
 from helpers.pooled import KINDS, PARTS, Case, pair, part
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fastdense
 from fastdense import DenseBlock, DenseLayer, DenseNet, Transition, dense_block
+from fastdense.core import warn
 from fastdense.ops import validate
 
 x = torch.zeros(3, 5, 5, 7, dtype=torch.float64)
@@ -196,11 +198,6 @@ def test_a_constructor_refuses(name: str) -> None:
         call()
 
 
-def test_a_constructor_refuses_an_unknown_keyword() -> None:
-    with pytest.raises(TypeError, match="growth"):
-        fastdense.densenet121(growth=3)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", [*PARTS, "stem 1D", "stem 3D", "transition 1D", "transition 3D", "head 1D", "head 3D"])
 def test_an_empty_batch_does_what_the_reference_does(name: str, training: bool) -> None:
@@ -259,11 +256,8 @@ def test_the_environment_chooses_the_implementation_unless_the_module_does(name:
 
 
 def test_modules_of_a_network_refuse_as_well() -> None:
-    transition = fastdense.Transition(5, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"5 channels.*\(3, 4, 5, 7\)"):
-        transition(x[:, :4])
-    with pytest.raises(TypeError, match="got str"):
-        transition("x")
+        fastdense.Transition(5, 4, dtype=torch.float64)(x[:, :4])
     net = fastdense.DenseNet(4, (1,), 6, num_classes=2)
     with pytest.raises(ValueError, match=r"more than 1 value.*\(1, 6, 1, 1\)"):
         net(torch.zeros(1, 3, 1, 1))
@@ -275,3 +269,76 @@ def test_windows_have_a_size_for_each_dimension() -> None:
     assert validate.windows("maximum", nn.MaxPool2d(3, 2, 1)) == ("maximum", (3, 3), (2, 2), (1, 1))
     assert validate.windows("average", nn.AvgPool3d((1, 2, 3))) == ("average", (1, 2, 3), (1, 2, 3), (0, 0, 0))
     assert validate.windows("average", nn.AvgPool1d(2)) == ("average", (2,), (2,), (0,))
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings() -> None:
+    warn._said.clear()
+
+
+def new_conv2(**options: Any) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        torch.manual_seed(2)
+        block["denselayer1"].conv2 = nn.Conv2d(16, 4, 3, padding=1, dtype=torch.float64, **options)
+
+    return change
+
+
+def own_forward(block: nn.Module) -> None:
+    conv = block["denselayer1"].conv1
+    original = conv.forward
+    conv.forward = lambda h: original(h) + 1
+
+
+class Louder(fastdense.DenseLayer):
+    def forward(self, features: Any) -> torch.Tensor:
+        return super().forward(features) * 2
+
+
+# What it is, and what the warning says of it.
+UNKNOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "hook": (
+        "hook", lambda b: b["denselayer2"].conv1.register_forward_hook(lambda module, inputs, output: output * 2)
+    ),
+    "pre-hook": (
+        "hook", lambda b: b["denselayer1"].norm2.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    ),
+    "backward hook": (
+        "hook", lambda b: b["denselayer2"].conv2.register_full_backward_hook(lambda module, grads, _: (grads[0] * 3,))
+    ),
+    "layer's hook": ("hook", lambda b: b["denselayer2"].register_forward_hook(lambda module, inputs, output: -output)),
+    "parametrization": ("Parametrized", lambda b: parametrizations.weight_norm(b["denselayer2"].conv2)),
+    "activation": ("PReLU", lambda b: setattr(b["denselayer1"], "relu2", nn.PReLU(init=0.3, dtype=torch.float64))),
+    "norm": ("GroupNorm", lambda b: setattr(b["denselayer1"], "norm1", nn.GroupNorm(2, 6, dtype=torch.float64))),
+    "bias": ("bias", new_conv2()),
+    "groups": ("groups", new_conv2(groups=2, bias=False)),
+    "padding": ("reflect", new_conv2(padding_mode="reflect", bias=False)),
+    "own forward": ("forward of its own", own_forward),
+    "class of a layer": ("Louder", lambda b: setattr(b["denselayer1"], "__class__", Louder)),
+    "dropout of some layers": ("drops whole channels", lambda b: setattr(b["denselayer2"], "drop_channels", True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_unknown_runs_the_reference_path_and_says_so_once(name: str) -> None:
+    reason, change = UNKNOWN[name]
+    reference, fast = block_pair(2, 6, 4, 4)
+    for block in (reference, fast):
+        change(block)
+    x = random_input((2, 6, 4, 4))
+    assert_same(says_once(fast, x, lambda: results(fast, x), f"reference path.*{reason}"), results(reference, x))
+    fast.impl = "torch"
+    with pytest.raises(RuntimeError, match=rf"impl='torch' cannot run this block.*{reason}.*impl='reference'"):
+        fast(x)
+
+
+def test_global_hooks_are_respected() -> None:
+    _, fast = block_pair(2, 6, 4, 4)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with pytest.warns(UserWarning, match="global module hook"):
+            fast(random_input((2, 6, 4, 4)))
+    finally:
+        handle.remove()
+    assert seen.count("Conv2d") == 4
