@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,24 +28,18 @@ EARLY = BlockSize(1000, 20, (10, 15), (8, 8), 4)
 LATE = BlockSize(250, 50, (20, 30, 40), (8, 8, 8), 4)
 
 
-class Free:
-    """What ``free_bytes`` answers, and how often it was asked."""
-
-    def __init__(self) -> None:
-        self.bytes, self.asked = PLENTY, 0
-
-    def __call__(self, device: torch.device) -> int:
-        self.asked += 1
-        return self.bytes
-
-
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Free]:
-    answer = Free()
-    monkeypatch.setattr(memory, "free_bytes", answer)
-    warn._said.clear()
-    yield answer
-    warn._said.clear()
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What ``free_bytes`` answers, and how often it was asked."""
+    answer = SimpleNamespace(bytes=PLENTY, asked=0)
+
+    def free_bytes(device: torch.device) -> int:
+        answer.asked += 1
+        return answer.bytes
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    monkeypatch.setattr(warn, "_said", set())
+    return answer
 
 
 def small(**named: Any) -> fastdense.DenseNet:
@@ -108,7 +102,7 @@ def test_what_was_unnecessary_is_taken_back() -> None:
     assert plan_recompute([cheap, dear], enough) == [A, B]
 
 
-def test_the_network_obeys_the_plan(free: Free) -> None:
+def test_the_network_obeys_the_plan(free: Any) -> None:
     network, x = small(), torch.randn(4, 3, 64, 64)
     sizes, also_saved = network_sizes(network, x)
     enough = int(planned_bytes(list(sizes.values()), [B, A, A], also_saved)[1] / 0.9) + 1  # nine tenths are used
@@ -125,7 +119,7 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_planned_is_what_is_saved(name: str, free: Free) -> None:
+def test_planned_is_what_is_saved(name: str, free: Any) -> None:
     options, shape = SIZES[name]
     for free.bytes, mode in ((0, B), (PLENTY, A)):
         check_saved(small(**options), torch.randn(shape), [mode] * 3)
@@ -137,7 +131,7 @@ def test_autocast_halves_the_elements() -> None:
     assert {size.itemsize for size in sizes.values()} == {2}
 
 
-def test_planned_is_what_is_saved_where_only_the_end_learns(free: Free) -> None:
+def test_planned_is_what_is_saved_where_only_the_end_learns(free: Any) -> None:
     network, x = small(), torch.randn(4, 3, 64, 64)
     learning = ("features.denseblock2.denselayer3", "features.denseblock2.denselayer4", "features.denseblock3")
     for name, parameter in network.named_parameters():
@@ -148,7 +142,7 @@ def test_planned_is_what_is_saved_where_only_the_end_learns(free: Free) -> None:
 
 
 @pytest.mark.parametrize("modes", [[A, A, A, A], [B, A, A, A], [B, B, B, B]], ids=["none", "first", "all"])
-def test_planned_is_what_is_measured(modes: list[str], free: Free) -> None:
+def test_planned_is_what_is_measured(modes: list[str], free: Any) -> None:
     """The saved bytes to 1 %; the peak to 3 % and the scratch that no size decides."""
     network, x = fastdense.DenseNet(16, (6, 12, 24, 16), 32, recompute="auto"), torch.randn(8, 3, 224, 224)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -166,7 +160,7 @@ def test_planned_is_what_is_measured(modes: list[str], free: Free) -> None:
     assert 0.97 * measured.bytes <= peak <= 1.03 * measured.bytes + WORKSPACE_BYTES
 
 
-def test_it_says_what_it_resolved_to_once_for_each_choice(free: Free) -> None:
+def test_it_says_what_it_resolved_to_once_for_each_choice(free: Any) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     first = said(network, x)
     assert len(first) == 1 and first[0].startswith(
@@ -184,7 +178,7 @@ def test_it_says_what_it_resolved_to_once_for_each_choice(free: Free) -> None:
     assert said(network, x) == []
 
 
-def test_nothing_is_decided_without_gradients(free: Free) -> None:
+def test_nothing_is_decided_without_gradients(free: Any) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert said(network, x) == []
@@ -194,7 +188,7 @@ def test_nothing_is_decided_without_gradients(free: Free) -> None:
     assert "resolved to" not in repr(network)
 
 
-def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_asked_where_the_device_cannot_answer(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
     monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
@@ -206,7 +200,7 @@ def test_nothing_is_asked_where_the_device_cannot_answer(free: Free, monkeypatch
     assert found.bytes == recomputed.bytes
 
 
-def test_a_compiled_network_asks_nothing(free: Free) -> None:
+def test_a_compiled_network_asks_nothing(free: Any) -> None:
     network = fastdense.DenseNet(4, (1, 1), 8, num_classes=5, recompute="auto", impl="torch")
     x = torch.randn(2, 3, 32, 32)
     want = network(x)
@@ -225,7 +219,7 @@ def test_a_device_under_capture_may_not_be_queried(monkeypatch: pytest.MonkeyPat
     assert select.may_query(torch.device("cpu"))
 
 
-def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:
+def test_a_block_by_itself_takes_a_quarter(free: Any) -> None:
     block, x = fastdense.DenseBlock(4, 16, 4, 8, recompute="auto"), torch.randn(4, 16, 16, 16, requires_grad=True)
     bottlenecks = 1024 * 4 * 32 * 4
     for free.bytes, mode in ((4 * bottlenecks, A), (4 * bottlenecks - 1, B)):
@@ -238,7 +232,7 @@ def test_a_block_by_itself_takes_a_quarter(free: Free) -> None:
         assert said(block, x) == []
 
 
-def test_one_block_with_a_mode_of_its_own_ends_the_plan(free: Free) -> None:
+def test_one_block_with_a_mode_of_its_own_ends_the_plan(free: Any) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     network.features.denseblock2.recompute = "activations"
     free.bytes = 0
@@ -246,14 +240,14 @@ def test_one_block_with_a_mode_of_its_own_ends_the_plan(free: Free) -> None:
     assert resolved(network) == [B, None, B]
 
 
-def test_a_module_of_unknown_size_ends_the_plan(free: Free) -> None:
+def test_a_module_of_unknown_size_ends_the_plan(free: Any) -> None:
     network, x = small(), torch.randn(2, 3, 32, 32)
     network.features.transition1 = nn.Sequential(network.features.transition1, nn.Upsample(scale_factor=2))
     assert network_sizes(network, x)[0] == {}
     assert "for a block by itself" in said(network, x)[0]
 
 
-def test_converted_blocks_decide_by_themselves_and_the_reference_nothing(free: Free) -> None:
+def test_converted_blocks_decide_by_themselves_and_the_reference_nothing(free: Any) -> None:
     blocks = nn.Sequential(fastdense.reference.ConcatDenseBlock(3, 6, 2, 4), nn.Conv2d(18, 6, 1))
     converted = fastdense.convert(blocks, recompute="auto")
     assert "for a block by itself" in said(converted, torch.randn(2, 6, 8, 8))[0]

@@ -21,12 +21,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine that says that it has an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    warn._said.clear()
-    yield monkeypatch
-    warn._said.clear()
+    return monkeypatch
 
 
 def test_a_gpu_runs_triton(gpu: pytest.MonkeyPatch) -> None:
@@ -41,8 +39,8 @@ def test_a_gpu_runs_triton(gpu: pytest.MonkeyPatch) -> None:
 def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """``impl="auto"`` takes the kernels, here in the interpreter."""
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
+    monkeypatch.setattr(warn, "_said", set())
     select.self_test_failure.cache_clear()
-    warn._said.clear()
     yield monkeypatch
     select.self_test_failure.cache_clear()
 
