@@ -23,16 +23,14 @@ INPUTS = 8 if DEVICE == "cuda" else 1  # the interpreter takes a second or more 
 @contextmanager
 def tiles(size: int) -> Iterator[None]:
     """Every kernel with tiles of ``size``: several tiles, splits and blocks even for small features."""
+    more = {
+        "bn_relu_conv": {"block_k": size},
+        "bn_relu_conv_backward": {"weight_block_m": size, "weight_block_c": size},
+        "reduce": {"block_c": 1024},
+    }
     with ExitStack() as stack:
         for op in launch.OPERATIONS:
-            changes = {"block_m": size, "block_c": size}
-            if op == "bn_relu_conv":
-                changes["block_k"] = size
-            elif op == "bn_relu_conv_backward":
-                changes |= {"weight_block_m": size, "weight_block_c": size}
-            elif op == "reduce":
-                changes["block_c"] = 1024
-            stack.enter_context(launch.override(op, **changes))
+            stack.enter_context(launch.override(op, **{"block_m": size, "block_c": size, **more.get(op, {})}))
         yield
 
 
