@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -51,22 +54,17 @@ def test_masks_have_the_right_rate_and_differ_between_layers_and_seeds() -> None
     assert np.abs(histogram - 5000).max() < 5 * np.sqrt(5000)
 
 
-class Masks:
+def given_masks(seed: Tensor, per_channel: bool) -> Callable[..., Tensor]:
     """Stands in for F.dropout and feeds the reference block fastdense's masks, layer by layer."""
+    layers = itertools.count()
 
-    def __init__(self, seed: Tensor, p: float, per_channel: bool) -> None:
-        self.seed, self.p, self.per_channel, self.layer = seed, p, per_channel, 0
-
-    def __call__(self, h: Tensor, p: float, training: bool) -> Tensor:
-        assert p == self.p
-        if not training:
-            return h
+    def dropout(h: Tensor, p: float, training: bool) -> Tensor:
         n, k, *spatial = h.shape
-        count = n * k if self.per_channel else h.numel()
-        keep = philox.keep_mask(self.seed, self.layer, 0, count, p)
-        mask = keep.view(n, k, *[1] * len(spatial)) if self.per_channel else keep.view(n, *spatial, k).movedim(-1, 1)
-        self.layer += 1
+        keep = philox.keep_mask(seed, next(layers), 0, n * k if per_channel else h.numel(), p)
+        mask = keep.view(n, k, *[1] * len(spatial)) if per_channel else keep.view(n, *spatial, k).movedim(-1, 1)
         return h * mask / (1 - p) if p < 1 else h * 0
+
+    return dropout
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,7 +83,7 @@ def test_equal_to_the_reference_with_the_same_mask(
     torch.manual_seed(21)
     got = results(fast, x)
     torch.manual_seed(21)
-    masks = Masks(torch.randint(2**63 - 1, (1,)), p, per_channel)
+    masks = given_masks(torch.randint(2**63 - 1, (1,)), per_channel)
     monkeypatch.setattr(F, "dropout", masks)
     monkeypatch.setattr(reference, "_CHANNEL_DROPOUT", dict.fromkeys((3, 4, 5), masks))
     assert_same(got, results(ref, x))
