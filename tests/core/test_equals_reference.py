@@ -14,7 +14,7 @@ from helpers.budget import SHAPES
 from helpers.pooled import CASES, KINDS, Case, pair, part, rolled, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import fastdense
 from fastdense.backends.tiling import of_images, of_rows
@@ -68,19 +68,13 @@ def test_equal_in_chunks(
 ) -> None:
     """A few images, or lines, at a time, whose moments are merged."""
     monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
-    merged: list[int] = []
-    original = TorchBackend._merge_moments
-
-    def spy(self: Any, partial: Any, out: Any) -> None:
-        merged.append(len(partial))
-        original(self, partial, out)
-
-    monkeypatch.setattr(TorchBackend, "_merge_moments", spy)
+    calls = blocks.calls_of(monkeypatch, TorchBackend, "_merge_moments")
     reference, fast, shape = build(name, mode, change=lambda module: module.train(training))
     x = random_input((5, *shape[1:]))
     x = (x.detach() + torch.arange(5.0).view(5, *[1] * (x.dim() - 1)).double() * 20).requires_grad_()
     assert_same(results(fast, x), results(reference, x))
     if name in CASES:
+        merged = [len(partial) for _, partial, _ in calls]
         assert (max(merged) > 1) == (x.nbytes > size) if training else not merged
 
 
@@ -197,15 +191,6 @@ def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dty
     assert torch.equal(found[0], found[1]) and found[0].count_nonzero() > 10
 
 
-def _not_finite(x: Tensor, values: list[float]) -> Tensor:
-    """``values`` in some channels: at a corner, beside each other, at the end."""
-    flat = x.flatten(2)
-    for i, value in enumerate(values):
-        flat[0, i % x.shape[1], [0, 1, -1][i % 3]] = value
-        flat[-1, (2 * i + 1) % x.shape[1], flat.shape[2] // 2] = value
-    return x.requires_grad_()
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [NAN, NAN, INF], [INF, -INF, NAN, INF, NAN]])
 @pytest.mark.parametrize(
@@ -213,7 +198,10 @@ def _not_finite(x: Tensor, values: list[float]) -> Tensor:
 )
 def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[float], training: bool) -> None:
     reference, fast, x = part(name, change=lambda module: module.train(training))  # a gamma of 0 makes NaN of inf
-    x = _not_finite(x.detach(), values)
+    flat = x.detach().flatten(2)
+    for i, value in enumerate(values):  # in some channels, at a corner, beside each other, at the end
+        flat[0, i % x.shape[1], [0, 1, -1][i % 3]] = value
+        flat[-1, (2 * i + 1) % x.shape[1], flat.shape[2] // 2] = value
     got, want = results(fast, x), results(reference, x)
     assert not want["output"].isfinite().all() or (not training and values == [-INF])
     if training and "block" in name:  # of gradients a block's sums make NaN of more than PyTorch's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.blocks import MODES, assert_close, random_input, results
+from helpers.blocks import MODES, assert_close, calls_of, random_input, results
 from helpers.pooled import KINDS, PARTS, Case, pair, part
 from torch import nn
 
@@ -20,6 +19,7 @@ import fastdense
 from benchmarks.micro.host import host_side
 from fastdense import DenseBlock, memory, ops
 from fastdense.memory import peak_bytes, saved_bytes
+from fastdense.recompute import network_sizes
 
 
 def saved(block: nn.Module, x: torch.Tensor) -> int:
@@ -122,16 +122,9 @@ def test_gradient_scratch_covers_only_the_channels_that_learn(monkeypatch: pytes
     block = DenseBlock(8, 16, 4, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name.startswith("denselayer8"))
-    starts = []
-    original = ops.dense_block.schedule.backward
-
-    def spy(be: Any, G: Any, *rest: Any, **named: Any) -> Any:
-        starts.append((G.start, G.D.shape[1]))
-        return original(be, G, *rest, **named)
-
-    monkeypatch.setattr(ops.dense_block.schedule, "backward", spy)
+    calls = calls_of(monkeypatch, ops.dense_block.schedule, "backward")
     block(torch.randn(2, 16, 5, 5)).square().sum().backward()
-    assert starts == [(16 + 7 * 8, 8)]  # the last layer's own output
+    assert [(G.start, G.D.shape[1]) for _, G, *_ in calls] == [(16 + 7 * 8, 8)]  # the last layer's own output
 
 
 def test_a_shared_storage_is_counted_once() -> None:
@@ -250,20 +243,8 @@ DOMINATED = ("three blocks", "one large image")  # by what grows with the networ
 
 def largest_backward(network: nn.Module, x: torch.Tensor) -> int:
     """Bytes of ``2*m*C + 3*m*B`` of the block where that is most; ``B`` is 0 without bottleneck."""
-    sizes: list[int] = []
-
-    def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        bottleneck = module["denselayer1"].conv1.out_channels if "conv2" in module["denselayer1"]._modules else 0
-        pixels, channels = output.numel() // output.shape[1], output.shape[1]
-        sizes.append(pixels * (2 * channels + 3 * bottleneck) * output.element_size())
-
-    twin = copy.deepcopy(network).to("meta")
-    for child in twin.modules():
-        if isinstance(child, fastdense.DenseBlock):
-            child.register_forward_hook(note)
-    with torch.no_grad():
-        twin(x.to("meta"))
-    return max(sizes)
+    sizes = network_sizes(network, x)[0].values()
+    return max(b.pixels * (2 * b.channels + 3 * max(b.bottlenecks, default=0)) * b.itemsize for b in sizes)
 
 
 @pytest.mark.parametrize("mode", MODES)

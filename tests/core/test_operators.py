@@ -25,15 +25,10 @@ POOL = torch.ops.fastdense.bn_relu_pool
 
 def _captured(name: str, run: Callable[[], Any]) -> list[Any]:
     """The arguments with which ``run`` calls the operator ``name``, once."""
-    calls: list[tuple[Any, ...]] = []
-    operator = getattr(torch.ops.fastdense, name)
-
-    def record(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return operator(*arguments)
-
+    operator = SimpleNamespace(**{name: getattr(torch.ops.fastdense, name)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional.torch.ops, "fastdense", SimpleNamespace(**{name: record}), raising=False)
+        calls = blocks.calls_of(patch, operator, name)
+        patch.setattr(functional.torch.ops, "fastdense", operator, raising=False)
         run()
     (arguments,) = calls
     return list(arguments)
@@ -209,18 +204,6 @@ def test_no_gradient_at_all_is_one_of_zeros(name: str) -> None:
             assert tensor.grad is None or tensor.grad.abs().max() == 0
 
 
-def _functional_gradient(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.func.grad(lambda x: module(x).square().sum())(x.detach())
-
-
-def _vmap(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.func.vmap(module)(x.detach()[None])
-
-
-def _jvp(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.func.jvp(module, (x.detach(),), (x.detach(),))[1]
-
-
 def _dual(module: nn.Module, x: Tensor) -> Tensor:
     with torch.autograd.forward_ad.dual_level():
         y = module(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
@@ -232,11 +215,19 @@ def _twice(module: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(gradient.square().sum(), x)[0]
 
 
+ATTEMPTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "func.grad": lambda module, x: torch.func.grad(lambda x: module(x).square().sum())(x.detach()),
+    "func.vmap": lambda module, x: torch.func.vmap(module)(x.detach()[None]),
+    "func.jvp": lambda module, x: torch.func.jvp(module, (x.detach(),), (x.detach(),))[1],
+    "dual numbers": _dual,
+    "twice": _twice,
+}
+
+
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("attempt", [_functional_gradient, _vmap, _jvp, _dual, _twice])
-def test_what_is_differentiated_once_only_says_so_and_the_remedy_works(
-    attempt: Callable[[nn.Module, Tensor], Tensor], name: str
-) -> None:
+@pytest.mark.parametrize("how", ATTEMPTS)
+def test_what_is_differentiated_once_only_says_so_and_the_remedy_works(how: str, name: str) -> None:
+    attempt = ATTEMPTS[how]
     reference, fast, x = part(name)
     state = nn.Module() if attempt is _twice else fast  # whose first backward pass is an ordinary one
     with blocks.unchanged(state), pytest.raises(RuntimeError, match="impl='reference'"):
@@ -361,26 +352,18 @@ def test_no_layer_below_the_first_that_learns_is_differentiated(monkeypatch: pyt
     _, fast = block_pair(5, 6, 4, 4)
     for name, parameter in fast.named_parameters():
         parameter.requires_grad_(name.startswith("denselayer4"))
-    visited: list[tuple[int, int]] = []
-    original = TorchBackend.bn_relu_conv_backward
-
-    def spy(self: Any, grad: Any, output: Any, conv: Any, *rest: Any, **flags: Any) -> Any:
-        visited.append(tuple(conv.weight.shape[:2]))
-        return original(self, grad, output, conv, *rest, **flags)
-
-    monkeypatch.setattr(TorchBackend, "bn_relu_conv_backward", spy)
+    calls = blocks.calls_of(monkeypatch, TorchBackend, "bn_relu_conv_backward")
     fast(random_input((2, 6, 3, 3)).detach()).square().sum().backward()
+    visited = [tuple(conv.weight.shape[:2]) for _, _, _, conv, *_ in calls]
     assert visited == [(4, 16), (16, 22), (4, 16), (16, 18)]  # layer 5: 3x3, 1x1; layer 4: 3x3, 1x1
 
 
 def test_all_gradients_are_cast_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where parameters are in 16 bit: one cast for each would be more launches than everything else."""
-    casts: list[int] = []
-    original = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda into, *rest: casts.append(len(into)) or original(into, *rest))
+    calls = blocks.calls_of(monkeypatch, torch, "_foreach_copy_")
     _, fast, x = part("block", dtype=torch.bfloat16)
     fast(x).square().sum().backward()
-    assert casts == [len([*fast.parameters()])]
+    assert [len(into) for into, *_ in calls] == [len([*fast.parameters()])]
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in fast.parameters())
 
 

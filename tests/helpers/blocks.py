@@ -172,6 +172,19 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             assert torch.equal(value, old), key
 
 
+def calls_of(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of ``owner.name`` from now on."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, noted)
+    return calls
+
+
 # What may be changed about a block or a stage, whatever its dimensions.
 
 
