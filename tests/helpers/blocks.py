@@ -235,7 +235,7 @@ def kernel(convolution: str, *size: int) -> Callable[[nn.Module], None]:
     return change
 
 
-wider_kernel = kernel("conv2", 5, 3, 3)
+wider_kernel = kernel("conv2", 5, 3, 1)
 
 NORMS: dict[str, Callable[[nn.Module], None]] = {
     "plain": lambda module: None,
