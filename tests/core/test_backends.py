@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers.blocks import block_pair, random_input
+from helpers.processes import python
 
 from fastdense.backends import select
 from fastdense.backends.torch_backend import TorchBackend
@@ -18,19 +18,16 @@ from fastdense.core import warn
 from fastdense.core.features import Features
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-NO_TRITON = "Triton cannot be used (ModuleNotFoundError: gone): install it with `pip install 'triton>=3.6'`"
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine that says that it has an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    warn._said.clear()
-    yield monkeypatch
-    warn._said.clear()
+    return monkeypatch
 
 
-def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
+def test_a_gpu_runs_triton(gpu: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for impl in ("auto", "triton"):
             assert select.resolve(impl, CUDA, dtype) == "triton"
@@ -42,28 +39,30 @@ def test_a_gpu_takes_triton(gpu: pytest.MonkeyPatch) -> None:
 def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """``impl="auto"`` takes the kernels, here in the interpreter."""
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "so that it can be tested"))
+    monkeypatch.setattr(warn, "_said", set())
     select.self_test_failure.cache_clear()
-    warn._said.clear()
     yield monkeypatch
     select.self_test_failure.cache_clear()
 
 
-def _ran(block: torch.nn.Module) -> list[str]:
-    """The backends that one call of the block creates."""
-    names: list[str] = []
-    create = select.create
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "create", lambda name, x: names.append(name) or create(name, x))
-        block(random_input((2, 6, 5, 4), dtype=torch.float32))
-    return names
-
-
-def test_auto_takes_kernels_that_pass_their_self_test(kernels_by_default: pytest.MonkeyPatch) -> None:
+def _ran() -> list[list[str]]:
+    """The backends that each of two calls of a block creates; the first one tries the kernels before."""
     _, block = block_pair(1, 6, 4, 4, dtype=torch.float32)
+    create, calls = select.create, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "create", lambda name, x: calls[-1].append(name) or create(name, x))
+        for _ in range(2):
+            calls.append([])
+            block(random_input((2, 6, 5, 4), dtype=torch.float32))
+    return calls
+
+
+def test_auto_runs_kernels_that_pass_their_self_test(kernels_by_default: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert _ran(block)[-1] == "triton"
-        assert _ran(block) == ["triton"], "one self-test is enough"
+        first, second = _ran()
+    assert first[-1] == "triton"
+    assert second == ["triton"], "one self-test is enough"
 
 
 _right = TritonBackend.bn_relu_conv
@@ -78,67 +77,74 @@ def _raises(self: TritonBackend, *arguments: object, **keywords: object) -> None
     raise NotImplementedError("no such instruction")
 
 
-@pytest.mark.parametrize(("primitive", "message"), [(_wrong, "off by"), (_raises, "NotImplementedError: no such")])
-def test_auto_leaves_kernels_that_do_not(
-    primitive: object, message: str, kernels_by_default: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("primitive", "message"), [(_wrong, "off by"), (_raises, "NotImplementedError: no such")], ids=["wrong", "raises"]
+)
+def test_auto_leaves_kernels_that_do_not(primitive: Any, message: str, kernels_by_default: Any) -> None:
     kernels_by_default.setattr(TritonBackend, "bn_relu_conv", primitive)
-    _, block = block_pair(1, 6, 4, 4, dtype=torch.float32)
     with pytest.warns(UserWarning, match=message) as caught:
-        names = [_ran(block)[-1] for _ in range(2)]
-    assert names == ["torch", "torch"]
+        assert [names[-1] for names in _ran()] == ["torch", "torch"]
     assert len([w for w in caught if "plain PyTorch" in str(w.message)]) == 1
 
 
-def test_an_old_gpu_takes_torch(gpu: pytest.MonkeyPatch) -> None:
+def test_auto_runs_torch_on_an_old_gpu(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert select.resolve("auto", CUDA, torch.float16) == "torch"
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run.*7\.5.*8\.0.*impl='torch'"):
         select.resolve("triton", CUDA, torch.float16)
 
 
-def test_float64_takes_torch(gpu: pytest.MonkeyPatch) -> None:
+def test_auto_runs_torch_for_float64_and_says_nothing(gpu: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert select.resolve("auto", CUDA, torch.float64) == "torch"
     for device in (CUDA, CPU):
         with pytest.raises(RuntimeError, match=r"float32, not torch.float64.*impl='torch'"):
             select.resolve("triton", device, torch.float64)
+    _, fast = block_pair(2, 6, 4, 4, impl="triton")
+    with pytest.raises(RuntimeError, match="float64"):
+        fast(random_input((2, 6, 4, 4)))
 
 
-def test_a_broken_triton_warns_once_and_names_the_remedy(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(select, "_broken_triton", lambda: NO_TRITON)
-    with pytest.warns(UserWarning, match=r"pip install 'triton>=3\.6'") as caught:
-        assert [select.resolve("auto", CUDA, torch.float16) for _ in range(3)] == ["torch"] * 3
-    assert len(caught) == 1
-    with pytest.raises(RuntimeError, match=r"pip install 'triton>=3\.6'"):
-        select.resolve("triton", CUDA, torch.float16)
-
-
-@pytest.mark.parametrize(
-    "breakage", ['sys.modules["triton"] = None', 'sys.modules["triton"] = types.ModuleType("triton")']
-)
-def test_whatever_is_broken_about_triton(breakage: str) -> None:
-    """Not installed, and installed but empty: in a fresh process."""
-    code = f"""
+IN_A_FRESH_PROCESS = """
 import os, sys, types, warnings
 os.environ["TRITON_INTERPRET"] = "1"
-{breakage}
 import torch
-from fastdense import functional
-from fastdense.backends import select
-print(select.explain("cpu", torch.float32)[0])
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    print(select.resolve("auto", torch.device("cuda"), torch.float32), len(caught))
-try:
-    select.resolve("triton", torch.device("cpu"), torch.float32)
-except RuntimeError as error:
-    print("pip install" in str(error) and "impl='torch'" in str(error))
+
+for broken in (None, types.ModuleType("triton")):  # not installed, and installed but empty
+    if os.fork():
+        os.wait()
+        continue
+    sys.modules["triton"] = broken
+    from fastdense.backends import select
+
+    print(select.explain("cpu", torch.float32)[0])
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        print({select.resolve("auto", torch.device("cuda"), torch.float32) for _ in range(3)}, len(caught))
+    assert "pip install 'triton>=3.6'" in str(caught[0].message)
+    try:
+        select.resolve("triton", torch.device("cpu"), torch.float32)
+    except RuntimeError as error:
+        print("pip install" in str(error) and "impl='torch'" in str(error), flush=True)
+    os._exit(0)
+
+from fastdense.backends.triton_launcher import _fp32_precision
+print(_fp32_precision())
+torch.backends.cudnn.allow_tf32 = False
+print(_fp32_precision())
+if hasattr(torch.backends.cudnn, "conv"):  # makes the old attribute unreadable
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+print(_fp32_precision())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["torch", "torch", "1", "True"], done.stdout + done.stderr
+
+
+def test_whatever_is_broken_about_triton_and_how_fp32_products_follow_pytorchs_setting() -> None:
+    done = python("-c", IN_A_FRESH_PROCESS)
+    broken, precision = ["torch", "{'torch'}", "1", "True"], ["tf32", "ieee"]
+    last = "tf32" if hasattr(torch.backends.cudnn, "conv") else "ieee"
+    assert done.stdout.split() == [*broken, *broken, *precision, last], done.stdout + done.stderr
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,30 +160,7 @@ def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatc
         select.resolve("triton", torch.device("meta"), torch.float32)
 
 
-def test_fp32_products_follow_pytorchs_setting_old_and_new() -> None:
-    """A setting made in the new way makes the old attribute unreadable: hence a fresh process."""
-    code = """
-import torch
-from fastdense.backends.triton_launcher import _fp32_precision
-print(_fp32_precision())
-torch.backends.cudnn.allow_tf32 = False
-print(_fp32_precision())
-if hasattr(torch.backends.cudnn, "conv"):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-print(_fp32_precision())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    new = hasattr(torch.backends.cudnn, "conv")
-    assert done.stdout.split() == ["tf32", "ieee", "tf32" if new else "ieee"], done.stdout + done.stderr
-
-
-def test_create() -> None:
+def test_each_name_creates_its_backend() -> None:
     x = torch.zeros(1, 2, 3, 3)
     assert isinstance(select.create("torch", x), TorchBackend)
     assert isinstance(select.create("triton", x), TritonBackend)
-
-
-def test_float64_block_under_an_explicit_choice() -> None:
-    _, fast = block_pair(2, 6, 4, 4, impl="triton")
-    with pytest.raises(RuntimeError, match="float64"):
-        fast(random_input((2, 6, 4, 4)))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.blocks import assert_same, block_pair, random_input, results
+from helpers.blocks import MODES, Results, assert_same, block_pair, random_input, results
 from torch import Tensor, nn
 
 from fastdense import reference
 from fastdense.backends import philox
 
 
-def test_philox_against_the_published_vectors() -> None:
-    """Known-answer vectors of Random123's Philox-4x32-10 whose fourth counter word is 0, and NumPy's generator."""
+def test_philox_gives_the_published_vectors() -> None:
+    """Known-answer vectors of Random123's Philox-4x32-10 whose fourth counter word is 0."""
     zeros = philox.philox_4x32(torch.tensor([0]), torch.tensor([0]), 0)[0]
     assert [hex(v) for v in zeros.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -5])
-def test_philox_against_plain_integers(seed: int) -> None:
+def test_philox_equals_plain_integers(seed: int) -> None:
     counters = [0, 1, 2**31 + 7, 2**40 + 3]
     got = philox.philox_4x32(torch.tensor([seed]), torch.tensor(counters), 9)
     for row, counter in zip(got.tolist(), counters, strict=True):
@@ -53,29 +54,24 @@ def test_masks_have_the_right_rate_and_differ_between_layers_and_seeds() -> None
     assert np.abs(histogram - 5000).max() < 5 * np.sqrt(5000)
 
 
-class Masks:
-    """Stands in for F.dropout and feeds the textbook block fastdense's masks, layer by layer."""
+def given_masks(seed: Tensor, per_channel: bool) -> Callable[..., Tensor]:
+    """Stands in for F.dropout and feeds the reference block fastdense's masks, layer by layer."""
+    layers = itertools.count()
 
-    def __init__(self, seed: Tensor, p: float, per_channel: bool) -> None:
-        self.seed, self.p, self.per_channel, self.layer = seed, p, per_channel, 0
-
-    def __call__(self, h: Tensor, p: float, training: bool) -> Tensor:
-        assert p == self.p
-        if not training:
-            return h
+    def dropout(h: Tensor, p: float, training: bool) -> Tensor:
         n, k, *spatial = h.shape
-        count = n * k if self.per_channel else h.numel()
-        keep = philox.keep_mask(self.seed, self.layer, 0, count, p)
-        mask = keep.view(n, k, *[1] * len(spatial)) if self.per_channel else keep.view(n, *spatial, k).movedim(-1, 1)
-        self.layer += 1
+        keep = philox.keep_mask(seed, next(layers), 0, n * k if per_channel else h.numel(), p)
+        mask = keep.view(n, k, *[1] * len(spatial)) if per_channel else keep.view(n, *spatial, k).movedim(-1, 1)
         return h * mask / (1 - p) if p < 1 else h * 0
 
+    return dropout
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(3, 6, 5, 4), (2, 6, 7), (2, 6, 3, 2, 4)])
-def test_equal_to_the_textbook_with_the_same_mask(
+def test_equal_to_the_reference_with_the_same_mask(
     shape: tuple[int, ...], p: float, per_channel: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def choose(block: nn.Module) -> None:
@@ -87,44 +83,37 @@ def test_equal_to_the_textbook_with_the_same_mask(
     torch.manual_seed(21)
     got = results(fast, x)
     torch.manual_seed(21)
-    masks = Masks(torch.randint(2**63 - 1, (1,)), p, per_channel)
+    masks = given_masks(torch.randint(2**63 - 1, (1,)), per_channel)
     monkeypatch.setattr(F, "dropout", masks)
     monkeypatch.setattr(reference, "_CHANNEL_DROPOUT", dict.fromkeys((3, 4, 5), masks))
     assert_same(got, results(ref, x))
 
 
-def test_chunks_see_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fast = block_pair(3, 6, 4, 5, drop_rate=0.3)
-    x = random_input((4, 6, 5, 3))
-    torch.manual_seed(2)
-    want = results(fast, x)
-    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", 2048)
-    _, fast = block_pair(3, 6, 4, 5, drop_rate=0.3)
-    torch.manual_seed(2)
-    assert_same(results(fast, x), want)
+@pytest.mark.parametrize("size", [600, 3000])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_chunks_see_the_same_mask(per_channel: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Results:
+        _, fast = block_pair(2, 6, 4, 5, drop_rate=0.4)
+        for layer in fast.children():
+            layer.drop_channels = per_channel
+        torch.manual_seed(2)
+        return results(fast, random_input((2, 6, 13, 5)))
+
+    want = run()
+    monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
+    assert_same(run(), want)
 
 
-def test_pytorch_seed_governs_the_mask() -> None:
-    _, fast = block_pair(2, 6, 4, 4, drop_rate=0.5, change=None)
-    x = random_input((2, 6, 4, 4)).detach()
-    outputs = []
-    for seed in (1, 1, 2):
+def test_pytorchs_seed_governs_the_mask_and_evaluation_draws_none() -> None:
+    def after(seed: int, block: nn.Module) -> tuple[Tensor, bool]:
         torch.manual_seed(seed)
-        outputs.append(fast(x))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
-
-
-def test_no_dropout_in_evaluation_and_no_random_numbers_without_it() -> None:
-    def draws(block: Any, x: Tensor) -> bool:
         before = torch.get_rng_state()
-        block(x)
-        return not torch.equal(before, torch.get_rng_state())
+        return block(x), not torch.equal(before, torch.get_rng_state())
 
     x = random_input((2, 6, 4, 4)).detach()
     _, dropping = block_pair(2, 6, 4, 4, drop_rate=0.5)
-    _, plain = block_pair(2, 6, 4, 4)
-    assert draws(dropping, x)
-    assert not draws(dropping.eval(), x)
-    assert torch.equal(dropping(x), dropping(x))
-    assert not draws(plain, x)
+    (first, drawn), (again, _), (other, _) = (after(seed, dropping) for seed in (1, 1, 2))
+    assert drawn and torch.equal(first, again) and not torch.equal(first, other)
+    (first, drawn), (other, _) = (after(seed, dropping.eval()) for seed in (1, 2))
+    assert not drawn and torch.equal(first, other)
+    assert not after(1, block_pair(2, 6, 4, 4)[1])[1]

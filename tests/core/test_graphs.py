@@ -5,12 +5,13 @@ Without a GPU: on tensors without memory, with the Triton host side; on the CPU,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import networks
+from helpers import blocks, networks
 from helpers.blocks import block_pair, random_input
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,20 +47,20 @@ def training_step(net: nn.Module, x: Tensor) -> None:
     F.cross_entropy(net(x), networks.labels(x.shape[0]).to(x.device)).backward()
 
 
-def _drop(net: nn.Module) -> None:
+def drop(net: nn.Module, patch: pytest.MonkeyPatch) -> None:
     for module in net.modules():
         if hasattr(module, "drop_rate"):
             module.drop_rate = 0.2
 
 
-def _cumulative(net: nn.Module) -> None:
+def cumulative(net: nn.Module, patch: pytest.MonkeyPatch) -> None:
     """Inside the blocks: a ``nn.BatchNorm`` that is called reads its counter as a number."""
     for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and "denseblock" in name:
-            module.momentum = None
+        if "denseblock" in name:
+            blocks.setting("momentum", None)(module)
 
 
-def share(patch: pytest.MonkeyPatch) -> None:
+def share(net: nn.Module, patch: pytest.MonkeyPatch) -> None:
     """Two processes, of which the other one sends zeros."""
     patch.setattr(sync_batchnorm, "_group_name", lambda norm: "both" if norm.training else "")
     patch.setattr(sync_batchnorm, "_resolve", lambda group: group)
@@ -67,7 +68,9 @@ def share(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(sync_batchnorm.dist, name, lambda *arguments, answer=answer, **named: answer)
 
 
-CHANGES = {"plain": lambda net: None, "dropout": _drop, "momentum=None": _cumulative, "SyncBatchNorm": lambda net: None}
+CHANGES: dict[str, Callable[[nn.Module, pytest.MonkeyPatch], None]] = {
+    "plain": lambda net, patch: None, "dropout": drop, "momentum=None": cumulative, "SyncBatchNorm": share,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -76,9 +79,7 @@ CHANGES = {"plain": lambda net: None, "dropout": _drop, "momentum=None": _cumula
 def test_no_operator_of_a_step_waits(name: str, change: str, amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' own bodies included, which run below the mode unless it is set again inside."""
     _, fast = networks.network(name, torch.float32)
-    CHANGES[change](fast)
-    if change == "SyncBatchNorm":
-        share(monkeypatch)
+    CHANGES[change](fast, monkeypatch)
     x = networks.images(name, dtype=torch.float32)
     with NothingWaits() as outside, torch.autocast("cpu", torch.bfloat16, enabled=amp):
         training_step(fast, x)
@@ -99,20 +100,17 @@ def _under(mode: TorchDispatchMode, function: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("kind", ["densenet121", "converted", "dropout", "momentum=None", "SyncBatchNorm"])
-def test_a_step_on_the_triton_host_side_without_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [*CHANGES, "converted"])
+def test_a_step_on_the_triton_host_side_without_memory(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no values, nobody can ask for one: ``.item()``, ``bool(tensor)``, ``.cpu()`` would raise.
 
     Through the operators' own bodies and everything that prepares a launch, forward and backward.
     """
-    if kind == "converted":
+    if change == "converted":
         net = networks.torchvision(block_config=(6, 12), growth_rate=32, num_init_features=64)[1]
     else:
-        net = fastdense.densenet121(drop_rate=0.2 if kind == "dropout" else 0.0, num_classes=networks.CLASSES)
-    if kind == "momentum=None":
-        _cumulative(net)
-    if kind == "SyncBatchNorm":
-        share(monkeypatch)
+        net = fastdense.densenet121(num_classes=networks.CLASSES)
+        CHANGES[change](net, monkeypatch)
     net = net.to("meta", torch.bfloat16)
     x = torch.empty(2, 3, 64, 96, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with host_side() as launches:
@@ -155,9 +153,8 @@ def test_nothing_of_the_generator_is_read_while_a_graph_is_captured(monkeypatch:
         raise AssertionError("not while a graph is captured")
 
     monkeypatch.setattr(select, "_is_capturing", lambda device: True)
-    monkeypatch.setattr(torch, "get_rng_state", forbidden)
-    monkeypatch.setattr(torch, "set_rng_state", forbidden)
-    monkeypatch.setattr(select, "self_test_failure", forbidden)
+    for module, name in ((torch, "get_rng_state"), (torch, "set_rng_state"), (select, "self_test_failure")):
+        monkeypatch.setattr(module, name, forbidden)
     monkeypatch.setattr(select, "explain", lambda device, dtype=None: ("triton", "a GPU would"))
     monkeypatch.setattr(select, "create", lambda name, x: TorchBackend(x))
     drawn: list[Any] = []
@@ -166,20 +163,3 @@ def test_nothing_of_the_generator_is_read_while_a_graph_is_captured(monkeypatch:
     torch.manual_seed(5)
     assert torch.equal(block(x), want)
     assert drawn == [x.device]
-
-
-def test_a_step_leaves_nothing_behind_that_another_needs() -> None:
-    """A graph replays one step's work: the same inputs, the same results, whatever ran before it."""
-    _, fast = networks.network("own", torch.float32)
-    x = networks.images("own", dtype=torch.float32)
-    state = {key: value.clone() for key, value in fast.state_dict().items()}
-
-    def step() -> dict[str, Tensor | None]:
-        fast.load_state_dict(state)
-        return networks.step(fast, x, lambda net, x, target: F.cross_entropy(net(x), target))
-
-    first = step()
-    networks.step(fast, networks.images("own", 5, dtype=torch.float32), lambda net, x, _: net(x * 3).square().sum())
-    second = step()
-    for key, value in first.items():
-        assert value is not None and torch.equal(value, second[key]), key

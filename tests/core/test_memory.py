@@ -1,23 +1,32 @@
-"""Bytes saved for backward: at the plan, linear in depth, nothing hidden from saved-tensor hooks."""
+"""Bytes: what is saved for backward, at the plan; ``peak_bytes`` by hand, and the bound on a training step's peak."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers.blocks import MODES, assert_close, calls_of, random_input, results
+from helpers.pooled import KINDS, PARTS, Case, pair, part
 from torch import nn
 
 import fastdense
+from benchmarks.micro.host import host_side
+from fastdense import DenseBlock, memory, ops
+from fastdense.memory import peak_bytes, saved_bytes
+from fastdense.recompute import network_sizes
 
 
-def kept(block: nn.Module, x: torch.Tensor) -> int:
-    with fastdense.memory.saved_bytes(block) as saved:
+def saved(block: nn.Module, x: torch.Tensor) -> int:
+    with memory.saved_bytes(block) as found:
         output = block(x)
     del output
-    return saved.bytes
+    return found.bytes
 
 
 def plan(layers: int, channels: int, bn_size: int | None, k: int, m: int, mode: str, element: int = 4) -> int:
@@ -27,127 +36,247 @@ def plan(layers: int, channels: int, bn_size: int | None, k: int, m: int, mode: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bn_size", [4, None])
 @pytest.mark.parametrize("layers", [6, 24])
-def test_at_the_plan(layers: int, bn_size: int | None, mode: str, dtype: torch.dtype) -> None:
-    block = fastdense.DenseBlock(layers, 64, bn_size, 32, recompute=mode, dtype=dtype)
+def test_a_block_saves_what_is_planned(layers: int, bn_size: int | None, mode: str, dtype: torch.dtype) -> None:
+    block = DenseBlock(layers, 64, bn_size, 32, recompute=mode, dtype=dtype)
     x = torch.randn(4, 64, 16, 16, dtype=dtype, requires_grad=True)  # m = 1,024
     want = plan(layers, 64, bn_size, 32, 1024, mode, dtype.itemsize)
-    assert want <= kept(block, x) <= 1.03 * want
+    assert want <= saved(block, x) <= 1.03 * want
 
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
-def test_linear_in_depth(mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_bytes_are_linear_in_depth(mode: str) -> None:
     x = torch.randn(16, 24, 8, 8, requires_grad=True)
-    small, large = (kept(fastdense.DenseBlock(layers, 24, 4, 12, recompute=mode), x) for layers in (250, 500))
+    small, large = (saved(DenseBlock(layers, 24, 4, 12, recompute=mode), x) for layers in (75, 150))
     assert large / small < 2.15
-    assert large <= 1.03 * plan(500, 24, 4, 12, 1024, mode)
+    assert large <= 1.03 * plan(150, 24, 4, 12, 1024, mode)
 
 
-def test_several_times_less_than_the_textbook() -> None:
-    x = torch.randn(4, 64, 16, 16, requires_grad=True)
-    textbook, activations, bottlenecks = (
-        kept(block, x)
-        for block in (
-            fastdense.reference.ConcatDenseBlock(24, 64, 4, 32),
-            fastdense.DenseBlock(24, 64, 4, 32),
-            fastdense.DenseBlock(24, 64, 4, 32, memory_efficient=True),
-        )
-    )
-    assert textbook > 6 * activations
-    assert textbook > 25 * bottlenecks
-
-
-def test_nothing_is_kept_below_the_first_layer_that_learns() -> None:
-    block = fastdense.DenseBlock(8, 16, 4, 8)
+def test_a_block_saves_no_bottleneck_below_the_first_layer_that_learns() -> None:
+    block = DenseBlock(8, 16, 4, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name.startswith(("denselayer7", "denselayer8")))
-    x = torch.randn(4, 16, 16, 16)
     want = 1024 * (16 + 8 * 8 + 2 * 32) * 4
-    assert want <= kept(block, x) <= 1.03 * want
+    assert want <= saved(block, torch.randn(4, 16, 16, 16)) <= 1.03 * want
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_saves_its_input_and_two_vectors(kind: str, training: bool, dtype: torch.dtype, layout: str) -> None:
+    """A contiguous input goes through a channels-last copy, and then that is saved instead."""
+    case = Case(kind, (4, 32, 16, 16), 3 if kind == "stem" else 2, 2, 1 if kind == "stem" else 0, out=16)
+    _, fast = pair(case, dtype=dtype, change=lambda stage: stage.train(training))
+    x = random_input(case.shape, dtype=dtype, layout=layout)
+    with memory.saved_bytes(*([fast, x] if layout == "channels_last" else [fast])) as found:
+        y = fast(x)
+    vectors = 2 * 32 * 4 if training else 0
+    assert found.bytes == vectors + (0 if layout == "channels_last" else x.nbytes)
+    assert y.requires_grad
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_kept_without_gradients(context: type) -> None:
-    block = fastdense.DenseBlock(4, 16, 4, 8)
-    with context():
-        assert kept(block, torch.randn(4, 16, 16, 16)) == 0
+@pytest.mark.parametrize("name", PARTS)
+def test_nothing_is_saved_without_gradients(name: str, context: type) -> None:
+    reference, fast, x = part(name)
+    x = x.detach()
+    with context(), memory.saved_bytes() as found:
+        y = fast(x)
+        assert_close("output", y, reference(x))
+    assert found.bytes == 0 and not y.requires_grad
+    for key, buffer in fast.named_buffers():
+        assert_close(key, buffer, reference.get_buffer(key))
 
 
-def test_saved_tensor_hooks_see_everything() -> None:
-    """What hooks offload is all that backward needs: corrupting what they return corrupts the gradient."""
-    block = fastdense.DenseBlock(3, 8, 4, 4, dtype=torch.float64)
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", PARTS)
+def test_backward_takes_what_saved_tensor_hooks_return(name: str) -> None:
+    _, fast, x = part(name)
+    want = results(fast, x)
     with torch.autograd.graph.save_on_cpu():
-        block(x).square().sum().backward()
-    want = x.grad.clone()
-    x.grad = None
-    block(x).square().sum().backward()
-    assert torch.equal(x.grad, want)
+        got = results(fast, x)
+    for key, value in want.items():
+        assert torch.equal(got[key], value) or not key.endswith(("output", "grad")), key
 
 
-def test_the_graph_does_not_keep_itself_alive() -> None:
-    block = fastdense.DenseBlock(3, 8, 4, 4)
-    block(torch.randn(2, 8, 5, 5, requires_grad=True))  # PyTorch's first call of an operator leaves cycles of its own
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_graph_does_not_keep_itself_alive(name: str, counted: bool) -> None:
+    _, fast, x = part(name)
+    fast(x)  # PyTorch's first call of an operator leaves cycles of its own
     gc.disable()
     try:
-        output = block(torch.randn(2, 8, 5, 5, requires_grad=True))
-        alive = weakref.ref(output)
-        del output
-        assert alive() is None
-    finally:
-        gc.enable()
-
-
-def test_counting_does_not_keep_the_graph_alive() -> None:
-    block = fastdense.DenseBlock(3, 8, 4, 4)
-    block(torch.randn(2, 8, 5, 5, requires_grad=True))  # PyTorch's first call of an operator leaves cycles of its own
-    gc.disable()
-    try:
-        with fastdense.memory.saved_bytes(block):
-            output = block(torch.randn(2, 8, 5, 5, requires_grad=True))
-        alive = weakref.ref(output.untyped_storage())
-        node = weakref.ref(output.grad_fn)
-        del output
-        assert node() is None and alive() is None
+        x = x.detach().requires_grad_()
+        with memory.saved_bytes(fast) if counted else nullcontext():
+            output = fast(x)
+        alive = [weakref.ref(o) for o in (output, output.untyped_storage(), output.grad_fn, x)]
+        del output, x
+        assert [reference() for reference in alive] == [None] * 4
     finally:
         gc.enable()
 
 
 def test_gradient_scratch_covers_only_the_channels_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = fastdense.DenseBlock(8, 16, 4, 8)
+    block = DenseBlock(8, 16, 4, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name.startswith("denselayer8"))
-    starts = []
-    original = fastdense.ops.dense_block.schedule.backward
-
-    def spy(be: Any, G: Any, *rest: Any, **named: Any) -> Any:
-        starts.append((G.start, G.D.shape[1]))
-        return original(be, G, *rest, **named)
-
-    monkeypatch.setattr(fastdense.ops.dense_block.schedule, "backward", spy)
+    calls = calls_of(monkeypatch, ops.dense_block.schedule, "backward")
     block(torch.randn(2, 16, 5, 5)).square().sum().backward()
-    assert starts == [(16 + 7 * 8, 8)]  # the last layer's own output
+    assert [(G.start, G.D.shape[1]) for _, G, *_ in calls] == [(16 + 7 * 8, 8)]  # the last layer's own output
 
 
-def test_saved_bytes_counts_a_shared_storage_once() -> None:
+def test_a_shared_storage_is_counted_once() -> None:
     x = torch.randn(100, requires_grad=True)
-    with fastdense.memory.saved_bytes() as saved:
+    with memory.saved_bytes() as found:
         y = x.exp()
         z = y.view(10, 10).square() + y.view(10, 10).sin()
-    assert saved.bytes == 400
+    assert found.bytes == 400
     assert z.shape == (10, 10)
 
 
-def test_automatic_mode_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = fastdense.DenseBlock(4, 16, 4, 8, recompute="auto")
-    x = torch.randn(4, 16, 16, 16, requires_grad=True)
-    for free, mode in ((1 << 40, "activations"), (1 << 10, "bottlenecks")):
-        monkeypatch.setattr(fastdense.memory, "free_bytes", lambda device, free=free: free)
-        assert kept(block, x) <= 1.03 * plan(4, 16, 4, 8, 1024, mode)
-        assert kept(block, x) >= plan(4, 16, 4, 8, 1024, mode)
-
-
 def test_free_bytes_is_plausible() -> None:
-    assert 1 << 20 < fastdense.memory.free_bytes(torch.device("cpu")) <= 1 << 62
+    assert 1 << 20 < memory.free_bytes(torch.device("cpu")) <= 1 << 62
+
+
+MB = 1 << 20
+ALLOWANCE = 32 * MB  # what does not grow with the network
+
+
+def block(size: int) -> torch.Tensor:
+    return torch.empty(size * MB, dtype=torch.uint8)
+
+
+@torch.library.custom_op("fastdense_tests::with_scratch", mutates_args=())
+def with_scratch(x: torch.Tensor) -> torch.Tensor:
+    scratch = torch.empty(5 * MB, dtype=torch.uint8)
+    return x + scratch.new_zeros(1)
+
+
+def test_what_lives_together_adds_up() -> None:
+    with peak_bytes("cpu") as peak:
+        held = [block(1), block(2), block(3)]
+    assert (peak.bytes, peak.at_peak(), len(held)) == (6 * MB, [3 * MB, 2 * MB, MB], 3)
+
+
+def test_what_is_freed_in_between_does_not() -> None:
+    before = block(7)
+    with peak_bytes("cpu") as peak:
+        pass
+    assert (peak.bytes, peak.at_peak()) == (0, [])
+    with peak_bytes("cpu") as peak:
+        first = block(4)
+        del first
+        second = block(3)
+        del before  # what was there at the start takes nothing off
+        third = block(2)
+        del second, third
+        last = block(1)
+    assert peak.bytes == 5 * MB
+    assert peak.at_peak() == [3 * MB, 2 * MB]
+    assert last.nbytes == MB
+
+
+def test_scratch_of_a_custom_operator_counts() -> None:
+    x = block(1)
+    with peak_bytes("cpu") as peak:
+        y = with_scratch(x)
+    assert 6 * MB <= peak.bytes <= 6 * MB + 1024  # its scratch and its result
+    assert y.nbytes == MB
+
+
+def test_gradients_are_left_aside_where_asked() -> None:
+    """``y = exp(x)`` is saved; backward has its gradient and that of ``x`` beside it."""
+    x = torch.zeros(MB // 4, requires_grad=True)
+    with peak_bytes("cpu") as peak:
+        x.exp().backward(torch.ones(MB // 4))  # y, the cotangent, x.grad
+    assert x.grad is not None
+    assert peak.bytes == 3 * MB
+    assert peak.without(x) == 2 * MB
+
+
+def test_left_aside_is_what_is_alive_not_what_lay_at_its_address() -> None:
+    weight = torch.nn.Linear(512, 512, bias=False)  # 1 MB
+    with peak_bytes("cpu") as peak:
+        for _ in range(3):  # memory that the gradient may get later
+            del (scratch := [block(1), block(1)])[:]
+        weight(torch.ones(1, 512)).sum().backward()
+    assert scratch == []
+    assert 2 * MB <= peak.without(weight) < 2.1 * MB
+    assert peak.bytes >= peak.without(weight)
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"CUDA device or the CPU, got 'meta'"), peak_bytes("meta"):
+        pass
+
+
+def test_cuda_takes_the_allocators_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = {"allocated": 100, "peak": 5000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: counter.update(peak=counter["allocated"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: counter["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: counter["peak"])
+    with peak_bytes("cuda:0") as peak:
+        counter["peak"] = 350
+    assert (peak.bytes, peak.at_peak()) == (250, [])
+    with pytest.raises(RuntimeError, match="allocate them before"):
+        peak.without(torch.ones(1))
+
+
+def dense_net(dims: int, *arguments: Any, **named: Any) -> Callable[[str], nn.Module]:
+    options = {"num_classes": 3, "spatial_dims": dims, "in_channels": 3 if dims == 2 else 1, **named}
+    return lambda mode: fastdense.DenseNet(*arguments, recompute=mode, impl="torch", **options)
+
+
+NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
+    "three blocks": (dense_net(2, 12, (4, 8, 4), 24), (24, 3, 224, 224)),
+    "one large image": (dense_net(2, 16, (3, 3), 32), (1, 3, 1024, 1024)),
+    "CIFAR": (dense_net(2, 12, (8, 8, 8), 24, small_inputs=True), (16, 3, 32, 32)),
+    "basic": (dense_net(2, 8, (4, 4), 16, small_inputs=True, bn_size=None), (8, 3, 112, 112)),
+    "3D": (dense_net(3, 16, (3, 4), 32), (4, 1, 32, 48, 48)),
+    "one large volume": (dense_net(3, 16, (3, 4), 32), (1, 1, 96, 96, 96)),
+}
+DOMINATED = ("three blocks", "one large image")  # by what grows with the network, not by the 32 MB
+
+
+def largest_backward(network: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of ``2*m*C + 3*m*B`` of the block where that is most; ``B`` is 0 without bottleneck."""
+    sizes = network_sizes(network, x)[0].values()
+    return max(b.pixels * (2 * b.channels + 3 * max(b.bottlenecks, default=0)) * b.itemsize for b in sizes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_peak_of_a_training_step_is_bounded(name: str, mode: str) -> None:
+    """At most what is saved, ``2*m*C + 3*m*B`` elements for the block where that is most, and 32 MB, on both backends.
+
+    Saved: ``saved_bytes`` of the forward pass. Peak: ``peak_bytes`` of forward and backward, ``without`` the
+    parameters' gradients; parameters, buffers and the input exist before. ``2*m*C``: the gradient that arrives at the
+    block, and ``D``. ``3*m*B``: ``D`` of a bottleneck, a bottleneck that is computed again, the gradient handed on.
+    32 MB: what is worked on in chunks, and moments, sums and weights' gradients. Of the Triton backend everything runs
+    but its launches, which allocate nothing: memory comes from PyTorch, as much as for an H100.
+    """
+    build, shape = NETWORKS[name]
+    network = build(mode)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    labels = torch.zeros(shape[0], dtype=torch.int64)
+    allowed, saved = largest_backward(network, x) + ALLOWANCE, 0
+    for impl in ("torch", "triton"):
+        network.zero_grad()
+        with host_side() if impl == "triton" else nullcontext(), peak_bytes("cpu") as peak:
+            with saved_bytes(network, x, labels) if impl == "torch" else nullcontext() as found:
+                loss = F.cross_entropy(network(x), labels)
+            loss.backward()
+        del loss
+        if found is not None:
+            saved = found.bytes
+        needed = peak.without(network)
+        figures = f"saved {saved / 1e6:.1f} MB, peak {needed / 1e6:.1f} MB, allowed {(saved + allowed) / 1e6:.1f} MB"
+        print(name, mode, impl, figures)
+        live = [f"{size / 1e6:.1f}" for size in peak.at_peak()[:40]]
+        assert needed <= saved + allowed, f"{impl}: {figures}; alive at the peak [MB]: {live}"
+        assert needed >= saved, "everything that is saved was there at the end of the forward pass"
+    if name in DOMINATED:
+        assert saved + allowed > 5 * ALLOWANCE

@@ -1,15 +1,17 @@
-"""The modules: constructors, keys, initial weights, checkpoints, copies, dtypes, environment."""
+"""The modules: equal to their reference as a network, keys, layouts of weights, old checkpoints, copies."""
 
 from __future__ import annotations
 
 import copy
-import io
+import itertools
 import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.blocks import assert_close, assert_same, block_pair, random_input, results
+from helpers.blocks import MODES, assert_close, assert_same, block_pair, random_input, results, unchanged
 from torch import nn
 
 import fastdense
@@ -23,9 +25,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks", "auto"])
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_network_equals_its_reference(name: str, mode: str) -> None:
+@pytest.mark.parametrize(("name", "mode"), [*itertools.product(CONFIGURATIONS, MODES), ("ImageNet stem", "auto")])
+def test_a_network_equals_its_reference(name: str, mode: str) -> None:
     options = {**CONFIGURATIONS[name], "num_classes": 5, "dtype": torch.float64}
     torch.manual_seed(0)
     fast = fastdense.DenseNet(**options, recompute=mode)
@@ -40,18 +41,12 @@ def test_network_equals_its_reference(name: str, mode: str) -> None:
     assert_same(results(fast.eval(), x), results(reference.eval(), x))
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("121", 7978856), ("161", 28681000), ("169", 14149480), ("201", 20013928), ("264", 33337704)],
-)
-def test_named_networks(name: str, parameters: int) -> None:
-    """Parameter counts: torchvision's for its four; DenseNet-264 (k = 32) counted from the paper's table 1."""
-    model = getattr(fastdense, f"densenet{name}")(device="meta")
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert "features.denseblock4.denselayer16.conv2.weight" in model.state_dict()
+def test_densenet264_has_the_parameters_of_the_papers_table_1() -> None:
+    """Counted with k = 32; those of the others are torchvision's (networks/test_torchvision.py)."""
+    assert sum(p.numel() for p in fastdense.densenet264(device="meta").parameters()) == 33337704
 
 
-def test_options_reach_the_blocks() -> None:
+def test_a_networks_options_reach_its_blocks() -> None:
     model = fastdense.densenet121(
         growth_rate=8, drop_rate=0.1, memory_efficient=True, impl="torch", num_classes=3, device="meta"
     )
@@ -74,7 +69,7 @@ def test_3x3_weights_lie_channels_last_and_stay_so() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_users_may_lay_weights_out_as_they_like(layout: torch.memory_format) -> None:
+def test_weights_in_any_layout_give_the_result_and_gradients_laid_out_alike(layout: torch.memory_format) -> None:
     reference, fast = block_pair(2, 6, 4, 4)
     fast.to(memory_format=layout)
     x = random_input((2, 6, 4, 4))
@@ -83,70 +78,47 @@ def test_users_may_lay_weights_out_as_they_like(layout: torch.memory_format) -> 
         assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_work_and_are_independent(how: str) -> None:
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_works_and_is_independent(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """As does what ``torch.save`` wrote, which pickles too."""
     _, fast = block_pair(2, 6, 4, 4)
-    if how == "deepcopy":
-        twin = copy.deepcopy(fast)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(fast))
-    else:
-        buffer = io.BytesIO()
-        torch.save(fast, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(fast)
     x = random_input((2, 6, 4, 4))
-    with torch.no_grad():
-        before = fast["denselayer1"].norm1.running_mean.clone()
+    with unchanged(fast), torch.no_grad():
         twin(x)
-    assert torch.equal(fast["denselayer1"].norm1.running_mean, before)
     fast(x.detach())
     assert_same(results(twin.eval(), x), results(fast.eval(), x))
 
 
-def test_checkpoints_of_before_2018_load() -> None:
+OLD: dict[str, Callable[[], nn.Module]] = {
+    "block": lambda: fastdense.DenseBlock(2, 6, 4, 4),
+    "network": lambda: fastdense.DenseNet(4, (2, 2), 8),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_checkpoints_of_before_2018_load(name: str) -> None:
     """Keys norm.1.weight for norm1.weight, and no num_batches_tracked."""
-    _, fast = block_pair(2, 6, 4, 4)
-    old = {}
-    for key, value in fast.state_dict().items():
-        if not key.endswith("num_batches_tracked"):
-            for kind in ("norm", "conv"):
-                key = key.replace(f".{kind}1.", f".{kind}.1.").replace(f".{kind}2.", f".{kind}.2.")
-            old[key] = value.clone()
-    assert "denselayer1.norm.1.weight" in old
-    _, fresh = block_pair(2, 6, 4, 4)
-    nn.init.zeros_(fresh["denselayer1"].conv1.weight)
+    state = OLD[name]().state_dict()
+    kept = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    old = {re.sub(r"\.(norm|conv)([12])\.", r".\1.\2.", key): value for key, value in kept.items()}
+    keys = list(old)
+    assert any("denselayer1.norm.1.weight" in key for key in keys)
+    fresh = OLD[name]()
     fresh.load_state_dict(old, strict=True)
     for key, value in fresh.state_dict().items():
-        if not key.endswith("num_batches_tracked"):
-            assert torch.equal(value, fast.state_dict()[key])
-    assert "denselayer1.norm.1.weight" in old, "the caller's dictionary must stay as it was"
+        assert torch.equal(value, state[key]), key
+    assert list(old) == keys, "the caller's dictionary must stay as it was"
 
 
-def test_the_network_loads_old_checkpoints_too() -> None:
-    options: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
-    model = fastdense.DenseNet(**options)
-    old = {key.replace("norm1", "norm.1").replace("conv2", "conv.2"): v for key, v in model.state_dict().items()}
-    fastdense.DenseNet(**options).load_state_dict(old, strict=True)
-
-
-def test_a_layer_by_itself_is_the_textbook_layer() -> None:
+def test_a_layer_takes_its_features_in_one_tensor_or_several() -> None:
     layer = fastdense.DenseLayer(6, 4, 2)
     features = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     got = layer(features)
     assert got.shape == (2, 4, 4, 4)
     assert torch.equal(layer.eval()(torch.cat(features, 1)), layer(features))
-
-
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_transition_pools_first_and_gives_the_same(dims: int) -> None:
-    torch.manual_seed(0)
-    fast = fastdense.Transition(6, 3, spatial_dims=dims, dtype=torch.float64)
-    reference = fastdense.reference.ConcatTransition(6, 3, spatial_dims=dims, dtype=torch.float64)
-    reference.load_state_dict(fast.state_dict(), strict=True)
-    x = random_input((2, 6, *(7, 5, 4)[:dims]))
-    assert_same(results(fast, x), results(reference, x))
-    assert_same(results(fast.eval(), x), results(reference.eval(), x))
 
 
 POOLS = {
@@ -172,29 +144,7 @@ def test_a_transition_with_other_modules_gives_their_result(pool: str, kernel: i
     assert_close("transition", module(x), want)
 
 
-def test_environment_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fast = block_pair(2, 6, 4, 4)
-    x = random_input((2, 6, 4, 4))
-    with fastdense.memory.saved_bytes(fast) as kept:
-        fast(x)
-    monkeypatch.setenv("FASTDENSE_IMPL", "reference")
-    with fastdense.memory.saved_bytes(fast) as kept_by_reference:
-        fast(x)
-    assert kept_by_reference.bytes > kept.bytes
-    monkeypatch.setenv("FASTDENSE_IMPL", "cudnn")
-    with pytest.raises(ValueError, match=r"FASTDENSE_IMPL.*'cudnn'"):
-        fast(x)
-
-
-def test_the_environment_does_not_override_an_explicit_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDENSE_IMPL", "triton")
-    _, fast = block_pair(2, 6, 4, 4, impl="torch")
-    fast(random_input((2, 6, 4, 4)))
-
-
-def test_functional_takes_foreign_layers() -> None:
-    """Anything with norm1, conv1, norm2, conv2, drop_rate will do."""
-
+def test_a_layer_may_be_anything_with_the_same_children() -> None:
     class Layer(nn.Module):
         def __init__(self, channels: int) -> None:
             super().__init__()
@@ -202,24 +152,8 @@ def test_functional_takes_foreign_layers() -> None:
             self.norm2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1, bias=False)
             self.drop_rate = 0.0
 
-    layers = nn.ModuleList([Layer(6), Layer(10)])
-    assert fastdense.dense_block(torch.randn(2, 6, 3, 3), layers).shape == (2, 14, 3, 3)
-
-
-def test_growth_may_differ_between_layers() -> None:
-    """Layers of different width, as in networks whose growth rate rises with depth."""
-    torch.manual_seed(0)
-    layers = nn.ModuleList()
-    channels = 5
-    for k in (3, 1, 6):
-        layers.append(fastdense.DenseLayer(channels, k, 2, dtype=torch.float64))
-        channels += k
-    x = random_input((2, 5, 4, 3))
-
-    def run(impl: str) -> dict[str, Any]:
-        return results(layers, x, forward=lambda x: fastdense.dense_block(x, layers, impl=impl))
-
-    want, got = run("reference"), run("torch")
-    for name in want:
-        if "running" not in name and "num_batches" not in name:
-            assert_close(name, got[name], want[name])
+    layers = nn.ModuleDict({"denselayer1": Layer(6), "denselayer2": Layer(10)})
+    block = fastdense.DenseBlock(2, 6, 2, 4)
+    block.load_state_dict(layers.state_dict(), strict=True)
+    x = torch.randn(2, 6, 3, 3)
+    assert torch.equal(fastdense.dense_block(x, layers.values()), block(x))

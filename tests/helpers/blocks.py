@@ -1,21 +1,27 @@
-"""Helpers shared by the tests: a reference block and its fastdense twin, and how far apart their results are."""
+"""A reference block and its fastdense twin, what may be changed about both, and how far apart their results are."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastdense
 from fastdense.reference import ConcatDenseBlock
 
 TOLERANCE = 1e-9  # relative 2-norm, float64
+MODES = ("activations", "bottlenecks")
+LAYOUTS = ("contiguous", "channels_last", "slice")
+NAN, INF = float("nan"), float("inf")
 
 Pair = tuple[nn.Module, nn.Module]
+Results = dict[str, Tensor | None]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -45,12 +51,14 @@ def assert_close(
         )
 
 
+def norms(module: nn.Module) -> list[_BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, _BatchNorm)]
+
+
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Random affine parameters and running statistics, some of gamma negative or zero; weights stay as they are."""
     generator = torch.Generator().manual_seed(seed)
-    for child in module.modules():
-        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
-            continue
+    for child in norms(module):
         if child.weight is not None:
             with torch.no_grad():
                 child.weight.copy_(torch.randn(child.num_features, generator=generator))
@@ -73,11 +81,11 @@ def block_pair(
     change: Callable[[nn.Module], Any] | None = None,
     **options: Any,
 ) -> Pair:
-    """The textbook block and fastdense's, same parameters and statistics; ``change`` is applied to both."""
+    """The reference block and fastdense's, same parameters and statistics; ``change`` is applied to both."""
     torch.manual_seed(0)
     arguments = (num_layers, channels, bn_size, growth_rate)
-    reference = ConcatDenseBlock(*arguments, spatial_dims=spatial_dims, dtype=dtype)
-    fast = fastdense.DenseBlock(*arguments, spatial_dims=spatial_dims, dtype=dtype, **options)
+    named: dict[str, Any] = {"spatial_dims": spatial_dims, "dtype": dtype}
+    reference, fast = ConcatDenseBlock(*arguments, **named), fastdense.DenseBlock(*arguments, **named, **options)
     for block in (reference, fast):
         if change is not None:
             change(block)
@@ -88,13 +96,13 @@ def block_pair(
 
 def results(
     block: nn.Module, x: Tensor, cotangent_seed: int = 1, *, forward: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, Tensor | None]:
+) -> Results:
     """Output, the gradients of ``x`` and of every parameter for a random cotangent, and all buffers."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
     for parameter in block.parameters():
         parameter.grad = None
     output = (forward or block)(x)
-    found: dict[str, Tensor | None] = {"output": output.detach().clone()}
+    found: Results = {"output": output.detach().clone()}
     if output.requires_grad:
         generator = torch.Generator().manual_seed(cotangent_seed)
         cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
@@ -117,11 +125,16 @@ def calls_fastdense(graph: Any) -> bool:
     return any("fastdense" in name or name == "prim::PythonOp" for name in called(graph))
 
 
-def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None], tolerance: float = TOLERANCE) -> None:
+def assert_same(got: Results, want: Results, tolerance: float = TOLERANCE) -> None:
     assert got.keys() == want.keys()
     scale = max(tensor.double().norm().item() for name, tensor in want.items() if tensor is not None)
     for name in want:
         assert_close(name, got[name], want[name], tolerance, scale)
+
+
+def assert_each_close(got: Sequence[Tensor | None], want: Sequence[Tensor | None], scale: float = 0.0) -> None:
+    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert_close(f"tensor {i}", ours, theirs, scale=scale)
 
 
 def random_input(
@@ -146,3 +159,96 @@ def says_once(ours: nn.Module, x: Tensor, run: Callable[[], Any], match: str = "
         warnings.simplefilter("error")
         ours(x)
     return found
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers are the same afterwards, bit for bit, unless the ``with`` itself exchanges them."""
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    yield
+    for key, value in module.state_dict().items():
+        old = before.get(key)
+        if old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
+            assert torch.equal(value, old), key
+
+
+def calls_of(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of ``owner.name`` from now on."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, noted)
+    return calls
+
+
+# What may be changed about a block or a stage, whatever its dimensions.
+
+
+def setting(name: str, *values: Any) -> Callable[[nn.Module], None]:
+    """``name`` of one norm after the other is one of ``values`` after the other."""
+
+    def change(module: nn.Module) -> None:
+        for i, norm in enumerate(norms(module)):
+            setattr(norm, name, values[i % len(values)])
+
+    return change
+
+
+evaluate = nn.Module.eval
+freeze_some = setting("training", False, True, False)
+other_eps = setting("eps", 0.3, 1e-5, 1e-3)
+
+
+def freeze_first_of_each(module: nn.Module) -> None:
+    """Of each layer of a block."""
+    for name, norm in module.named_modules():
+        norm.train(not name.endswith("norm1"))
+
+
+def new_norms(*, training: bool = True, **options: Any) -> Callable[[nn.Module], None]:
+    def change(module: nn.Module) -> None:
+        dtype = next(module.parameters()).dtype
+        for parent in list(module.modules()):
+            for name, norm in list(parent.named_children()):
+                if isinstance(norm, _BatchNorm):
+                    setattr(parent, name, type(norm)(norm.num_features, dtype=dtype, **options))
+        module.train(training)
+
+    return change
+
+
+def kernel(convolution: str, *size: int) -> Callable[[nn.Module], None]:
+    """``convolution`` of every layer with a kernel of ``size``, as far as there are dimensions."""
+
+    def change(block: nn.Module) -> None:
+        for layer in block.children():
+            old = getattr(layer, convolution)
+            sizes = size[: old.weight.dim() - 2]
+            padding = tuple(n // 2 for n in sizes)
+            options: dict[str, Any] = {"padding": padding, "bias": False, "dtype": old.weight.dtype}
+            setattr(layer, convolution, type(old)(old.in_channels, old.out_channels, sizes, **options))
+
+    return change
+
+
+wider_kernel = kernel("conv2", 5, 3, 1)
+
+NORMS: dict[str, Callable[[nn.Module], None]] = {
+    "plain": lambda module: None,
+    "evaluated": evaluate,
+    "some frozen": freeze_some,
+    "first of each layer frozen": freeze_first_of_each,
+    "other eps": other_eps,
+    "other momenta": setting("momentum", 0.7, 0.1, None),
+    "cumulative": setting("momentum", None),
+    "without affine": new_norms(affine=False),
+    "evaluated without affine": new_norms(affine=False, training=False),
+    "without bias": setting("bias", None),
+    "untracked": new_norms(track_running_stats=False),
+    "untracked, evaluated": new_norms(track_running_stats=False, training=False),
+    "statistics neither read nor written in training": setting("track_running_stats", False),
+}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdense.kernels import launch
-from helpers.blocks import block_pair, random_input, relative_error, results
+from helpers.blocks import Results, block_pair, norms, random_input, results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # about one rounding of a result
@@ -22,45 +23,106 @@ INPUTS = 8 if DEVICE == "cuda" else 1  # the interpreter takes a second or more 
 @contextmanager
 def tiles(size: int) -> Iterator[None]:
     """Every kernel with tiles of ``size``: several tiles, splits and blocks even for small features."""
+    more = {
+        "bn_relu_conv": {"block_k": size},
+        "bn_relu_conv_backward": {"weight_block_m": size, "weight_block_c": size},
+        "reduce": {"block_c": 1024},
+    }
     with ExitStack() as stack:
         for op in launch.OPERATIONS:
-            changes = {"block_m": size, "block_c": size}
-            if op == "bn_relu_conv":
-                changes["block_k"] = size
-            elif op == "bn_relu_conv_backward":
-                changes |= {"weight_block_m": size, "weight_block_c": size}
-            elif op == "reduce":
-                changes["block_c"] = 1024
-            stack.enter_context(launch.override(op, **changes))
+            stack.enter_context(launch.override(op, **{"block_m": size, "block_c": size, **more.get(op, {})}))
         yield
 
 
-def ordinary_gammas(block: nn.Module) -> None:
+def ordinary_gammas(module: nn.Module) -> None:
     """gamma near 1: with gamma = 0 or negative a few roundings decide whole channels, for PyTorch as for us."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for norm in block.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
-                norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
+        for norm in norms(module):
+            norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
+            norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
 
 
-def decided_relus(block: nn.Module) -> None:
+def decided_relus(module: nn.Module) -> None:
     """beta far from 0, so that every channel's ReLU is on or off whatever the roundings.
 
     In 16 bit one value within a rounding of 0 switches a ReLU and outweighs everything else, whoever computes: that is
-    luck, of which a median over some inputs is free (test_relus_that_switch).
+    luck, of which an average over some inputs is free (test_relus_that_switch).
     """
     with torch.no_grad():
-        for norm in block.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.bias.copy_(torch.where(torch.arange(norm.num_features) % 3 == 1, -8.0, 8.0))
+        for norm in norms(module):
+            norm.bias.copy_(torch.where(torch.arange(norm.num_features) % 3 == 1, -8.0, 8.0))
 
 
-def _errors(got: Tensor | None, want: Tensor) -> tuple[float, float]:
-    """Relative error in the 2-norm, and the largest one relative to the largest element."""
-    assert got is not None
-    return relative_error(got, want), (got.double() - want).abs().max().item() / (want.abs().max().item() or 1.0)
+def root_mean_square(values: Sequence[float]) -> float:
+    return (sum(value**2 for value in values) / len(values)) ** 0.5
+
+
+def within_budget(
+    build: Callable[[], tuple[nn.Module, nn.Module, nn.Module]],
+    feed: Callable[[int], Tensor],
+    dtype: torch.dtype,
+    *,
+    parameters: torch.dtype | None = None,
+    run: Callable[[nn.Module, Tensor], Results] = results,
+    average: Callable[[Sequence[float]], float] = statistics.median,
+    needs_x: bool = True,
+    inputs: int = INPUTS,
+    decided: bool = False,
+    negligible: float = 0.0,
+    floor: float = 0.0,
+) -> None:
+    """``error <= 2*(PyTorch's error in the same dtype) + tolerance`` for outputs, gradients and statistics.
+
+    In the 2-norm and element-wise, an ``average`` over ``inputs`` of what ``run`` finds.
+
+    build: the truth in float64, the reference (whose error is PyTorch's) and ours, in float32 or float64.
+    feed: the input for a seed, in float64.
+    parameters: their dtype, where it is another than that of the features.
+    decided: see ``decided_relus``.
+    negligible: gradients of less than this share of the largest one's norm are left out, and
+    floor: errors are relative to this share of it at least: what BatchNorm takes away is all rounding.
+    """
+    truth, peer, fast = modules = build()
+    truth.load_state_dict(peer.state_dict())
+    for module in modules:
+        ordinary_gammas(module)
+        if decided:
+            decided_relus(module)
+        module.to(DEVICE, parameters or dtype)
+    truth.double()  # all start from the rounded values
+    states = [copy.deepcopy(module.state_dict()) for module in modules]
+    errors: dict[str, list[tuple[float, ...]]] = {}
+    for seed in range(inputs):
+        for module, state in zip(modules, states, strict=True):
+            module.load_state_dict(state)
+        x = feed(seed).detach().to(DEVICE, dtype).requires_grad_(needs_x)
+        got, other = run(fast, x), run(peer, x)
+        exact = results(truth, x.detach().double().requires_grad_(needs_x))
+        gradients = [g.norm().item() for name, g in exact.items() if g is not None and name.endswith("grad")]
+        largest = max(gradients, default=0.0)
+        for name, want in exact.items():
+            assert (got[name] is None) == (want is None), name
+            if want is None or "num_batches" in name:
+                continue
+            if name.endswith("grad") and want.norm().item() < negligible * largest:
+                continue
+            pairs = zip(*(_errors(found[name], want, floor * largest) for found in (got, other)), strict=True)
+            errors.setdefault(name, []).append(tuple(error for both in pairs for error in both))
+    assert errors
+    tolerance = TOLERANCE[dtype]
+    for name, rows in errors.items():
+        norm, peer_norm, element, peer_element = map(average, zip(*rows, strict=True))
+        assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
+        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
+
+
+def _errors(got: Tensor | None, want: Tensor, at_least: float) -> tuple[float, float]:
+    """In the 2-norm and element-wise, relative to ``want``, or to ``at_least`` where that is more."""
+    assert got is not None and got.isfinite().all(), "an average would hide it"
+    difference = got.double() - want
+    norm = difference.norm().item() / (max(want.norm().item(), at_least) or 1.0)
+    return norm, difference.abs().max().item() / (max(want.abs().max().item(), at_least) or 1.0)
 
 
 def check_budget(
@@ -76,43 +138,18 @@ def check_budget(
     decided: bool | None = None,
     **options: Any,
 ) -> None:
-    """``error <= 2*(PyTorch's error in the same dtype) + tolerance`` for outputs, gradients and statistics.
-
-    In the 2-norm and element-wise, medians over ``inputs``, where PyTorch's error is the textbook block's in the same
-    dtype. ``decided``, by default in 16 bit: see ``decided_relus``.
-    """
-    decided = dtype != F32 if decided is None else decided
-    errors: dict[str, list[tuple[float, float, float, float]]] = {}
-    for seed in range(inputs):
-        truth, _ = block_pair(*arguments, spatial_dims=len(shape) - 2, change=change)
-        peer, fast = block_pair(
-            *arguments, spatial_dims=len(shape) - 2, change=change, dtype=F32, impl="triton", **options
-        )
-        truth.load_state_dict(peer.state_dict())
-        for block in (truth, peer, fast):
-            ordinary_gammas(block)
-            if decided:
-                decided_relus(block)
-            block.to(DEVICE, dtype).to(torch.float64 if block is truth else dtype)  # all start from the rounded values
-        x = (random_input(shape, dtype=torch.float64, layout=layout, seed=seed).detach() + shift).to(DEVICE, dtype)
-        x.requires_grad_(needs_x)
-        got, textbook = results(fast, x), results(peer, x)
-        exact = results(truth, x.detach().double().requires_grad_(needs_x))
-        # In 16 bit, a gradient that vanishes but for eps, because BatchNorm takes its scale away, is all rounding.
-        largest = max((g.norm().item() for name, g in exact.items() if g is not None and "grad" in name), default=0.0)
-        for name, want in exact.items():
-            assert (got[name] is None) == (want is None), name
-            if want is None or "num_batches" in name:
-                continue
-            if dtype != F32 and "grad" in name and want.norm().item() < 1e-4 * largest:
-                continue
-            mine, theirs = (_errors(found[name], want) for found in (got, textbook))
-            errors.setdefault(name, []).append((mine[0], theirs[0], mine[1], theirs[1]))
-    tolerance = TOLERANCE[dtype]
-    for name, rows in errors.items():
-        norm, peer_norm, element, peer_element = (statistics.median(column) for column in zip(*rows, strict=True))
-        assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
-        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
+    """A block ``within_budget``; ``decided``, by default in 16 bit: see ``decided_relus``."""
+    named: dict[str, Any] = {"spatial_dims": len(shape) - 2, "change": change}
+    ours = {**named, "dtype": F32, "impl": "triton", **options}
+    within_budget(
+        lambda: (block_pair(*arguments, **named)[0], *block_pair(*arguments, **ours)),
+        lambda seed: random_input(shape, layout=layout, seed=seed).detach() + shift,
+        dtype,
+        needs_x=needs_x,
+        inputs=inputs,
+        decided=dtype != F32 if decided is None else decided,
+        negligible=1e-4 if dtype != F32 else 0.0,
+    )
 
 
 class Guarded:

@@ -1,9 +1,8 @@
-"""Stem, transition and head as modules, textbook and fastdense's, for tests on whatever backend."""
+"""Stem, transition and head as modules, the reference and fastdense's, for tests on whatever backend."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,15 @@ from torch import Tensor, nn
 
 from fastdense import functional
 from fastdense.reference import AVG_POOL, BATCH_NORM, CONV
-from helpers.blocks import random_input, randomise, results
+from helpers.blocks import block_pair, random_input, randomise
+from helpers.budget import DEVICE as DEVICE
+from helpers.budget import TOLERANCE as TOLERANCE
+from helpers.budget import within_budget
 
 MAX_POOL: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 KINDS = ("stem", "transition", "head")
+BLOCKS = ("block", "recomputing block", "basic block")
+PARTS = (*BLOCKS, *KINDS)
 
 
 class Case(NamedTuple):
@@ -92,29 +96,6 @@ def pair(
     return textbook, fast
 
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # about one rounding of a result
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _ordinary(stage: Stage, decided: bool) -> None:
-    """gamma near 1; if ``decided`` beta far from 0, so that no rounding switches a ReLU (see budget.py)."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        norm = stage.norm
-        norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
-        norm.bias.copy_(torch.rand(norm.num_features, generator=generator) - 0.5)
-        if decided:
-            norm.bias.copy_(torch.where(torch.arange(norm.num_features) % 3 == 1, -8.0, 8.0))
-
-
-def _errors(got: Tensor | None, want: Tensor, at_least: float) -> tuple[float, float]:
-    """In the 2-norm and element-wise, relative to ``want``, or to ``at_least`` where that is more."""
-    assert got is not None
-    difference = got.double() - want
-    norm = difference.norm().item() / (max(want.norm().item(), at_least) or 1.0)
-    return norm, difference.abs().max().item() / (max(want.abs().max().item(), at_least) or 1.0)
-
-
 def check_budget(
     case: Case,
     dtype: torch.dtype,
@@ -127,36 +108,25 @@ def check_budget(
     needs_x: bool = True,
     inputs: int = 3,
 ) -> None:
-    """``error <= 2*(PyTorch's error in the same dtype) + tolerance``: as budget.py, for one of the three.
+    """One of the three ``budget.within_budget``.
 
     ``decided``: inputs on a grid and ReLUs on or off, so that no rounding decides which value is a window's maximum or
     which ReLU is on: that is luck, whoever computes.
     """
-    errors: dict[str, list[tuple[float, float, float, float]]] = {}
-    for seed in range(inputs):
-        (peer, fast), truth = pair(case, impl, torch.float32, change), pair(case, change=change)[0]
-        truth.load_state_dict(peer.state_dict())
-        for stage in (truth, peer, fast):
-            _ordinary(stage, decided)
-            stage.to(DEVICE, dtype).to(torch.float64 if stage is truth else dtype)  # all start from the rounded values
+
+    def feed(seed: int) -> Tensor:
         x = random_input(case.shape, layout=layout, seed=seed).detach()
-        x = ((x * 4).round() / 4 if decided else x).add_(shift).to(DEVICE, dtype).requires_grad_(needs_x)
-        got, textbook = results(fast, x), results(peer, x)
-        exact = results(truth, x.detach().double().requires_grad_(needs_x))
-        # A gradient that vanishes because BatchNorm takes mean and scale away is all rounding.
-        least = 1e-3 * max(
-            (g.norm().item() for name, g in exact.items() if g is not None and "grad" in name), default=0
-        )
-        for name, want in exact.items():
-            assert (got[name] is None) == (want is None), name
-            if want is not None and "num_batches" not in name:
-                pairs = zip(*(_errors(found[name], want, least) for found in (got, textbook)), strict=True)
-                errors.setdefault(name, []).append(tuple(error for both in pairs for error in both))
-    tolerance = TOLERANCE[dtype]
-    for name, rows in errors.items():
-        norm, peer_norm, element, peer_element = (statistics.median(column) for column in zip(*rows, strict=True))
-        assert norm <= 2 * peer_norm + tolerance, f"{name}: relative error {norm:.2e}, PyTorch's {peer_norm:.2e}"
-        assert element <= 2 * peer_element + 4 * tolerance, f"{name}: element {element:.2e}, {peer_element:.2e}"
+        return ((x * 4).round() / 4 if decided else x) + shift
+
+    within_budget(
+        lambda: (pair(case, change=change)[0], *pair(case, impl, torch.float32, change)),
+        feed,
+        dtype,
+        needs_x=needs_x,
+        inputs=inputs,
+        decided=decided,
+        floor=1e-3,
+    )
 
 
 def small(kind: str, channels: int = 5) -> Case:
@@ -164,13 +134,22 @@ def small(kind: str, channels: int = 5) -> Case:
     return Case(kind, (3, channels, 5, 7), kernel=3 if kind == "stem" else 2, stride=2, out=4)
 
 
+def part(name: str, channels: int = 5, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """The reference, fastdense's and an input of one of ``PARTS`` or ``CASES``; ``options`` as of their pairs."""
+    if name not in BLOCKS:
+        case = small(name, channels) if name in KINDS else CASES[name]
+        return *pair(case, dtype=dtype, **options), random_input(case.shape, dtype=dtype)
+    mode = "bottlenecks" if name == "recomputing block" else "activations"
+    options = {"impl": "torch", "recompute": mode, **options}
+    blocks = block_pair(3, channels, None if name == "basic block" else 4, 3, dtype=dtype, **options)
+    return *blocks, random_input(small("head", channels).shape, dtype=dtype)
+
+
 def rolled(shape: Sequence[int], period: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Values from a few only: ties wherever a window looks."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(-period, period + 1, tuple(shape), generator=generator).to(dtype).requires_grad_()
 
-
-LAYOUTS = ("contiguous", "channels_last", "slice")
 
 # Every kernel of the max pool, odd and prime sizes, pixels in no window, one pixel, one image, few and many channels.
 CASES = {
