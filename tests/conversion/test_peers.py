@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import re
 from collections import Counter
@@ -65,11 +66,25 @@ def make(family: str, name: str = "DenseNet", **options: Any) -> Any:
     return getattr(package(family), name)(**options)
 
 
-def small(family: str, **options: Any) -> tuple[Any, Tensor]:
-    """The class of the named networks, a few layers each, in float64, and an input."""
+def small(family: str, **options: Any) -> Any:
+    """The class of the named networks, a few layers each, in float64."""
     width = FIRST_WIDTH.get(family.split()[0])
     options = {"growth_rate": 8, "block_config": (2, 3), **({width: 16} if width else {}), **options}
-    return make(family, **options).double(), random_input(SMALL_SHAPES[family])
+    return make(family, **options).double()
+
+
+def image(family: str, **options: Any) -> Tensor:
+    return random_input(SMALL_SHAPES[family], **options)
+
+
+@functools.cache
+def _made(family: str) -> tuple[Any, Any]:
+    return twins(small(family))
+
+
+def pair(family: str) -> tuple[Any, Any]:
+    """A small network and its converted copy."""
+    return copy.deepcopy(_made(family))
 
 
 def converted(model: nn.Module) -> Counter[str]:
@@ -122,12 +137,19 @@ def test_all_named_networks_are_the_same(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), EACH_NAME_ONCE)
-def test_larger_networks_are_converted_as_a_whole_and_the_same_with_few_layers(family: str, name: str) -> None:
+def test_larger_named_networks_are_converted_as_a_whole(family: str, name: str) -> None:
     with torch.device("meta"):
         whole = fastdense.convert(make(family, name), verify=False)
     assert converted(whole) == expected(name)
     layers = tuple(entry.layers for entry in fastdense.plan(whole) if entry.kind == "block")
     assert layers == LAYERS[re.sub(r"\D", "", name)]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("torchvision", "densenet161"), ("timm", "densenet161"), ("timm", "densenet264d")]
+)
+def test_wider_named_networks_are_the_same_with_few_layers(family: str, name: str) -> None:
+    """With few layers, the others are the smallest."""
     with few_layers(package(family).DenseNet):
         net = make(family, name)
     same_as_the_original(family, name, net)
@@ -135,12 +157,11 @@ def test_larger_networks_are_converted_as_a_whole_and_the_same_with_few_layers(f
 
 @pytest.mark.parametrize("family", SMALL)
 def test_small_networks_in_both_modes_and_back(family: str) -> None:
-    net, x = small(family)
-    theirs, ours = twins(net)
-    for step, mode in enumerate(("bottlenecks", "activations")):
+    theirs, ours = pair(family)
+    for mode in ("bottlenecks", "activations"):
         fastdense.convert(ours, recompute=mode)
-        for _ in range(2):
-            x = random_input(x.shape, seed=step)
+        for step in range(2):
+            x = image(family, seed=step)
             assert_same(results(ours, x), results(theirs, x))
     want = theirs.eval()(x)
     again = copy.deepcopy(ours).eval()
@@ -155,8 +176,8 @@ def test_small_networks_in_both_modes_and_back(family: str) -> None:
 @pytest.mark.parametrize("family", SMALL)
 def test_dropout_with_the_same_masks(family: str) -> None:
     """Two blocks, each with a seed of its own: the original is fed the masks that fastdense draws."""
-    net, x = small(family, **{DROPOUT.get(family.split()[0], "drop_rate"): 0.3})
-    theirs, ours = twins(net)
+    theirs, ours = twins(small(family, **{DROPOUT.get(family.split()[0], "drop_rate"): 0.3}))
+    x = image(family)
     torch.manual_seed(11)
     got = results(ours, x)
     torch.manual_seed(11)
@@ -177,27 +198,26 @@ def test_dropout_with_the_same_masks(family: str) -> None:
     assert not torch.equal(plain, got["output"])
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "slice"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["free", "frozen"])
 @pytest.mark.parametrize("family", SMALL)
-def test_frozen_norms_partial_gradients_and_layouts(family: str, frozen: bool, layout: str) -> None:
+def test_frozen_norms_partial_gradients_and_layouts(family: str, frozen: bool) -> None:
     """Every second norm in evaluation, every second parameter fixed, inputs of other strides."""
-    net, x = small(family)
-    theirs, ours = twins(net, recompute="bottlenecks" if frozen else None)
+    theirs, ours = pair(family)
+    fastdense.convert(ours, recompute="bottlenecks" if frozen else None)
     for net in (theirs, ours):
         for i, norm in enumerate(m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             norm.train(not frozen or i % 2 == 1)
         for i, parameter in enumerate(net.parameters()):
             parameter.requires_grad_(not frozen or i % 2 == 1)
-    for step in range(2):
-        x = random_input(x.shape, layout=layout, seed=step)
+    for step, layout in enumerate(("channels_last", "slice")):
+        x = image(family, layout=layout, seed=step)
         assert_same(results(ours, x, step), results(theirs, x, step))
 
 
 @pytest.mark.parametrize(("family", "when"), [("torchvision", "built"), ("timm", "built"), ("timm", "later")])
 def test_memory_efficient_updates_statistics_twice_and_fastdense_once(family: str, when: str) -> None:
-    net, x = small(family, **({"memory_efficient": True} if when == "built" else {}))
-    theirs, ours = twins(net)
+    theirs, ours = twins(small(family, **({"memory_efficient": True} if when == "built" else {})))
+    x = image(family)
     if when == "later":
         theirs.set_grad_checkpointing(True)
         ours.set_grad_checkpointing(True)
@@ -257,7 +277,7 @@ def test_what_options_leave_of_a_densenet_is_converted(name: str) -> None:
     family, options, left = OPTIONS[name]
     if "aa_layer" in options:
         options = {**options, "aa_layer": getattr(package(family), options["aa_layer"])}
-    net, x = small(family, **options)
+    net, x = small(family, **options), image(family)
     said = contextlib.nullcontext() if left else pytest.warns(UserWarning, match="nothing to convert")
     with said:
         theirs, ours = twins(net)
@@ -270,9 +290,9 @@ def test_what_options_leave_of_a_densenet_is_converted(name: str) -> None:
 
 def test_timms_other_interfaces() -> None:
     """Intermediate features, a new classifier, and its own dropout, which belongs to the classifier."""
-    net, x = small("timm", drop_rate=0.5)
-    theirs, ours = twins(net.eval())
-    found = [model.forward_intermediates(x.detach(), intermediates_only=True) for model in (ours, theirs)]
+    theirs, ours = twins(small("timm", drop_rate=0.5).eval())
+    x = image("timm").detach()
+    found = [model.forward_intermediates(x, intermediates_only=True) for model in (ours, theirs)]
     for got, want in zip(*found, strict=True):
         assert_close("intermediate", got, want)
     ours.reset_classifier(9)
@@ -280,10 +300,9 @@ def test_timms_other_interfaces() -> None:
 
 
 def test_torchxrayvisions_thresholds_and_keys() -> None:
-    net, x = small("torchxrayvision", op_threshs=torch.rand(18))
-    theirs, ours = twins(net)
+    theirs, ours = twins(small("torchxrayvision", op_threshs=torch.rand(18)))
     assert "op_threshs" in ours.state_dict() and list(ours.state_dict()) == list(theirs.state_dict())
-    x = x.detach().float()  # its thresholds are float32
+    x = image("torchxrayvision").detach().float()  # its thresholds are float32
     assert_close("scores", ours.float().eval()(x), theirs.float().eval()(x), 1e-5)
 
 
@@ -304,11 +323,11 @@ class Checkpoint:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", ["torchvision", "timm", "MONAI 2D"])
 def test_the_packages_own_loaders(family: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, x = small(family)
+    source, x = small(family), image(family).detach()
     randomise(source, 9)
     old = Checkpoint(source, r"\.layers" if "MONAI" in family else "")
     assert any(".norm.1." in key for key in old.state)
-    model, _ = small(family)
+    model = small(family)
     if when == "after":
         fastdense.convert(model)
     module = package(family)
@@ -321,7 +340,7 @@ def test_the_packages_own_loaders(family: str, when: str, monkeypatch: pytest.Mo
         module._load_state_dict(model, "densenet121", False)
     if when == "before":
         fastdense.convert(model)
-    assert_close("output", model.eval()(x.detach()), source.eval()(x.detach()))
+    assert_close("output", model.eval()(x), source.eval()(x))
 
 
 def test_a_small_network_by_hand() -> None:
