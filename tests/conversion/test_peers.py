@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -306,37 +307,29 @@ def test_torchxrayvisions_thresholds_and_keys() -> None:
     assert_close("scores", ours.float().eval()(x), theirs.float().eval()(x), 1e-5)
 
 
-class Checkpoint:
-    """Stands in for a download of weights with the key names of before 2018 and without counters."""
-
-    def __init__(self, model: nn.Module, layers: str = "") -> None:
-        self.state = {
-            re.sub(rf"(denselayer\d+){layers}\.(norm|relu|conv)([12])\.", r"\1.\2.\3.", key): value.clone()
-            for key, value in model.state_dict().items()
-            if "num_batches_tracked" not in key
-        }
-
-    def get_state_dict(self, **_: Any) -> dict[str, Tensor]:
-        return dict(self.state)
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", ["torchvision", "timm", "MONAI 2D"])
 def test_the_packages_own_loaders(family: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights with the key names of before 2018 and without counters."""
     source, x = small(family), image(family).detach()
     randomise(source, 9)
-    old = Checkpoint(source, r"\.layers" if "MONAI" in family else "")
-    assert any(".norm.1." in key for key in old.state)
+    layers = r"\.layers" if "MONAI" in family else ""
+    old = {
+        re.sub(rf"(denselayer\d+){layers}\.(norm|relu|conv)([12])\.", r"\1.\2.\3.", key): value.clone()
+        for key, value in source.state_dict().items()
+        if "num_batches_tracked" not in key
+    }
+    assert any(".norm.1." in key for key in old)
     model = small(family)
     if when == "after":
         fastdense.convert(model)
     module = package(family)
     if family == "torchvision":
-        module.densenet._load_state_dict(model, old, False)
+        module.densenet._load_state_dict(model, SimpleNamespace(get_state_dict=lambda **_: dict(old)), False)
     elif family == "timm":
-        model.load_state_dict(module._filter_torchvision_pretrained(old.get_state_dict()), strict=True)
+        model.load_state_dict(module._filter_torchvision_pretrained(dict(old)), strict=True)
     else:
-        monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: old.get_state_dict())
+        monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: dict(old))
         module._load_state_dict(model, "densenet121", False)
     if when == "before":
         fastdense.convert(model)

@@ -15,12 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdense
 from fastdense.conversion.converted import Converted
 from helpers import foreign, interpreter
 from helpers.blocks import assert_close, random_input, randomise
+from helpers.converted import twins
 
 LAYERS = 3
 IMAGES = (3, 2)  # of each process: uneven, as the last batch of an epoch
@@ -98,7 +100,6 @@ def compare_with_full_batch(
 
 
 def compare_block(block: nn.Module, synchronise: Callable[[nn.Module], nn.Module] = shared, **options: Any) -> None:
-    torch.manual_seed(0)
     whole = chain(block)
     randomise(whole)
     compare_with_full_batch(whole, fastdense.convert(synchronise(copy.deepcopy(whole)), **options))
@@ -115,7 +116,6 @@ def sync_batch_norm_after_the_conversion() -> None:
 
 
 def sync_batch_norm_in_fastdense_own_block() -> None:
-    torch.manual_seed(0)
     whole = fastdense.DenseBlock(LAYERS, 6, 4, 4, dtype=torch.float64)
     ours = shared(copy.deepcopy(whole))
     x, cotangent = random_input((5, 6, 5, 4)).detach(), random_input((5, 18, 5, 4), seed=3).detach()
@@ -146,7 +146,6 @@ def momentum_none_and_no_affine() -> None:
 
 def sync_batch_norm_in_stem_and_transition() -> None:
     """One all-reduce each, forward and backward; before the conversion and after it."""
-    torch.manual_seed(0)
     stem = foreign.stem(nn.Conv2d(3, 6, 3, padding=1))
     whole = nn.Sequential(*stem, foreign.StarBlock(LAYERS, 6, 4), foreign.Transition(18, 5)).double()
     randomise(whole)
@@ -167,29 +166,32 @@ def some_shared_and_some_not() -> None:
 
 def ddp() -> None:
     """Batch statistics of each process alone: converted and original under DDP are the same."""
-    torch.manual_seed(0)
-    theirs = foreign.Net(foreign.ListBlock).double()
-    randomise(theirs)
-    ours = fastdense.convert(copy.deepcopy(theirs))
-    nets = [DistributedDataParallel(net) for net in (theirs, ours)]
+    theirs, ours = twins(foreign.Net(foreign.ListBlock).double())
+    steps(DistributedDataParallel(theirs), DistributedDataParallel(ours))
+
+
+def steps(theirs: nn.Module, ours: nn.Module) -> None:
+    """Three steps of the same two images each, compared one by one."""
+    nets = (theirs, ours)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
     for n in range(3):
         x = random_input((2, 3, 9, 6), seed=10 * n + dist.get_rank()).detach()
         found = []
         for net, optimizer in zip(nets, optimizers, strict=True):
             optimizer.zero_grad()
-            found.append(step(net, x, random_input((2, 7), seed=n).detach()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                found.append(step(net, x, random_input((2, 7), seed=n).detach()))
             optimizer.step()
         for name, value in found[0].items():
-            assert_close(name, found[1][name], value, scale=1.0)
+            got = found[1][name]
+            assert_close(name, got.full_tensor() if isinstance(got, DTensor) else got, value, scale=1.0)
 
 
 def ddp_and_sync_batch_norm() -> None:
     """DDP round the converted model, then SyncBatchNorm in it: DDP only looks for it when it wraps."""
-    torch.manual_seed(0)
-    whole = chain(foreign.StarBlock(LAYERS, 6, 4))
-    randomise(whole)
-    ours = DistributedDataParallel(fastdense.convert(copy.deepcopy(whole)), broadcast_buffers=False)
+    whole, ours = twins(chain(foreign.StarBlock(LAYERS, 6, 4)))
+    ours = DistributedDataParallel(ours, broadcast_buffers=False)
     shared(ours.module)
     x, cotangent = random_input((5, 3, 5, 4)).detach(), random_input((5, 4, 5, 4), seed=9).detach()
     want, got = step(whole, x, cotangent), step(ours, my_share(x), my_share(cotangent))
@@ -205,33 +207,12 @@ def fsdp2() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    theirs = foreign.Net(foreign.StarBlock).double()
-    randomise(theirs)
-    ours = fastdense.convert(copy.deepcopy(theirs), recompute="bottlenecks")
+    theirs, ours = twins(foreign.Net(foreign.StarBlock).double(), recompute="bottlenecks")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in (ours.block1, ours.block2):
-        fully_shard(block, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
+    for unit in (ours.block1, ours.block2, ours):
+        fully_shard(unit, mesh=mesh)
     assert isinstance(ours.block1, Converted) and type(ours.block1).__name__.startswith("FSDP")
-    wrapped = DistributedDataParallel(theirs, broadcast_buffers=False)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (wrapped, ours)]
-    for n in range(2):
-        x = random_input((2, 3, 9, 6), seed=10 * n + dist.get_rank()).detach()
-        outputs = []
-        for net, optimizer in zip((wrapped, ours), optimizers, strict=True):
-            optimizer.zero_grad()
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
-                outputs.append(net(x))
-            outputs[-1].backward(random_input((2, 7), seed=n).detach())
-        assert_close("output", outputs[1].detach(), outputs[0].detach())
-        for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            assert_close(name, got.grad.full_tensor(), want.grad, scale=1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for (name, got), want in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-            assert_close(name, got, want)
+    steps(DistributedDataParallel(theirs, broadcast_buffers=False), ours)
     with pytest.raises(RuntimeError, match="revert it before wrapping it"):
         fastdense.revert(ours)
 
@@ -252,6 +233,7 @@ def main(file: str, names: list[str], cases: Sequence[Callable[[], None]] = CASE
     said = {}
     for case in cases:
         if case.__name__ in names:
+            torch.manual_seed(0)  # the same networks in both processes
             try:
                 case()
                 said[case.__name__] = "ok"
