@@ -46,24 +46,21 @@ def reference_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str
             continue
         kept = features[name] = []
 
-        def entering(module: nn.Module, args: tuple[Any, ...], kept: list[Tensor] = kept) -> None:
-            kept.append(args[0])
-            args[0].retain_grad()
+        def keep(h: Tensor, kept: list[Tensor] = kept) -> None:
+            kept.append(h)
+            h.retain_grad()
 
-        def leaving(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
-            kept.append(output)
-            output.retain_grad()
-
-        block.register_forward_pre_hook(entering)
+        block.register_forward_pre_hook(lambda module, args, keep=keep: keep(args[0]))
         for layer in layers:
-            getattr(layer, "layers", layer).register_forward_hook(leaving)  # MONAI's layer returns [x, new]
+            layer = getattr(layer, "layers", layer)  # MONAI's layer returns [x, new]
+            layer.register_forward_hook(lambda module, args, output, keep=keep: keep(output))
     F.cross_entropy(model(x.detach().requires_grad_()), target).backward()
-    return {name: [as_rows(_last(h.grad)) for h in kept] for name, kept in features.items()}
+    return {name: [rows(h.grad) for h in kept] for name, kept in features.items()}
 
 
-def _last(images: Tensor | None) -> Tensor:
+def rows(images: Tensor | None) -> Tensor:
     assert images is not None
-    return images.movedim(1, -1).contiguous().movedim(-1, 1)
+    return as_rows(images.movedim(1, -1).contiguous().movedim(-1, 1))
 
 
 def norms(gradients: list[Tensor]) -> Tensor:
@@ -81,8 +78,8 @@ def test_the_terms_add_up_to_autograds_gradient(name: str) -> None:
         total = torch.cat(truth[run.name], 1)
         assert_close(f"{run.name}: the schedule's", run._rows(run.G), total)
         added = torch.zeros_like(total)
-        for rows in run.vectors.values():
-            added[:, : rows.shape[1]] += rows
+        for sent in run.vectors.values():
+            added[:, : sent.shape[1]] += sent
         assert_close(f"{run.name}: the sum of the terms", added, total)
         assert_close(f"{run.name}: the norms", run.flow().total, norms(truth[run.name]))
 
@@ -97,7 +94,7 @@ def aliased(block: nn.Module, x: Tensor, cotangent: Tensor) -> dict[int, Tensor]
     for alias in (alias for aliases in sent.values() for alias in aliases):
         alias.retain_grad()
     torch.cat(sent[len(block)], 1).backward(cotangent)  # type: ignore[arg-type]
-    return {j: torch.cat([as_rows(_last(alias.grad)) for alias in aliases], 1) for j, aliases in sent.items()}
+    return {j: torch.cat([rows(alias.grad) for alias in aliases], 1) for j, aliases in sent.items()}
 
 
 @pytest.mark.parametrize("recompute", ["activations", "bottlenecks"])
@@ -115,9 +112,9 @@ def test_each_term_is_autograds(bn_size: int | None, spatial_dims: int, frozen: 
     truth = aliased(reference, x.detach().requires_grad_(), cotangent)
     (run,) = terms(fast, x, loss_fn=lambda output: (output * cotangent).sum())
     assert run.vectors.keys() == truth.keys()
-    scale = max(rows.norm().item() for rows in truth.values())
-    for j, rows in truth.items():
-        assert_close(f"what reader {j} sends back", run.vectors[j], rows, scale=scale)
+    scale = max(sent.norm().item() for sent in truth.values())
+    for j, sent in truth.items():
+        assert_close(f"what reader {j} sends back", run.vectors[j], sent, scale=scale)
     flow = run.flow()
     assert flow.contributions.shape == (5, 5) and flow.total.shape == (5,)
     for j in range(5):
@@ -159,22 +156,22 @@ def test_looking_changes_nothing() -> None:
             assert model.training and next(model.parameters()).dtype == torch.float32
 
 
-def test_models_that_were_not_converted_are_read_too() -> None:
+FORMS: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "not converted": lambda theirs, ours: theirs,
+    "DataParallel": lambda theirs, ours: nn.DataParallel(ours),
+    "compiled": lambda theirs, ours: torch.compile(ours),  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_of_a_converted_model_are_read_alike(form: str) -> None:
     theirs, ours = networks.network("torchvision")
-    x = networks.images("torchvision")
-    for got, want in zip(gradient_flow(theirs, x), gradient_flow(ours, x), strict=True):
+    other, x = FORMS[form](theirs, ours), networks.images("torchvision")
+    for got, want in zip(gradient_flow(other, x), gradient_flow(ours, x), strict=True):
         assert got.name == want.name
         assert torch.equal(got.total, want.total) and torch.equal(got.contributions, want.contributions)
-    for reuse, same in zip(feature_reuse(theirs), feature_reuse(ours), strict=True):
+    for reuse, same in zip(feature_reuse(other), feature_reuse(ours), strict=True):
         assert reuse.name == same.name and torch.equal(reuse.weights, same.weights)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_wrapped_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    _, fast = networks.network("own")
-    x = networks.images("own")
-    for got, want in zip(gradient_flow(wrap(fast), x), gradient_flow(fast, x), strict=True):
-        assert got.name == want.name and torch.equal(got.total, want.total)
 
 
 def test_under_no_grad_autocast_and_inference_mode() -> None:
@@ -232,7 +229,6 @@ def test_reuse_is_the_mean_absolute_weight(name: str) -> None:
 
 
 def test_plain_blocks_have_no_dense_connections() -> None:
-    torch.manual_seed(0)
     model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
     plain = without_dense_connections(model)
     assert not [module for module in plain.modules() if isinstance(module, fastdense.DenseBlock)]
@@ -266,7 +262,6 @@ def test_plain_gradients_are_autograds(name: str) -> None:
 
 
 def test_deep_plain_networks_lose_what_dense_ones_keep() -> None:
-    torch.manual_seed(0)
     options: dict[str, Any] = {"growth_rate": 4, "block_config": (40,), "num_init_features": 8, "num_classes": 10}
     dense = fastdense.DenseNet(**options, in_channels=1, small_inputs=True)
     x, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
@@ -279,41 +274,34 @@ def test_deep_plain_networks_lose_what_dense_ones_keep() -> None:
     assert spread(gradient_flow(without_dense_connections(dense), x, target)) > 1000
 
 
-def broken(change: Callable[[Any], None]) -> str | None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("", 0.0, ""),
+    ("features.denseblock1.denselayer2.conv2", "inf",
+     "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
+     "features.denseblock1.denselayer2.conv2.weight is not finite itself"),
+    ("features.denseblock2.denselayer1.norm1", "nan",
+     "The values of the output of layer 1 of features.denseblock2 (H_1)"),
+    ("classifier", "nan", "The gradient of the output of layer 1 of features.denseblock2 (H_1)"),
+], ids=["nothing", "a convolution", "a norm", "the classifier"])  # fmt: skip
+def test_what_is_not_finite_first(name: str, value: str, said: str) -> None:
     model = fastdense.DenseNet(**networks.SMALL)
-    with torch.no_grad():
-        change(model)
-    return first_not_finite(model, networks.images("own", dtype=torch.float32), networks.labels(2))
-
-
-def test_what_is_not_finite_first() -> None:
-    assert broken(lambda model: None) is None
-    said = broken(lambda model: model.features.denseblock1.denselayer2.conv2.weight[1, 0].fill_(float("inf")))
-    assert said == (
-        "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
-        "features.denseblock1.denselayer2.conv2.weight is not finite itself"
-    )
-    said = broken(lambda model: model.features.denseblock2.denselayer1.norm1.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("The values of the output of layer 1 of features.denseblock2 (H_1)")
-    said = broken(lambda model: model.classifier.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("The gradient of the output of layer 1 of features.denseblock2 (H_1)")
+    if name:
+        with torch.no_grad():
+            model.get_submodule(name).weight[:1].fill_(float(value))  # type: ignore[index, operator]
+    found = first_not_finite(model, networks.images("own", dtype=torch.float32), networks.labels(2))
+    assert (found or "").startswith(said) and bool(found) == bool(name)
 
 
 def test_a_gradient_that_overflows_names_the_layer() -> None:
-    torch.manual_seed(0)
     model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
     block: Any = model.features.denseblock1
     with torch.no_grad():
         block.denselayer2.conv2.weight *= 1e-12  # H_2 is tiny, and layer 3 makes it as large as the others:
         block.denselayer3.norm1.eps = 1e-30  # what it sends back is 1e12 times larger
 
-    def loss_fn(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda output, target: scale * F.cross_entropy(output, target)
-
     x, target = networks.images("own", dtype=torch.float32), networks.labels(2)
-    assert first_not_finite(model, x, target, loss_fn(1.0)) is None
-    assert first_not_finite(model, x, target, loss_fn(1e30)) == (
+    assert first_not_finite(model, x, target, F.cross_entropy) is None
+    assert first_not_finite(model, x, target, lambda output, target: 1e30 * F.cross_entropy(output, target)) == (
         "The gradient of the output of layer 2 of features.denseblock1 (H_2) went first, in what layer 3 sends back"
     )
 

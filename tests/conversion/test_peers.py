@@ -106,10 +106,15 @@ def few_layers(network: type) -> Any:
         yield
 
 
+def whole(name: str) -> Counter[str]:
+    stems = {} if "blur" in name else {"stem": 1}  # there, pooling is a module of its own that blurs
+    return Counter(block=4, transition=3, **stems)
+
+
 def same_as_the_original(family: str, name: str, net: nn.Module, verify: bool = True) -> None:
     """Outputs and all gradients, statistics after two steps, evaluation."""
     theirs, ours = twins(net.double(), verify=verify)
-    assert converted(ours) == expected(name)
+    assert converted(ours) == whole(name)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = random_input(SHAPES.get(family, (2, 3, 61, 29)))
@@ -118,11 +123,6 @@ def same_as_the_original(family: str, name: str, net: nn.Module, verify: bool = 
         assert_same(got, results(theirs, x, step))
     assert {int(value) for key, value in got.items() if key.endswith("num_batches_tracked")} == {2}
     assert_close("evaluation", ours.eval()(x.detach()), theirs.eval()(x.detach()))
-
-
-def expected(name: str) -> Counter[str]:
-    stems = {} if "blur" in name else {"stem": 1}  # there, pooling is a module of its own that blurs
-    return Counter(block=4, transition=3, **stems)
 
 
 @pytest.mark.parametrize(("family", "name"), SMALLEST)
@@ -140,9 +140,9 @@ def test_all_named_networks_are_the_same(family: str, name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), EACH_NAME_ONCE)
 def test_larger_named_networks_are_converted_as_a_whole(family: str, name: str) -> None:
     with torch.device("meta"):
-        whole = fastdense.convert(make(family, name), verify=False)
-    assert converted(whole) == expected(name)
-    layers = tuple(entry.layers for entry in fastdense.plan(whole) if entry.kind == "block")
+        net = fastdense.convert(make(family, name), verify=False)
+    assert converted(net) == whole(name)
+    layers = tuple(entry.layers for entry in fastdense.plan(net) if entry.kind == "block")
     assert layers == LAYERS[re.sub(r"\D", "", name)]
 
 
@@ -334,11 +334,3 @@ def test_the_packages_own_loaders(family: str, when: str, monkeypatch: pytest.Mo
     if when == "before":
         fastdense.convert(model)
     assert_close("output", model.eval()(x), source.eval()(x))
-
-
-def test_a_small_network_by_hand() -> None:
-    """Stem of one 3x3 convolution and the last norm inside ``features``, around torchvision's own blocks."""
-    block = package("torchvision").densenet._DenseBlock(3, 8, 2, 4, 0.0)
-    theirs, ours = twins(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), block, nn.BatchNorm2d(20)).double())
-    x = random_input((2, 3, 9, 7))
-    assert_same(results(ours, x), results(theirs, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -42,19 +43,12 @@ class ListLayer(nn.Module):
 class ListBlock(nn.Module):
     """``read`` and ``give`` say which of the features a layer reads and the block returns: all, in order."""
 
-    layer: Callable[..., nn.Module] = ListLayer
+    layer: Block = ListLayer
+    read = give = staticmethod(lambda features: features)
 
     def __init__(self, layers: int, channels: int, k: int, **options: Any) -> None:
         super().__init__()
         self.steps = nn.ModuleList(self.layer(channels + i * k, k, **options) for i in range(layers))
-
-    @staticmethod
-    def read(features: list[Tensor]) -> list[Tensor]:
-        return features
-
-    @staticmethod
-    def give(features: list[Tensor]) -> list[Tensor]:
-        return features
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
@@ -104,14 +98,12 @@ class AppendingLayer(nn.Sequential):
 
     def __init__(self, reads: int, k: int, dims: int = 2, dropout: nn.Module | None = None) -> None:
         super().__init__()
-        self.add_module("norm1", NORM[dims](reads))
-        self.add_module("relu1", nn.ReLU(inplace=True))
-        self.add_module("conv1", CONV[dims](reads, 3 * k, 1, bias=False))
-        self.add_module("norm2", NORM[dims](3 * k))
-        self.add_module("relu2", nn.ReLU(inplace=True))
-        self.add_module("conv2", CONV[dims](3 * k, k, 3, padding=1, bias=False))
+        self.norm1, self.relu1 = NORM[dims](reads), nn.ReLU(inplace=True)
+        self.conv1 = CONV[dims](reads, 3 * k, 1, bias=False)
+        self.norm2, self.relu2 = NORM[dims](3 * k), nn.ReLU(inplace=True)
+        self.conv2 = CONV[dims](3 * k, k, 3, padding=1, bias=False)
         if dropout is not None:
-            self.add_module("dropout", dropout)
+            self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, super().forward(x)], 1)
@@ -206,10 +198,6 @@ def build(style: str) -> tuple[Any, tuple[int, ...]]:
 def variant(**attributes: Any) -> type[ListBlock]:
     """``ListBlock`` with other layers, or with other connections."""
     return type("ListBlock", (ListBlock,), {n: a if n == "layer" else staticmethod(a) for n, a in attributes.items()})
-
-
-def _backwards(features: list[Tensor]) -> list[Tensor]:
-    return features[::-1]
 
 
 class CannotBeEvaluated(ListBlock):
@@ -320,15 +308,16 @@ def _own_forward(layer: Any) -> None:
     layer.squeeze.forward = lambda h: original(h) * 2
 
 
-NewestFirst = variant(read=_backwards, give=_backwards)
+BACKWARDS = operator.itemgetter(slice(None, None, -1))
+NewestFirst = variant(read=BACKWARDS, give=BACKWARDS)
 
 UNSUPPORTED: dict[str, tuple[Block, str]] = {
     "newest first": (NewestFirst, "order"),
     "cannot be extended": (CannotBeExtended, "cannot become another class.*nobody"),
     "cannot be copied": (CannotBeCopied, "cannot be copied.*one of a kind"),
-    "layers read newest first": (variant(read=_backwards), "order"),
+    "layers read newest first": (variant(read=BACKWARDS), "order"),
     "something on the side": (OnTheSide, "'square'"),
-    "output newest first": (variant(give=_backwards), "order"),
+    "output newest first": (variant(give=BACKWARDS), "order"),
     "only new features": (variant(give=lambda features: features[1:]), "leaves out its input"),  # FC-DenseNet's
     # The first and the last feature map, that one several times: the widths of a DenseNet, not its wires.
     "local": (variant(read=lambda f: [f[0], *[f[-1]] * (len(f) - 1)]), "does not read all earlier features|order"),
