@@ -78,11 +78,6 @@ def ends_with(channels: int) -> Change:
     return together(last, replaced("classifier", lambda: nn.Linear(channels, 7)))
 
 
-class Loud(foreign.ListLayer):
-    def forward(self, features: Any) -> Tensor:
-        return super().forward(features) * 2
-
-
 class Switchable(foreign.ListLayer):
     """Something in its ``forward`` that is off when the model is converted, and a child that is missing then."""
 
@@ -106,7 +101,7 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
     "backward hook": ("list", hook("block2.steps.1.squeeze", "full_backward_hook"), ANY),
     "backward pre-hook": ("list", hook("block2.steps.1.squeeze", "full_backward_pre_hook"), ANY),
     "parametrization": ("list", lambda net: parametrizations.weight_norm(net.block2.steps[1].grow), ANY),
-    "class of a layer": ("list", attributes("block2.steps.1", __class__=Loud), ANY),
+    "class of a layer": ("list", attributes("block2.steps.1", __class__=foreign.ScaledLayer), ANY),
     "GroupNorm": ("list", replaced("block2.steps.1.bn_a", lambda: nn.GroupNorm(1, 9)), ANY),
     "bias": ("list", replaced("block2.steps.2.grow", lambda: nn.Conv2d(12, 4, 3, padding=1)), ANY),
     "dilation": ("list", attributes("block2.steps.2.grow", dilation=(2, 2), padding=(2, 2)), ANY),

@@ -137,10 +137,9 @@ def timm_sync_batch_norm() -> None:
 
 def momentum_none_and_no_affine() -> None:
     block = foreign.StarBlock(LAYERS, 6, 4)
-    for name, norm in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.BatchNorm2d)]:
-        layer, leaf = name.rsplit(".", 1)
-        affine = "norm2" in name
-        setattr(block.get_submodule(layer), leaf, nn.BatchNorm2d(norm.num_features, momentum=None, affine=affine))
+    for layer in block.children():
+        layer.norm1 = nn.BatchNorm2d(layer.norm1.num_features, momentum=None, affine=False)
+        layer.norm2 = nn.BatchNorm2d(layer.norm2.num_features, momentum=None)
     compare_block(block)
 
 
