@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -130,26 +130,16 @@ def test_checkpoint_round_a_part(style: str, part: str, drop: float, use_reentra
 
 def test_two_threads_do_not_disturb_each_other() -> None:
     """Two models that learn, and one in evaluation."""
-    found: dict[int, Any] = {}
-
-    def together(run: Callable[[int], Any]) -> None:
-        threads = [threading.Thread(target=lambda i=i: found.update({i: run(i)})) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
     nets = [pair("pooled", recompute=mode) for mode in MODES]
-    expected = [results(theirs, x, i) for i, (theirs, _, x) in enumerate(nets)]
-    together(lambda i: results(nets[i][1], nets[i][2], i))
-    for i in range(2):
-        assert_same(found[i], expected[i])
-    theirs, ours, x = nets[0]
+    theirs, ours, x = pair("pooled")
     theirs.eval(), ours.eval()
     inputs = [random_input(x.shape, seed=i).detach() for i in range(2)]
-    together(lambda i: ours(inputs[i]).detach())
-    for i in range(2):
-        assert_close(f"thread {i}", found[i], theirs(inputs[i]))
+    with ThreadPoolExecutor(2) as pool:
+        trained = list(pool.map(lambda i: results(nets[i][1], nets[i][2], i), range(2)))
+        evaluated = list(pool.map(lambda x: ours(x).detach(), inputs))
+    for i, (original, _, x) in enumerate(nets):
+        assert_same(trained[i], results(original, x, i))
+        assert_close(f"thread {i}", evaluated[i], theirs(inputs[i]))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -215,12 +205,8 @@ def test_double_backward_and_transforms_raise_and_the_reference_takes_them(style
     if style == "pooled":
         _, ours, x = pair(style)
     else:
-        stem = foreign.stem(nn.Conv2d(3, 6, 3, padding=1))
-        ours, x = (
-            fastdense.convert(nn.Sequential(*stem, foreign.StarBlock(1, 6, 4)).double()),
-            random_input((2, 3, 9, 6)),
-        )
-        del ours[4]
+        ours, x = fastdense.convert(_stem().double()), random_input((2, 6, 9, 6))
+        del ours[4:]
         assert kinds(ours) == {"": "stem"}
     (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="impl='reference'"):

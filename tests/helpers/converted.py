@@ -30,15 +30,16 @@ def twins(net: nn.Module, **options: Any) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _made(style: str) -> tuple[nn.Module, nn.Module]:
-    return twins(foreign.build(style)[0])
+def _made(style: str) -> tuple[Any, Any, tuple[int, ...]]:
+    net, shape = foreign.build(style)
+    return *twins(net), shape
 
 
 def pair(style: str = "list", **options: Any) -> tuple[Any, Any, Tensor]:
     """A network of one of ``foreign.STYLES``, its converted copy, and an input; each call has copies of its own."""
-    theirs, ours = copy.deepcopy(_made(style))
+    theirs, ours, shape = copy.deepcopy(_made(style))
     torch.manual_seed(0)  # whether this call made them or an earlier one
-    return theirs, fastdense.convert(ours, **options), random_input(foreign.shape(style))
+    return theirs, fastdense.convert(ours, **options), random_input(shape)
 
 
 def kinds(model: nn.Module) -> dict[str, str]:

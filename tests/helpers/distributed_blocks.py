@@ -218,9 +218,8 @@ def fsdp2() -> None:
 
 CASES = (
     ddp, ddp_and_sync_batch_norm, sync_batch_norm, sync_batch_norm_after_the_conversion,
-    sync_batch_norm_in_fastdense_own_block,
-    timm_sync_batch_norm, momentum_none_and_no_affine, sync_batch_norm_in_stem_and_transition,
-    some_shared_and_some_not, fsdp2,
+    sync_batch_norm_in_fastdense_own_block, timm_sync_batch_norm, momentum_none_and_no_affine,
+    sync_batch_norm_in_stem_and_transition, some_shared_and_some_not, fsdp2,
 )  # fmt: skip
 
 

@@ -181,15 +181,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-def shape(style: str) -> tuple[int, ...]:
-    """Of an odd, non-square input."""
-    return SHAPES.get(style, (2, 3, 9, 6))
-
-
 def build(style: str) -> tuple[Any, tuple[int, ...]]:
-    """A float64 network of one of ``STYLES``, and the shape of an input for it."""
+    """A float64 network of one of ``STYLES``, and the shape of an odd, non-square input for it."""
     torch.manual_seed(0)
-    return STYLES[style]().double(), shape(style)
+    return STYLES[style]().double(), SHAPES.get(style, (2, 3, 9, 6))
 
 
 # --- what fastdense must not convert -----------------------------------------------------------------------------
