@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +12,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import networks, peers
+from helpers import networks
 from helpers.blocks import assert_close, block_pair, random_input
 from torch import Tensor, nn
 
 import fastdense
 from fastdense.analysis import gradient_flow as flows
-from fastdense.analysis.gradient_flow import BlockFlow, feature_reuse, first_not_finite, gradient_flow
+from fastdense.analysis.gradient_flow import feature_reuse, first_not_finite, gradient_flow
 from fastdense.analysis.plain import PlainBlock, without_dense_connections
+from fastdense.cli.subject import Subject, batch, subject
 from fastdense.conversion.api import dense_blocks
 from fastdense.core.features import as_rows
 
@@ -35,8 +37,8 @@ def terms(model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: An
         return flows._run(model, x, target, loss_fn, torch.float64)  # type: ignore[return-value]
 
 
-def textbook_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
-    """autograd's gradients of ``H_0 .. H_L`` in every block of a textbook model, as rows, by hooks."""
+def reference_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
+    """autograd's gradients of ``H_0 .. H_L`` in every block of a reference, as rows, by hooks."""
     features: dict[str, list[Tensor]] = {}
     for name, block in model.named_modules():
         layers = [layer for child, layer in block.named_children() if child.startswith("denselayer")]
@@ -44,46 +46,47 @@ def textbook_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str,
             continue
         kept = features[name] = []
 
-        def entering(module: nn.Module, args: tuple[Any, ...], kept: list[Tensor] = kept) -> None:
-            kept.append(args[0])
-            args[0].retain_grad()
+        def keep(h: Tensor, kept: list[Tensor] = kept) -> None:
+            kept.append(h)
+            h.retain_grad()
 
-        def leaving(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
-            kept.append(output)
-            output.retain_grad()
-
-        block.register_forward_pre_hook(entering)
+        block.register_forward_pre_hook(lambda module, args, keep=keep: keep(args[0]))
         for layer in layers:
-            getattr(layer, "layers", layer).register_forward_hook(leaving)  # MONAI's layer returns [x, new]
+            layer = getattr(layer, "layers", layer)  # MONAI's layer returns [x, new]
+            layer.register_forward_hook(lambda module, args, output, keep=keep: keep(output))
     F.cross_entropy(model(x.detach().requires_grad_()), target).backward()
-    return {name: [as_rows(_last(h.grad)) for h in kept] for name, kept in features.items()}
+    return {name: [rows(h.grad) for h in kept] for name, kept in features.items()}
 
 
-def _last(images: Tensor | None) -> Tensor:
+def rows(images: Tensor | None) -> Tensor:
     assert images is not None
-    return images.movedim(1, -1).contiguous().movedim(-1, 1)
+    return as_rows(images.movedim(1, -1).contiguous().movedim(-1, 1))
 
 
+def norms(gradients: list[Tensor]) -> Tensor:
+    return torch.stack([gradient.norm() for gradient in gradients])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_the_terms_add_up_to_autograds_gradient(name: str) -> None:
-    reference, fast = networks.network(name)
+def test_the_terms_add_up_to_autograds_gradient(name: str, training: bool) -> None:
+    reference, fast = (model.train(training) for model in networks.network(name))
     x, target = networks.images(name), networks.labels(2)
-    truth = textbook_gradients(reference, x, target)
+    truth = reference_gradients(reference, x, target)
     runs = terms(fast, x, target)
     assert [run.name for run in runs] == list(truth)
     for run in runs:
         total = torch.cat(truth[run.name], 1)
         assert_close(f"{run.name}: the schedule's", run._rows(run.G), total)
         added = torch.zeros_like(total)
-        for rows in run.vectors.values():
-            added[:, : rows.shape[1]] += rows
+        for sent in run.vectors.values():
+            added[:, : sent.shape[1]] += sent
         assert_close(f"{run.name}: the sum of the terms", added, total)
-        norms = torch.stack([h.norm() for h in truth[run.name]])
-        assert_close(f"{run.name}: the norms", run.flow().total, norms)
+        assert_close(f"{run.name}: the norms", run.flow().total, norms(truth[run.name]))
 
 
 def aliased(block: nn.Module, x: Tensor, cotangent: Tensor) -> dict[int, Tensor]:
-    """autograd's gradient through each reader of a textbook block by itself, as rows ``[m, C_j]``."""
+    """autograd's gradient through each reader of a reference block by itself, as rows ``[m, C_j]``."""
     features, sent = [x], {}
     for j, layer in enumerate(block.values()):  # type: ignore[operator]
         sent[j] = [h * 1 for h in features]
@@ -92,44 +95,33 @@ def aliased(block: nn.Module, x: Tensor, cotangent: Tensor) -> dict[int, Tensor]
     for alias in (alias for aliases in sent.values() for alias in aliases):
         alias.retain_grad()
     torch.cat(sent[len(block)], 1).backward(cotangent)  # type: ignore[arg-type]
-    return {j: torch.cat([as_rows(_last(alias.grad)) for alias in aliases], 1) for j, aliases in sent.items()}
+    return {j: torch.cat([rows(alias.grad) for alias in aliases], 1) for j, aliases in sent.items()}
 
 
-@pytest.mark.parametrize("bn_size", [2, None])
-@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("recompute", ["activations", "bottlenecks"])
-def test_each_term_is_autograds(bn_size: int | None, frozen: bool, recompute: str) -> None:
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "one norm frozen"])
+@pytest.mark.parametrize(("bn_size", "spatial_dims"), [(2, 2), (None, 2), (2, 1), (2, 3)],
+                         ids=["bottlenecks", "no bottlenecks", "1D", "3D"])  # fmt: skip
+def test_each_term_is_autograds(bn_size: int | None, spatial_dims: int, frozen: bool, recompute: str) -> None:
     def freeze(block: nn.Module) -> None:
         if frozen:
             block.denselayer2.norm1.eval()  # type: ignore[union-attr, operator]
 
-    reference, fast = block_pair(4, 5, bn_size, 3, recompute=recompute, change=freeze)
-    x = random_input((3, 5, 7, 6))
-    cotangent = random_input((3, 17, 7, 6), seed=1).detach()
+    reference, fast = block_pair(4, 5, bn_size, 3, spatial_dims=spatial_dims, recompute=recompute, change=freeze)
+    size = (7, 6, 4)[:spatial_dims]
+    x, cotangent = random_input((3, 5, *size)), random_input((3, 17, *size), seed=1).detach()
     truth = aliased(reference, x.detach().requires_grad_(), cotangent)
     (run,) = terms(fast, x, loss_fn=lambda output: (output * cotangent).sum())
     assert run.vectors.keys() == truth.keys()
-    scale = max(rows.norm().item() for rows in truth.values())
-    for j, rows in truth.items():
-        assert_close(f"what reader {j} sends back", run.vectors[j], rows, scale=scale)
+    scale = max(sent.norm().item() for sent in truth.values())
+    for j, sent in truth.items():
+        assert_close(f"what reader {j} sends back", run.vectors[j], sent, scale=scale)
     flow = run.flow()
     assert flow.contributions.shape == (5, 5) and flow.total.shape == (5,)
     for j in range(5):
-        of = [slice(0, 5), *(slice(5 + 3 * i, 8 + 3 * i) for i in range(4))][: j + 1]
-        norms = torch.stack([truth[j][:, channels].norm() for channels in of[: j + 1]])
-        assert_close(f"the norms of reader {j}", flow.contributions[: len(norms), j], norms, scale=scale)
+        want = norms(list(truth[j].split([5, *[3] * j], dim=1)))
+        assert_close(f"the norms of reader {j}", flow.contributions[: j + 1, j], want, scale=scale)
         assert flow.contributions[j + 1 :, j].eq(0).all()
-
-
-@pytest.mark.parametrize("spatial_dims", [1, 3])
-def test_other_dimensions(spatial_dims: int) -> None:
-    reference, fast = block_pair(3, 4, 2, 2, spatial_dims=spatial_dims)
-    shape = (2, 4, *(5, 3, 4)[:spatial_dims])
-    x, cotangent = random_input(shape), random_input((2, 10, *shape[2:]), seed=1).detach()
-    truth = aliased(reference, x.detach().requires_grad_(), cotangent)
-    (run,) = terms(fast, x, loss_fn=lambda output: (output * cotangent).sum())
-    for j, rows in truth.items():
-        assert_close(f"what reader {j} sends back", run.vectors[j], rows, scale=1.0)
 
 
 def test_dropout_is_that_of_the_step() -> None:
@@ -165,22 +157,15 @@ def test_looking_changes_nothing() -> None:
             assert model.training and next(model.parameters()).dtype == torch.float32
 
 
-def test_models_that_were_not_converted_are_read_too() -> None:
+@pytest.mark.parametrize("wrap", [None, nn.DataParallel, torch.compile], ids=["not converted", "parallel", "compiled"])
+def test_other_forms_of_a_converted_model_are_read_alike(wrap: Any) -> None:
     theirs, ours = networks.network("torchvision")
-    x = networks.images("torchvision")
-    for got, want in zip(gradient_flow(theirs, x), gradient_flow(ours, x), strict=True):
+    other, x = theirs if wrap is None else wrap(ours), networks.images("torchvision")
+    for got, want in zip(gradient_flow(other, x), gradient_flow(ours, x), strict=True):
         assert got.name == want.name
         assert torch.equal(got.total, want.total) and torch.equal(got.contributions, want.contributions)
-    for reuse, same in zip(feature_reuse(theirs), feature_reuse(ours), strict=True):
+    for reuse, same in zip(feature_reuse(other), feature_reuse(ours), strict=True):
         assert reuse.name == same.name and torch.equal(reuse.weights, same.weights)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_wrapped_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    _, fast = networks.network("own")
-    x = networks.images("own")
-    for got, want in zip(gradient_flow(wrap(fast), x), gradient_flow(fast, x), strict=True):
-        assert got.name == want.name and torch.equal(got.total, want.total)
 
 
 def test_under_no_grad_autocast_and_inference_mode() -> None:
@@ -238,7 +223,6 @@ def test_reuse_is_the_mean_absolute_weight(name: str) -> None:
 
 
 def test_plain_blocks_have_no_dense_connections() -> None:
-    torch.manual_seed(0)
     model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
     plain = without_dense_connections(model)
     assert not [module for module in plain.modules() if isinstance(module, fastdense.DenseBlock)]
@@ -263,135 +247,91 @@ def test_plain_gradients_are_autograds(name: str) -> None:
     torch.manual_seed(1)
     same = without_dense_connections(theirs)
     x, target = networks.images(name), networks.labels(2)
-    truth = textbook_gradients(same, x, target)
+    truth = reference_gradients(same, x, target)
     flows = gradient_flow(plain, x, target)
     assert [flow.name for flow in flows] == list(truth)
     for flow in flows:
-        assert_close(flow.name, flow.total, torch.stack([h.norm() for h in truth[flow.name]]))
+        assert_close(flow.name, flow.total, norms(truth[flow.name]))
         assert torch.equal(flow.contributions, torch.diag(flow.total))
 
 
-def test_deep_plain_networks_lose_what_dense_ones_keep() -> None:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"growth_rate": 4, "block_config": (40,), "num_init_features": 8, "num_classes": 10}
-    dense = fastdense.DenseNet(**options, in_channels=1, small_inputs=True)
-    x, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
-
-    def spread(flows: list[BlockFlow]) -> float:
-        inner = flows[0].total[1:-1]
-        return (inner.max() / inner.min()).item()
-
-    assert spread(gradient_flow(dense, x, target)) < 20
-    assert spread(gradient_flow(without_dense_connections(dense), x, target)) > 1000
-
-
-def broken(change: Callable[[Any], None]) -> str | None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("", 0.0, ""),
+    ("features.denseblock1.denselayer2.conv2", "inf",
+     "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
+     "features.denseblock1.denselayer2.conv2.weight is not finite itself"),
+    ("features.denseblock2.denselayer1.norm1", "nan",
+     "The values of the output of layer 1 of features.denseblock2 (H_1)"),
+    ("classifier", "nan", "The gradient of the output of layer 1 of features.denseblock2 (H_1)"),
+], ids=["nothing", "a convolution", "a norm", "the classifier"])  # fmt: skip
+def test_what_is_not_finite_first(name: str, value: str, said: str) -> None:
     model = fastdense.DenseNet(**networks.SMALL)
-    with torch.no_grad():
-        change(model)
-    return first_not_finite(model, networks.images("own", dtype=torch.float32), networks.labels(2))
-
-
-def test_what_is_not_finite_first() -> None:
-    assert broken(lambda model: None) is None
-    said = broken(lambda model: model.features.denseblock1.denselayer2.conv2.weight[1, 0].fill_(float("inf")))
-    assert said == (
-        "The values of the output of layer 2 of features.denseblock1 (H_2) are the first that are not finite; "
-        "features.denseblock1.denselayer2.conv2.weight is not finite itself"
-    )
-    said = broken(lambda model: model.features.denseblock2.denselayer1.norm1.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("The values of the output of layer 1 of features.denseblock2 (H_1)")
-    said = broken(lambda model: model.classifier.weight.fill_(float("nan")))
-    assert said is not None and said.startswith("The gradient of the output of layer 1 of features.denseblock2 (H_1)")
+    if name:
+        with torch.no_grad():
+            model.get_submodule(name).weight[:1].fill_(float(value))  # type: ignore[index, operator]
+    found = first_not_finite(model, networks.images("own", dtype=torch.float32), networks.labels(2))
+    assert (found or "").startswith(said) and bool(found) == bool(name)
 
 
 def test_a_gradient_that_overflows_names_the_layer() -> None:
-    torch.manual_seed(0)
     model = fastdense.DenseNet(**{**networks.SMALL, "block_config": (3, 2)})
     block: Any = model.features.denseblock1
     with torch.no_grad():
         block.denselayer2.conv2.weight *= 1e-12  # H_2 is tiny, and layer 3 makes it as large as the others:
         block.denselayer3.norm1.eps = 1e-30  # what it sends back is 1e12 times larger
 
-    def loss_fn(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda output, target: scale * F.cross_entropy(output, target)
-
     x, target = networks.images("own", dtype=torch.float32), networks.labels(2)
-    assert first_not_finite(model, x, target, loss_fn(1.0)) is None
-    assert first_not_finite(model, x, target, loss_fn(1e30)) == (
+    assert first_not_finite(model, x, target, F.cross_entropy) is None
+    assert first_not_finite(model, x, target, lambda output, target: 1e30 * F.cross_entropy(output, target)) == (
         "The gradient of the output of layer 2 of features.denseblock1 (H_2) went first, in what layer 3 sends back"
     )
 
 
-def test_bad_input_is_named() -> None:
-    _, fast = networks.network("own")
-    x = networks.images("own")
-    with pytest.raises(TypeError, match=r"model must be"):
-        gradient_flow("model", x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
-        gradient_flow(fast, [x])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch.int64"):
-        gradient_flow(fast, x.long())
-    with pytest.raises(ValueError, match=r"the loss must be one number, got shape \(2, 5\)"):
-        gradient_flow(fast, x, loss_fn=lambda output: output)
-    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
-        gradient_flow(nn.Conv2d(3, 4, 1), x)
-    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
-        feature_reuse(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match=r"has no dense block that fastdense understands"):
-        feature_reuse(without_dense_connections(fast))
-    with pytest.raises(
-        ValueError, match=r"without loss_fn the model must return class scores \[N, classes\], got dict"
-    ):
-        gradient_flow(_Dict(fast), x)
-    with pytest.raises(TypeError, match=r"target must be a torch.Tensor or None, got list"):
-        gradient_flow(fast, x, [1, 2])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x must hold at least one image, got shape \(0, 3, 37, 44\)"):
-        gradient_flow(fast, x[:0])
-    with pytest.raises(ValueError, match=r"x must hold at least one image.*'meta'"):
-        gradient_flow(fast, x.to("meta"))
-    with pytest.raises(ValueError, match=r"the loss does not depend on the model"):
-        gradient_flow(fast, x, loss_fn=lambda output: output.detach().sum())
-    hooked = fastdense.convert(peers.torchvision().DenseNet(**networks.SMALL))
+NO_BLOCK = "has no dense block that fastdense understands"
+
+
+class Wrapped(nn.Module):
+    """Returns what no loss takes, or has a block that it does not call."""
+
+    def __init__(self, inner: nn.Module, unused: bool) -> None:
+        super().__init__()
+        self.inner, self.unused = inner, fastdense.DenseBlock(1, 3, 2, 2) if unused else None
+
+    def forward(self, x: Tensor) -> Any:
+        return {"out": self.inner(x)} if self.unused is None else self.inner(x)
+
+
+@pytest.mark.parametrize(("look", "error", "message"), [
+    (lambda net, x: gradient_flow("model", x), TypeError, "model must be"),
+    (lambda net, x: gradient_flow(net, [x]), TypeError, "x must be a torch.Tensor, got list"),
+    (lambda net, x: gradient_flow(net, x.long()), ValueError, "x must be a floating-point tensor, got torch.int64"),
+    (lambda net, x: gradient_flow(net, x[:0]), ValueError,
+     r"x must hold at least one image, got shape \(0, 3, 37, 44\)"),
+    (lambda net, x: gradient_flow(net, x.to("meta")), ValueError, "x must hold at least one image.*'meta'"),
+    (lambda net, x: gradient_flow(net, x, [1, 2]), TypeError, "target must be a torch.Tensor or None, got list"),
+    (lambda net, x: gradient_flow(net, x, loss_fn=lambda output: output), ValueError,
+     r"the loss must be one number, got shape \(2, 5\)"),
+    (lambda net, x: gradient_flow(net, x, loss_fn=lambda output: output.detach().sum()), ValueError,
+     "the loss does not depend on the model"),
+    (lambda net, x: gradient_flow(nn.Conv2d(3, 4, 1), x), ValueError, NO_BLOCK),
+    (lambda net, x: feature_reuse(nn.Conv2d(3, 4, 1)), ValueError, NO_BLOCK),
+    (lambda net, x: feature_reuse(without_dense_connections(net)), ValueError, NO_BLOCK),
+    (lambda net, x: gradient_flow(Wrapped(net, unused=False), x), ValueError,
+     r"without loss_fn the model must return class scores \[N, classes\], got dict"),
+    (lambda net, x: gradient_flow(Wrapped(net, unused=True), x), RuntimeError,
+     "the dense block unused took no part"),
+])  # fmt: skip
+def test_bad_input_is_named(look: Callable[[Any, Tensor], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        look(networks.network("own")[1], networks.images("own"))
+
+
+def test_a_block_that_cannot_run_fused_is_named() -> None:
+    _, hooked = networks.network("torchvision")
     hooked.features.denseblock2.denselayer1.norm1.register_forward_hook(print)  # type: ignore[union-attr, operator]
-    for look in (lambda: feature_reuse(hooked), lambda: gradient_flow(hooked, x)):
+    for look in (lambda: feature_reuse(hooked), lambda: gradient_flow(hooked, networks.images("torchvision"))):
         with pytest.raises(ValueError, match=r"the block features.denseblock2 cannot run fused: .*hook"):
             look()
-    with pytest.raises(RuntimeError, match=r"the dense block unused took no part"):
-        gradient_flow(_Unused(fast), x)
-
-
-class _Dict(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"out": self.inner(x)}
-
-
-class _Unused(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.unused = inner, fastdense.DenseBlock(1, 3, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-def test_evaluation_mode_and_recomputed_bottlenecks() -> None:
-    x, target = networks.images("own"), networks.labels(2)
-    reference, fast = (model.double().eval() for model in networks.own(recompute="bottlenecks"))
-    truth = textbook_gradients(reference, x, target)
-    for flow in gradient_flow(fast, x, target):
-        assert_close(flow.name, flow.total, torch.stack([h.norm() for h in truth[flow.name]]))
-
-
-def test_timm_names_are_the_models() -> None:
-    _, fast = networks.network("timm")
-    names = [flow.name for flow in gradient_flow(fast, networks.images("timm"))]
-    assert names == ["features.denseblock1", "features.denseblock2"]
 
 
 @pytest.mark.usefixtures("kernels_checked")
@@ -409,3 +349,25 @@ def test_the_kernels_terms_are_the_same() -> None:
     assert torch.allclose(got.total, want.total, rtol=1e-5)
     assert torch.allclose(got.contributions, want.contributions, rtol=1e-5)
     assert not torch.equal(got.total, want.total)
+
+
+def test_the_formula_of_the_documentation_says_what_is_measured() -> None:
+    """docs/gradient-flow.md, with the one number taken from the chain: the first layer's gradient over the last one's.
+
+    Within a factor of 2, where the chain's is far above.
+    """
+    pytest.importorskip("sklearn")
+    dense = subject(None, None, seed=0, depth=100)
+    torch.manual_seed(0)
+    chain = Subject(without_dense_connections(dense.model), dense.description, dense.state)
+    read = [[layer.norm1.num_features for layer in layers] for _, _, layers in dense_blocks(dense.model)]
+    found = []
+    for looked_at in (dense, chain):
+        seen = batch(looked_at, "digits", count=64, image_size=None, seed=0)
+        flow = gradient_flow(looked_at.model.train(), seen.images, seen.labels)
+        found.append([(block.total[1] / block.total[-1]).item() for block in flow])
+    for measured, chained, channels in zip(*found, read, strict=True):
+        layers, k = len(channels), channels[1] - channels[0]
+        s = chained ** (2 / (layers - 1))  # what a layer does to the squared norm
+        predicted = math.prod(1 + s * k / width for width in channels[1:]) ** 0.5
+        assert measured / 2 < predicted < 2 * measured < chained

@@ -2,112 +2,117 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import inspect
+import re
 from collections import Counter
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from helpers import peers
 from helpers.blocks import assert_close, assert_same, random_input, randomise, results
+from helpers.converted import kinds, twins, types
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.conversion.converted import KINDS, Converted
 from fastdense.conversion.verify import ReplayDropoutMasks
 
-Make = Callable[..., nn.Module]
-
-
-def _torchvision(name: str) -> Make:
-    return lambda **options: getattr(peers.torchvision(), name)(**{"num_classes": 5, **options})
-
-
-def _timm(name: str) -> Make:
-    return lambda **options: getattr(peers.timm(), name)(**{"num_classes": 5, **options})
-
-
-def _monai(name: str, dims: int) -> Make:
-    return lambda **options: getattr(peers.monai(), name)(
-        **{"spatial_dims": dims, "in_channels": 2, "out_channels": 5, **options}
-    )
-
-
-def _torchxrayvision(**options: Any) -> nn.Module:
-    return peers.torchxrayvision().DenseNet(**options)
-
-
-IMAGE = (2, 3, 65, 40)
-
-# What the package names, and an odd, non-square input that leaves more than one pixel to the last block.
-NAMED: dict[str, tuple[Make, tuple[int, ...]]] = {
-    **{f"torchvision {n}": (_torchvision(f"densenet{n}"), IMAGE) for n in (121, 161, 169, 201)},
-    **{f"timm {n}": (_timm(f"densenet{n}"), IMAGE) for n in ("121", "161", "169", "201", "blur121d", "264d")},
-    **{f"MONAI {n}, 2D": (_monai(f"DenseNet{n}", 2), (2, 2, 65, 40)) for n in (121, 169, 201, 264)},
-    **{f"MONAI {n}, 1D": (_monai(f"DenseNet{n}", 1), (3, 2, 101)) for n in (121, 169, 201, 264)},
-    **{f"MONAI {n}, 3D": (_monai(f"DenseNet{n}", 3), (3, 2, 29, 31, 30)) for n in (121, 169, 201, 264)},
-    "torchxrayvision": (_torchxrayvision, (2, 1, 65, 40)),
-}
-
-SLOW = ("timm 264d", "MONAI 264, 3D")
-
-# The same classes, a few layers each.
+LAYERS = {"161": (6, 12, 36, 24), "169": (6, 12, 32, 32), "201": (6, 12, 48, 32), "264": (6, 12, 64, 48)}
+MONAI = ("MONAI 1D", "MONAI 2D", "MONAI 3D")
+# What a package calls the smallest of its networks, and the larger ones.
+SMALLEST = [
+    ("torchvision", "densenet121"), ("timm", "densenet121"), ("timm", "densenetblur121d"),
+    ("torchxrayvision", "DenseNet"), *((family, "DenseNet121") for family in MONAI),
+]  # fmt: skip
+LARGER = [
+    *(("torchvision", f"densenet{n}") for n in (161, 169, 201)),
+    *(("timm", f"densenet{n}") for n in ("161", "169", "201", "264d")),
+    *((family, f"DenseNet{n}") for n in (169, 201, 264) for family in MONAI),
+]
+EACH_NAME_ONCE = [*LARGER[:7], *LARGER[7::4]]  # of MONAI each in another number of dimensions
+# Odd, not square, and the smallest that leave the last block two pixels; in 3D one, of three images.
+SHAPES = {
+    "torchxrayvision": (2, 1, 61, 29),
+    "MONAI 1D": (3, 2, 101), "MONAI 2D": (2, 2, 61, 29), "MONAI 3D": (3, 2, 29, 31, 30),
+}  # fmt: skip
+SMALL_SHAPES = {
+    "torchvision": (2, 3, 37, 22), "timm": (2, 3, 37, 22), "torchxrayvision": (2, 1, 37, 22),
+    "MONAI 1D": (3, 2, 45), "MONAI 2D": (3, 2, 37, 22), "MONAI 3D": (3, 2, 17, 14, 19),
+}  # fmt: skip
+SMALL = tuple(SMALL_SHAPES)
+FIRST_WIDTH = {"torchvision": "num_init_features", "torchxrayvision": "num_init_features", "MONAI": "init_features"}
+DROPOUT = {"timm": "proj_drop_rate", "MONAI": "dropout_prob"}
 ALL = Counter(block=2, transition=1, stem=1)
-SMALL: dict[str, tuple[Make, tuple[int, ...]]] = {
-    "torchvision": (
-        lambda **options: peers.torchvision().DenseNet(
-            8, (2, 3), 16, num_classes=5, **{"drop_rate": options.pop("drop", 0.0), **options}
-        ),
-        (2, 3, 37, 22),
-    ),
-    "timm": (
-        lambda **options: peers.timm().DenseNet(
-            8, (2, 3), num_classes=5, **{"proj_drop_rate": options.pop("drop", 0.0), **options}
-        ),
-        (2, 3, 37, 22),
-    ),
-    **{
-        f"MONAI {dims}D": (
-            lambda dims=dims, **options: peers.monai().DenseNet(
-                dims, 2, 5, 16, 8, (2, 3), **{"dropout_prob": options.pop("drop", 0.0), **options}
-            ),
-            (3, 2, *((45,), (37, 22), (17, 14, 19))[dims - 1]),
-        )
-        for dims in (1, 2, 3)
-    },
-    "torchxrayvision": (
-        lambda **options: peers.torchxrayvision().DenseNet(
-            8, (2, 3), 16, **{"drop_rate": options.pop("drop", 0.0), **options}
-        ),
-        (2, 1, 37, 22),
-    ),
-}
 
 
-def twins(make: Make, *, options: dict[str, Any] | None = None, **how: Any) -> tuple[nn.Module, nn.Module]:
-    """The original in float64 and its conversion."""
-    torch.manual_seed(3)
-    theirs = make(**options or {}).double()
-    randomise(theirs)
-    return theirs, fastdense.convert(copy.deepcopy(theirs), **how)
+def package(family: str) -> Any:
+    return getattr(peers, family.split()[0].lower())()
 
 
-def converted(model: nn.Module) -> dict[str, int]:
-    """How many of each kind."""
-    return Counter(KINDS[type(module._fastdense)] for module in model.modules() if isinstance(module, Converted))
+def make(family: str, name: str = "DenseNet", **options: Any) -> Any:
+    if "MONAI" in family:
+        options = {"spatial_dims": int(family[-2]), "in_channels": 2, "out_channels": 5, **options}
+    elif family != "torchxrayvision":
+        options = {"num_classes": 5, **options}
+    return getattr(package(family), name)(**options)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NAMED])
-def test_named_networks(name: str) -> None:
+def small(family: str, **options: Any) -> Any:
+    """The class of the named networks, a few layers each, in float64."""
+    width = FIRST_WIDTH.get(family.split()[0])
+    options = {"growth_rate": 8, "block_config": (2, 3), **({width: 16} if width else {}), **options}
+    return make(family, **options).double()
+
+
+def image(family: str, **options: Any) -> Tensor:
+    return random_input(SMALL_SHAPES[family], **options)
+
+
+@functools.cache
+def _made(family: str) -> tuple[Any, Any]:
+    return twins(small(family))
+
+
+def pair(family: str) -> tuple[Any, Any]:
+    """A small network and its converted copy."""
+    return copy.deepcopy(_made(family))
+
+
+def converted(model: nn.Module) -> Counter[str]:
+    return Counter(kinds(model).values())
+
+
+@contextlib.contextmanager
+def few_layers(network: type) -> Any:
+    """Whatever is asked for, blocks of one and two layers."""
+    original = network.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
+        bound.arguments["block_config"] = (2, 1, 1, 2)
+        original(*bound.args, **bound.kwargs)
+
+    with mock.patch.object(network, "__init__", init):
+        yield
+
+
+def whole(name: str) -> Counter[str]:
+    stems = {} if "blur" in name else {"stem": 1}  # there, pooling is a module of its own that blurs
+    return Counter(block=4, transition=3, **stems)
+
+
+def same_as_the_original(family: str, name: str, net: nn.Module, verify: bool = True) -> None:
     """Outputs and all gradients, statistics after two steps, evaluation."""
-    make, shape = NAMED[name]
-    theirs, ours = twins(make)
-    stems = 0 if "blur" in name else 1  # there, pooling is a module of its own that blurs
-    assert converted(ours) == Counter(block=4, transition=3, stem=stems)
+    theirs, ours = twins(net.double(), verify=verify)
+    assert converted(ours) == whole(name)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = random_input(shape)
+    x = random_input(SHAPES.get(family, (2, 3, 61, 29)))
     for step in range(2):
         got = results(ours, x, step)
         assert_same(got, results(theirs, x, step))
@@ -115,23 +120,60 @@ def test_named_networks(name: str) -> None:
     assert_close("evaluation", ours.eval()(x.detach()), theirs.eval()(x.detach()))
 
 
-@pytest.mark.parametrize("mode", ["bottlenecks", "activations"])
-@pytest.mark.parametrize("name", SMALL)
-def test_small_networks_in_both_modes(name: str, mode: str) -> None:
-    make, shape = SMALL[name]
-    theirs, ours = twins(make, recompute=mode)
-    for step in range(2):
-        x = random_input(shape, seed=step)
-        assert_same(results(ours, x), results(theirs, x))
-    assert_close("evaluation", ours.eval()(x), theirs.eval()(x))
+@pytest.mark.parametrize(("family", "name"), SMALLEST)
+def test_the_smallest_named_networks_are_the_same(family: str, name: str) -> None:
+    """``verify`` compares each block once more, which takes longer than all the rest: once, then."""
+    same_as_the_original(family, name, make(family, name), verify=family == "torchvision")
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_dropout_with_the_same_masks(name: str) -> None:
+@pytest.mark.minutes
+@pytest.mark.parametrize(("family", "name"), [*SMALLEST[1:], *LARGER])
+def test_all_named_networks_are_the_same(family: str, name: str) -> None:
+    same_as_the_original(family, name, make(family, name))
+
+
+@pytest.mark.parametrize(("family", "name"), EACH_NAME_ONCE)
+def test_larger_named_networks_are_converted_as_a_whole(family: str, name: str) -> None:
+    with torch.device("meta"):
+        net = fastdense.convert(make(family, name), verify=False)
+    assert converted(net) == whole(name)
+    layers = tuple(entry.layers for entry in fastdense.plan(net) if entry.kind == "block")
+    assert layers == LAYERS[re.sub(r"\D", "", name)]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("torchvision", "densenet161"), ("timm", "densenet161"), ("timm", "densenet264d")]
+)
+def test_wider_named_networks_are_the_same_with_few_layers(family: str, name: str) -> None:
+    """With few layers, the others are the smallest."""
+    with few_layers(package(family).DenseNet):
+        net = make(family, name)
+    same_as_the_original(family, name, net)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_small_networks_in_both_modes_and_back(family: str) -> None:
+    theirs, ours = pair(family)
+    for mode in ("bottlenecks", "activations"):
+        fastdense.convert(ours, recompute=mode)
+        for step in range(2):
+            x = image(family, seed=step)
+            assert_same(results(ours, x), results(theirs, x))
+    want = theirs.eval()(x)
+    again = copy.deepcopy(ours).eval()
+    assert converted(again) == converted(ours) == ALL
+    assert_close("evaluation", again(x), want)
+    original = fastdense.revert(again)
+    original.load_state_dict(theirs.state_dict())
+    assert types(original) == types(theirs)
+    assert torch.equal(original(x), want)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_dropout_with_the_same_masks(family: str) -> None:
     """Two blocks, each with a seed of its own: the original is fed the masks that fastdense draws."""
-    make, shape = SMALL[name]
-    theirs, ours = twins(make, options={"drop": 0.3})
-    x = random_input(shape)
+    theirs, ours = twins(small(family, **{DROPOUT.get(family.split()[0], "drop_rate"): 0.3}))
+    x = image(family)
     torch.manual_seed(11)
     got = results(ours, x)
     torch.manual_seed(11)
@@ -139,7 +181,7 @@ def test_dropout_with_the_same_masks(name: str) -> None:
 
     def forward(x: Tensor) -> Tensor:
         masks = ReplayDropoutMasks(seeds[0], [0, 1, 0, 1, 2])
-        block2 = dict(theirs.named_modules())["features.denseblock2"]
+        block2 = theirs.get_submodule("features.denseblock2")
         handle = block2.register_forward_pre_hook(lambda *_: setattr(masks, "seed", seeds[1]))
         with masks:
             output = theirs(x)
@@ -152,48 +194,43 @@ def test_dropout_with_the_same_masks(name: str) -> None:
     assert not torch.equal(plain, got["output"])
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_pickle_deepcopy_and_back(name: str) -> None:
-    make, shape = SMALL[name]
-    theirs, ours = twins(make)
-    x = random_input(shape).detach()
-    want = theirs.eval()(x)
-    again = copy.deepcopy(ours).eval()
-    assert converted(again) == converted(ours) == ALL
-    assert_close("copy", again(x), want)
-    original = fastdense.revert(again)
-    assert [type(module) for module in original.modules()] == [type(module) for module in theirs.modules()]
-    assert torch.equal(original(x), want)
+@pytest.mark.parametrize("frozen", [False, True], ids=["free", "frozen"])
+@pytest.mark.parametrize("family", SMALL)
+def test_frozen_norms_partial_gradients_and_layouts(family: str, frozen: bool) -> None:
+    """Every second norm in evaluation, every second parameter fixed, inputs of other strides."""
+    theirs, ours = pair(family)
+    fastdense.convert(ours, recompute="bottlenecks" if frozen else None)
+    for net in (theirs, ours):
+        for i, norm in enumerate(m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.train(not frozen or i % 2 == 1)
+        for i, parameter in enumerate(net.parameters()):
+            parameter.requires_grad_(not frozen or i % 2 == 1)
+    for step, layout in enumerate(("channels_last", "slice")):
+        x = image(family, layout=layout, seed=step)
+        assert_same(results(ours, x, step), results(theirs, x, step))
 
 
-@pytest.mark.parametrize(
-    ("name", "flag"), [("torchvision", "memory_efficient"), ("timm", "memory_efficient"), ("timm", "later")]
-)
-def test_the_flag_updates_statistics_twice_and_fastdense_once(name: str, flag: str) -> None:
-    make, shape = SMALL[name]
-    theirs, ours = twins(make, options={} if flag == "later" else {flag: True})
-    if flag == "later":
-        for model in (theirs, ours):
-            model.set_grad_checkpointing(True)
-    x = random_input(shape)
-    with fastdense.memory.saved_bytes(ours, x) as kept:
-        ours(x)
-    fastdense.convert(ours, recompute="activations")
-    with fastdense.memory.saved_bytes(ours, x) as more:
-        ours(x)
-    assert kept.bytes < 0.8 * more.bytes, "the flag did not mean recompute='bottlenecks'"
-
-    theirs, ours = twins(make, options={} if flag == "later" else {flag: True})
-    if flag == "later":
+@pytest.mark.parametrize(("family", "when"), [("torchvision", "built"), ("timm", "built"), ("timm", "later")])
+def test_memory_efficient_updates_statistics_twice_and_fastdense_once(family: str, when: str) -> None:
+    theirs, ours = twins(small(family, **({"memory_efficient": True} if when == "built" else {})))
+    x = image(family)
+    if when == "later":
         theirs.set_grad_checkpointing(True)
         ours.set_grad_checkpointing(True)
+    saved = []
+    for mode in (None, "activations"):
+        model = fastdense.convert(copy.deepcopy(ours), recompute=mode)
+        with fastdense.memory.saved_bytes(model, x) as counted:
+            model(x)
+        saved.append(counted.bytes)
+    assert saved[0] < 0.8 * saved[1], "the flag did not mean recompute='bottlenecks'"
+
     counter = "features.denseblock1.denselayer1.norm1.num_batches_tracked"
     statistics = "features.denseblock1.denselayer1.norm1.running_mean"
     before = theirs.state_dict()[statistics].clone()
     for step in (1, 2):
         got, want = results(ours, x), results(theirs, x)
-        assert int(want[counter]) == 2 * step
-        assert int(got[counter]) == step
+        assert (int(got[counter]), int(want[counter])) == (step, 2 * step)
     batch = [(value[statistics] - before * decay) / (1 - decay) for value, decay in ((got, 0.9**2), (want, 0.9**4))]
     assert_close("batch mean", batch[0], batch[1], 1e-6)
     for key in want:
@@ -201,170 +238,93 @@ def test_the_flag_updates_statistics_twice_and_fastdense_once(name: str, flag: s
             assert_close(key, got[key], want[key], scale=1.0)
 
 
-def test_timms_blur_pool_transitions_stay() -> None:
-    make = _timm("densenetblur121d")
-    timm = peers.timm()
-
-    def blurred(**options: Any) -> nn.Module:
-        return timm.DenseNet(8, (2, 3), num_classes=5, aa_layer=timm.BlurPool2d, aa_stem_only=False, stem_type="deep")
-
-    theirs, ours = twins(blurred)
-    assert converted(ours) == Counter(block=2)
-    x = random_input((2, 3, 37, 22))
-    assert_same(results(ours, x), results(theirs, x))
-    entries = [entry for entry in fastdense.plan(blurred()) if entry.kind == "transition"]
-    assert [(entry.action, "avg_pool" in entry.reason) for entry in entries] == [("skip", True)]
-    assert isinstance(make(), nn.Module)
-
-
 @pytest.mark.parametrize(
-    ("name", "activations", "bottlenecks"), [("densenet121", 4.6, 12.0), ("densenet201", 6.3, 17.0)]
+    ("name", "activations", "bottlenecks"),
+    [("densenet121", 4.6, 12.0), pytest.param("densenet201", 6.3, 17.0, marks=pytest.mark.minutes)],
 )
-def test_bytes_kept_against_torchvision(name: str, activations: float, bottlenecks: float) -> None:
+def test_bytes_saved_against_torchvision(name: str, activations: float, bottlenecks: float) -> None:
     """The whole network, fp32, 224 x 224, one image."""
     x = torch.randn(1, 3, 224, 224)
-    kept = []
+    saved = []
     for mode in (None, "activations", "bottlenecks"):
-        model = _torchvision(name)(num_classes=1000)
+        model = make("torchvision", name, num_classes=1000)
         if mode is not None:
             fastdense.convert(model, recompute=mode, verify=False)
-        with fastdense.memory.saved_bytes(model) as saved:
+        with fastdense.memory.saved_bytes(model) as counted:
             model(x)
-        kept.append(saved.bytes)
-    print(name, [f"{bytes_ / 1e6:.1f} MB" for bytes_ in kept])
-    assert kept[0] > activations * kept[1]
-    assert kept[0] > bottlenecks * kept[2]
+        saved.append(counted.bytes)
+    assert saved[0] > activations * saved[1]
+    assert saved[0] > bottlenecks * saved[2]
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "slice"])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", SMALL)
-def test_frozen_norms_partial_gradients_and_layouts(name: str, frozen: bool, layout: str) -> None:
-    """Every second norm in evaluation, every second parameter fixed, inputs of other strides."""
-    make, shape = SMALL[name]
-    theirs, ours = twins(make, recompute="bottlenecks" if frozen else None)
-    for net in (theirs, ours):
-        for i, norm in enumerate(m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            norm.train(not frozen or i % 2 == 1)
-        for i, parameter in enumerate(net.parameters()):
-            parameter.requires_grad_(not frozen or i % 2 == 1)
-    for step in range(2):
-        x = random_input(shape, layout=layout, seed=step)
-        assert_same(results(ours, x, step), results(theirs, x, step))
+BLUR = {"aa_layer": "BlurPool2d", "aa_stem_only": False, "stem_type": "deep"}
+OPTIONS: dict[str, tuple[str, dict[str, Any], Counter[str]]] = {
+    "deep stem": ("timm", {"stem_type": "deep"}, ALL),
+    "blurring transitions": ("timm", BLUR, Counter(block=2)),
+    **{f"timm {name}": ("timm", {"act_layer": name}, Counter()) for name in ("silu", "prelu", "identity")},
+    **{f"MONAI {name}": ("MONAI 2D", {"act": name}, Counter()) for name in ("prelu", "swish")},
+    "instance norm": ("MONAI 2D", {"norm": "instance"}, Counter()),
+    "group norm": ("MONAI 2D", {"norm": ("group", {"num_groups": 2})}, Counter()),
+}
 
 
-def test_timms_deep_stem_ends_like_any_other() -> None:
-    def deep(**options: Any) -> nn.Module:
-        return peers.timm().DenseNet(8, (2, 3), num_classes=5, stem_type="deep", **options)
-
-    theirs, ours = twins(deep)
-    assert converted(ours) == ALL
-    x = random_input((2, 3, 37, 22))
-    assert_same(results(ours, x), results(theirs, x))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_options_leave_of_a_densenet_is_converted(name: str) -> None:
+    family, options, left = OPTIONS[name]
+    if "aa_layer" in options:
+        options = {**options, "aa_layer": getattr(package(family), options["aa_layer"])}
+    x = image(family)
+    with contextlib.nullcontext() if left else pytest.warns(UserWarning, match="nothing to convert"):
+        theirs, ours = twins(small(family, **options))
+    assert converted(ours) == left
+    assert_same(results(ours, x), results(theirs, x), 1e-9 if left else 0.0)
+    if name == "blurring transitions":
+        entries = [entry for entry in fastdense.plan(ours) if entry.kind == "transition"]
+        assert [(entry.action, "avg_pool" in entry.reason) for entry in entries] == [("skip", True)]
 
 
 def test_timms_other_interfaces() -> None:
     """Intermediate features, a new classifier, and its own dropout, which belongs to the classifier."""
-    theirs, ours = twins(SMALL["timm"][0], options={"drop_rate": 0.5})
-    x = random_input((2, 3, 37, 22)).detach()
-    for model in (theirs, ours):
-        model.eval()
-    for got, want in zip(
-        ours.forward_intermediates(x, intermediates_only=True),
-        theirs.forward_intermediates(x, intermediates_only=True),
-        strict=True,
-    ):
+    theirs, ours = twins(small("timm", drop_rate=0.5).eval())
+    x = image("timm").detach()
+    found = [model.forward_intermediates(x, intermediates_only=True) for model in (ours, theirs)]
+    for got, want in zip(*found, strict=True):
         assert_close("intermediate", got, want)
     ours.reset_classifier(9)
     assert ours.double()(x).shape == (2, 9)
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "prelu", "identity"])
-def test_timms_activations(activation: str) -> None:
-    def make(**_: Any) -> nn.Module:
-        return peers.timm().DenseNet(8, (2, 3), num_classes=5, act_layer=activation)
-
-    if activation == "relu":
-        assert converted(twins(make)[1]) == ALL
-        return
-    with pytest.warns(UserWarning, match="nothing to convert"):
-        theirs, ours = twins(make)
-    assert not converted(ours)
-    x = random_input((2, 3, 37, 22))
-    assert_same(results(ours, x), results(theirs, x), 0.0)
-
-
-@pytest.mark.parametrize(
-    "options", [{"norm": "instance"}, {"norm": ("group", {"num_groups": 2})}, {"act": "prelu"}, {"act": "swish"}]
-)
-def test_monais_other_norms_and_activations_stay(options: dict[str, Any]) -> None:
-    make, shape = SMALL["MONAI 2D"]
-    with pytest.warns(UserWarning, match="nothing to convert"):
-        theirs, ours = twins(make, options=options)
-    assert not converted(ours)
-    x = random_input(shape)
-    assert_same(results(ours, x), results(theirs, x), 0.0)
-
-
-class Checkpoint:
-    """Stands in for a download of weights with the key names of before 2018 and without counters."""
-
-    def __init__(self, model: nn.Module, layers: str = "") -> None:
-        import re
-
-        self.state = {
-            re.sub(rf"(denselayer\d+){layers}\.(norm|relu|conv)([12])\.", r"\1.\2.\3.", key): value.clone()
-            for key, value in model.state_dict().items()
-            if "num_batches_tracked" not in key
-        }
-
-    def get_state_dict(self, **_: Any) -> dict[str, Tensor]:
-        return dict(self.state)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["torchvision", "timm", "MONAI"])
-def test_the_packages_own_loaders(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, shape = SMALL["MONAI 2D" if name == "MONAI" else name]
-    source = make().double()
-    randomise(source, 9)
-    old = Checkpoint(source, r"\.layers" if name == "MONAI" else "")
-    assert any(".norm.1." in key for key in old.state)
-    model = make().double()
-    if when == "after":
-        fastdense.convert(model)
-    if name == "torchvision":
-        peers.torchvision().densenet._load_state_dict(model, old, False)
-    elif name == "timm":
-        model.load_state_dict(peers.timm()._filter_torchvision_pretrained(old.get_state_dict()), strict=True)
-    else:
-        monai = peers.monai()
-        monkeypatch.setattr(monai, "load_state_dict_from_url", lambda *_, **__: old.get_state_dict())
-        monai._load_state_dict(model, "densenet121", False)
-    if when == "before":
-        fastdense.convert(model)
-    x = random_input(shape).detach()
-    assert_close("output", model.eval()(x), source.eval()(x))
-
-
 def test_torchxrayvisions_thresholds_and_keys() -> None:
-    def make(**options: Any) -> nn.Module:
-        return peers.torchxrayvision().DenseNet(8, (2, 3), 16, op_threshs=torch.rand(18), **options)
-
-    theirs, ours = twins(make)
+    theirs, ours = twins(small("torchxrayvision", op_threshs=torch.rand(18)))
     assert "op_threshs" in ours.state_dict() and list(ours.state_dict()) == list(theirs.state_dict())
-    x = random_input((2, 1, 37, 22)).detach().float()  # its thresholds are float32
+    x = image("torchxrayvision").detach().float()  # its thresholds are float32
     assert_close("scores", ours.float().eval()(x), theirs.float().eval()(x), 1e-5)
 
 
-def test_a_small_network_by_hand() -> None:
-    """Stem of one 3x3 convolution and the last norm inside ``features``, around torchvision's own blocks."""
-    densenet = peers.torchvision().densenet
-    net = nn.Sequential()
-    net.add_module("conv0", nn.Conv2d(3, 8, 3, padding=1, bias=False))
-    net.add_module("denseblock1", densenet._DenseBlock(3, 8, 2, 4, 0.0))
-    net.add_module("norm_final", nn.BatchNorm2d(20))
-    theirs = net.double()
-    ours = fastdense.convert(copy.deepcopy(theirs))
-    x = random_input((2, 3, 9, 7))
-    assert_same(results(ours, x), results(theirs, x))
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", ["torchvision", "timm", "MONAI 2D"])
+def test_the_packages_own_loaders(family: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights with the key names of before 2018 and without counters."""
+    source, x = small(family), image(family).detach()
+    randomise(source, 9)
+    layers = r"\.layers" if "MONAI" in family else ""
+    old = {
+        re.sub(rf"(denselayer\d+){layers}\.(norm|relu|conv)([12])\.", r"\1.\2.\3.", key): value.clone()
+        for key, value in source.state_dict().items()
+        if "num_batches_tracked" not in key
+    }
+    assert any(".norm.1." in key for key in old)
+    model = small(family)
+    if when == "after":
+        fastdense.convert(model)
+    module = package(family)
+    if family == "torchvision":
+        module.densenet._load_state_dict(model, SimpleNamespace(get_state_dict=lambda **_: dict(old)), False)
+    elif family == "timm":
+        model.load_state_dict(module._filter_torchvision_pretrained(dict(old)), strict=True)
+    else:
+        monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: dict(old))
+        module._load_state_dict(model, "densenet121", False)
+    if when == "before":
+        fastdense.convert(model)
+    assert_close("output", model.eval()(x), source.eval()(x))

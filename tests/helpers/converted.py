@@ -1,8 +1,9 @@
-"""Converted networks, and the ways in which copies of them are made."""
+"""Converted networks, what may be changed in them later, and the ways in which copies of them are made."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from typing import Any
@@ -11,21 +12,44 @@ import torch
 from torch import Tensor, nn
 
 import fastdense
+from fastdense.conversion.converted import KINDS, Converted
 from helpers import foreign
 from helpers.blocks import random_input, randomise
 
-SHAPES = {1: (3, 3, 23), 2: (2, 3, 13, 10), 3: (2, 3, 9, 10, 11)}
+BLOCKS = {"block1": "block", "between": "transition", "block2": "block"}
+FEATURES = {
+    "features": "stem", "features.denseblock1": "block", "features.transition1": "transition",
+    "features.denseblock2": "block",
+}  # fmt: skip
 
 
-def stem_pair(dims: int = 2, **options: Any) -> tuple[Any, Any, Tensor]:
-    torch.manual_seed(0)
-    theirs = foreign.Features(foreign.AppendingBlock if dims != 2 else foreign.StarBlock, dims).double()
-    randomise(theirs)
-    return theirs, fastdense.convert(copy.deepcopy(theirs), **options), random_input(SHAPES[dims])
+def twins(net: nn.Module, **options: Any) -> tuple[Any, Any]:
+    """``net`` with random statistics, and its converted copy."""
+    randomise(net)
+    return net, fastdense.convert(copy.deepcopy(net), **options)
 
 
-def _deepcopy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
+@functools.cache
+def _made(style: str) -> tuple[Any, Any, tuple[int, ...]]:
+    net, shape = foreign.build(style)
+    return *twins(net), shape
+
+
+def pair(style: str = "list", **options: Any) -> tuple[Any, Any, Tensor]:
+    """A network of one of ``foreign.STYLES``, its converted copy, and an input; each call has copies of its own."""
+    theirs, ours, shape = copy.deepcopy(_made(style))
+    torch.manual_seed(0)  # whether this call made them or an earlier one
+    return theirs, fastdense.convert(ours, **options), random_input(shape)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """The names of what is converted, and what it is."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Converted)}
+    return {name: KINDS[type(module._fastdense)] for name, module in found.items() if "_fastdense" in vars(module)}
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
 
 
 def _pickle(model: nn.Module) -> nn.Module:
@@ -54,4 +78,4 @@ def _replica(model: nn.Module) -> nn.Module:
     return replica
 
 
-COPIES = {f.__name__.strip("_"): f for f in (_deepcopy, _pickle, _save, _averaged, _replica)}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": _pickle, "save": _save, "averaged": _averaged, "replica": _replica}

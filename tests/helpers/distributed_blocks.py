@@ -15,15 +15,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastdense
 from fastdense.conversion.converted import Converted
 from helpers import foreign, interpreter
 from helpers.blocks import assert_close, random_input, randomise
+from helpers.converted import twins
 
 LAYERS = 3
 IMAGES = (3, 2)  # of each process: uneven, as the last batch of an epoch
+shared = nn.SyncBatchNorm.convert_sync_batchnorm
 
 
 def chain(block: nn.Module) -> nn.Module:
@@ -65,54 +68,9 @@ class Collectives:
         dist.all_reduce = self.original
 
 
-def compare_with_full_batch(block: nn.Module, synchronise: Callable[[nn.Module], nn.Module], **options: Any) -> None:
-    """Two processes against one that sees the whole batch, two steps.
-
-    DDP refuses SyncBatchNorm on the CPU: gradients are added up by hand; ``ddp_and_sync_batch_norm`` goes round that.
-    """
-    torch.manual_seed(0)
-    whole = chain(block)
-    randomise(whole)
-    ours = fastdense.convert(synchronise(copy.deepcopy(whole)), **options)
-    assert sum(isinstance(m, Converted) for m in ours.modules()) == 1, [type(m) for m in ours.modules()]
-    for n in range(2):
-        for net in (whole, ours):
-            net.zero_grad(set_to_none=True)
-        x = random_input((sum(IMAGES), 3, 5, 4), seed=n).detach() * (n + 1) + n
-        cotangent = random_input((sum(IMAGES), 4, 5, 4), seed=n + 9).detach()
-        want = step(whole, x, cotangent)
-        with Collectives() as counted, warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            got = step(ours, my_share(x), my_share(cotangent))
-        assert len(counted.sizes) == 2 * 2 * LAYERS, counted.sizes  # one a convolution, forward and backward
-        assert_close("output", got.pop("output"), my_share(want.pop("output")))
-        for name, value in want.items():
-            if name.endswith(".grad"):
-                dist.all_reduce(got[name])
-            assert_close(name, got[name], value, scale=1.0)
-    assert_close("evaluation", ours.eval()(x), whole.eval()(x))
-
-
-def sync_batch_norm() -> None:
-    for recompute in ("activations", "bottlenecks"):
-        block = foreign.StarBlock(LAYERS, 6, 4)
-        compare_with_full_batch(block, nn.SyncBatchNorm.convert_sync_batchnorm, recompute=recompute)
-
-
-def sync_batch_norm_after_the_conversion() -> None:
-    """``convert_sync_batchnorm`` on a converted model: its children change type, and the block stays fused."""
-    block = fastdense.convert(foreign.AppendingBlock(LAYERS, 6, 4))
-    whole = foreign.AppendingBlock(LAYERS, 6, 4)
-    whole.load_state_dict(block.state_dict())
-    compare_with_full_batch(whole, lambda net: nn.SyncBatchNorm.convert_sync_batchnorm(fastdense.convert(net)))
-
-
-def sync_batch_norm_in_fastdense_own_block() -> None:
-    torch.manual_seed(0)
-    whole = fastdense.DenseBlock(LAYERS, 6, 4, 4, dtype=torch.float64)
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
-    x, cotangent = random_input((5, 6, 5, 4)).detach(), random_input((5, 18, 5, 4), seed=3).detach()
-    want, got = step(whole, x, cotangent), step(ours, my_share(x), my_share(cotangent))
+def same_up_to_addition(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    """What this process found against one that saw the whole batch; DDP refuses SyncBatchNorm on the CPU, so here
+    gradients are added up. ``ddp_and_sync_batch_norm`` goes round that."""
     assert_close("output", got["output"], my_share(want["output"]))
     for name, value in want.items():
         if name.endswith(".grad"):
@@ -121,62 +79,83 @@ def sync_batch_norm_in_fastdense_own_block() -> None:
             assert_close(name, got[name], value, scale=1.0)
 
 
+def compare_with_full_batch(
+    whole: nn.Module, ours: nn.Module, shapes: tuple[tuple[int, ...], ...] = ((3, 5, 4), (4, 5, 4)), others: int = 0
+) -> None:
+    """Two processes against one that sees the whole batch, two steps; ``others`` than a block are converted, too."""
+    assert sum(isinstance(m, Converted) for m in ours.modules()) == 1 + others, [type(m) for m in ours.modules()]
+    for n in range(2):
+        for net in (whole, ours):
+            net.zero_grad(set_to_none=True)
+        x = random_input((sum(IMAGES), *shapes[0]), seed=n).detach() * (n + 1) + n
+        cotangent = random_input((sum(IMAGES), *shapes[1]), seed=n + 9).detach()
+        want = step(whole, x, cotangent)
+        with Collectives() as counted, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            got = step(ours, my_share(x), my_share(cotangent))
+        # One a convolution, forward and backward.
+        assert len(counted.sizes) == 2 * (2 * LAYERS + others), counted.sizes
+        same_up_to_addition(got, want)
+    assert_close("evaluation", ours.eval()(x), whole.eval()(x))
+
+
+def compare_block(block: nn.Module, synchronise: Callable[[nn.Module], nn.Module] = shared, **options: Any) -> None:
+    whole = chain(block)
+    randomise(whole)
+    compare_with_full_batch(whole, fastdense.convert(synchronise(copy.deepcopy(whole)), **options))
+
+
+def sync_batch_norm() -> None:
+    for recompute in ("activations", "bottlenecks"):
+        compare_block(foreign.StarBlock(LAYERS, 6, 4), recompute=recompute)
+
+
+def sync_batch_norm_after_the_conversion() -> None:
+    """``convert_sync_batchnorm`` on a converted model: its children change type, and the block stays fused."""
+    compare_block(foreign.AppendingBlock(LAYERS, 6, 4), lambda net: shared(fastdense.convert(net)))
+
+
+def sync_batch_norm_in_fastdense_own_block() -> None:
+    whole = fastdense.DenseBlock(LAYERS, 6, 4, 4, dtype=torch.float64)
+    ours = shared(copy.deepcopy(whole))
+    x, cotangent = random_input((5, 6, 5, 4)).detach(), random_input((5, 18, 5, 4), seed=3).detach()
+    same_up_to_addition(step(ours, my_share(x), my_share(cotangent)), step(whole, x, cotangent))
+
+
 def timm_sync_batch_norm() -> None:
     from helpers import peers
 
     timm = peers.timm()
     from timm.layers import convert_sync_batchnorm
 
-    compare_with_full_batch(timm.DenseBlock(LAYERS, 6, 4, 4), convert_sync_batchnorm)
+    compare_block(timm.DenseBlock(LAYERS, 6, 4, 4), convert_sync_batchnorm)
+    compare_block(timm.DenseBlock(LAYERS, 6, 4, 4), lambda net: convert_sync_batchnorm(fastdense.convert(net)))
     # PyTorch's own conversion drops timm's activations: then the block is no DenseNet block any more.
-    lost = nn.SyncBatchNorm.convert_sync_batchnorm(timm.DenseBlock(LAYERS, 6, 4, 4))
-    (entry,) = fastdense.plan(lost)
+    (entry,) = fastdense.plan(shared(timm.DenseBlock(LAYERS, 6, 4, 4)))
     assert entry.action == "skip" and "relu" in entry.reason, entry
 
 
 def momentum_none_and_no_affine() -> None:
     block = foreign.StarBlock(LAYERS, 6, 4)
-    for name, norm in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.BatchNorm2d)]:
-        layer, leaf = name.rsplit(".", 1)
-        affine = "norm2" in name
-        setattr(block.get_submodule(layer), leaf, nn.BatchNorm2d(norm.num_features, momentum=None, affine=affine))
-    compare_with_full_batch(block, nn.SyncBatchNorm.convert_sync_batchnorm)
+    for layer in block.children():
+        layer.norm1 = nn.BatchNorm2d(layer.norm1.num_features, momentum=None, affine=False)
+        layer.norm2 = nn.BatchNorm2d(layer.norm2.num_features, momentum=None)
+    compare_block(block)
 
 
 def sync_batch_norm_in_stem_and_transition() -> None:
     """One all-reduce each, forward and backward; before the conversion and after it."""
-    torch.manual_seed(0)
     stem = foreign.stem(nn.Conv2d(3, 6, 3, padding=1))
     whole = nn.Sequential(*stem, foreign.StarBlock(LAYERS, 6, 4), foreign.Transition(18, 5)).double()
     randomise(whole)
-    synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
-    for ours in (
-        fastdense.convert(synchronise(copy.deepcopy(whole))),
-        synchronise(fastdense.convert(copy.deepcopy(whole))),
-    ):
-        assert sum(isinstance(m, Converted) for m in ours.modules()) == 3
-        theirs = copy.deepcopy(whole)
-        for n in range(2):
-            for net in (theirs, ours):
-                net.zero_grad(set_to_none=True)
-            x, cotangent = random_input((5, 3, 9, 10), seed=n).detach(), random_input((5, 5, 2, 2), seed=n + 9).detach()
-            want = step(theirs, x, cotangent)
-            with Collectives() as counted, warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
-                got = step(ours, my_share(x), my_share(cotangent))
-            assert len(counted.sizes) == 2 * (1 + 2 * LAYERS + 1), counted.sizes
-            assert_close("output", got.pop("output"), my_share(want.pop("output")))
-            for name, value in want.items():
-                if name.endswith(".grad"):
-                    dist.all_reduce(got[name])
-                assert_close(name, got[name], value, scale=1.0)
-        assert_close("evaluation", ours.eval()(x), theirs.eval()(x))
+    for ours in (fastdense.convert(shared(copy.deepcopy(whole))), shared(fastdense.convert(copy.deepcopy(whole)))):
+        compare_with_full_batch(copy.deepcopy(whole), ours, ((3, 9, 10), (5, 2, 2)), others=2)
 
 
 def some_shared_and_some_not() -> None:
     """The original code runs, and PyTorch's SyncBatchNorm refuses CPU tensors: an error, no hang, nothing silent."""
     block = fastdense.convert(foreign.StarBlock(LAYERS, 6, 4))
-    block.denselayer2 = nn.SyncBatchNorm.convert_sync_batchnorm(block.denselayer2)
+    block.denselayer2 = shared(block.denselayer2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
@@ -186,30 +165,33 @@ def some_shared_and_some_not() -> None:
 
 def ddp() -> None:
     """Batch statistics of each process alone: converted and original under DDP are the same."""
-    torch.manual_seed(0)
-    theirs = foreign.Net(foreign.ListBlock).double()
-    randomise(theirs)
-    ours = fastdense.convert(copy.deepcopy(theirs))
-    nets = [DistributedDataParallel(net) for net in (theirs, ours)]
+    theirs, ours = twins(foreign.Net(foreign.ListBlock).double())
+    steps(DistributedDataParallel(theirs), DistributedDataParallel(ours))
+
+
+def steps(theirs: nn.Module, ours: nn.Module) -> None:
+    """Three steps of the same two images each, compared one by one."""
+    nets = (theirs, ours)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
     for n in range(3):
         x = random_input((2, 3, 9, 6), seed=10 * n + dist.get_rank()).detach()
         found = []
         for net, optimizer in zip(nets, optimizers, strict=True):
             optimizer.zero_grad()
-            found.append(step(net, x, random_input((2, 7), seed=n).detach()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                found.append(step(net, x, random_input((2, 7), seed=n).detach()))
             optimizer.step()
         for name, value in found[0].items():
-            assert_close(name, found[1][name], value, scale=1.0)
+            got = found[1][name]
+            assert_close(name, got.full_tensor() if isinstance(got, DTensor) else got, value, scale=1.0)
 
 
 def ddp_and_sync_batch_norm() -> None:
     """DDP round the converted model, then SyncBatchNorm in it: DDP only looks for it when it wraps."""
-    torch.manual_seed(0)
-    whole = chain(foreign.StarBlock(LAYERS, 6, 4))
-    randomise(whole)
-    ours = DistributedDataParallel(fastdense.convert(copy.deepcopy(whole)), broadcast_buffers=False)
-    nn.SyncBatchNorm.convert_sync_batchnorm(ours.module)
+    whole, ours = twins(chain(foreign.StarBlock(LAYERS, 6, 4)))
+    ours = DistributedDataParallel(ours, broadcast_buffers=False)
+    shared(ours.module)
     x, cotangent = random_input((5, 3, 5, 4)).detach(), random_input((5, 4, 5, 4), seed=9).detach()
     want, got = step(whole, x, cotangent), step(ours, my_share(x), my_share(cotangent))
     for name, value in want.items():
@@ -224,42 +206,20 @@ def fsdp2() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    theirs = foreign.Net(foreign.StarBlock).double()
-    randomise(theirs)
-    ours = fastdense.convert(copy.deepcopy(theirs), recompute="bottlenecks")
+    theirs, ours = twins(foreign.Net(foreign.StarBlock).double(), recompute="bottlenecks")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in (ours.block1, ours.block2):
-        fully_shard(block, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
+    for unit in (ours.block1, ours.block2, ours):
+        fully_shard(unit, mesh=mesh)
     assert isinstance(ours.block1, Converted) and type(ours.block1).__name__.startswith("FSDP")
-    wrapped = DistributedDataParallel(theirs, broadcast_buffers=False)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (wrapped, ours)]
-    for n in range(2):
-        x = random_input((2, 3, 9, 6), seed=10 * n + dist.get_rank()).detach()
-        outputs = []
-        for net, optimizer in zip((wrapped, ours), optimizers, strict=True):
-            optimizer.zero_grad()
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
-                outputs.append(net(x))
-            outputs[-1].backward(random_input((2, 7), seed=n).detach())
-        assert_close("output", outputs[1].detach(), outputs[0].detach())
-        for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            assert_close(name, got.grad.full_tensor(), want.grad, scale=1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for (name, got), want in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-            assert_close(name, got, want)
+    steps(DistributedDataParallel(theirs, broadcast_buffers=False), ours)
     with pytest.raises(RuntimeError, match="revert it before wrapping it"):
         fastdense.revert(ours)
 
 
 CASES = (
     ddp, ddp_and_sync_batch_norm, sync_batch_norm, sync_batch_norm_after_the_conversion,
-    sync_batch_norm_in_fastdense_own_block,
-    timm_sync_batch_norm, momentum_none_and_no_affine, sync_batch_norm_in_stem_and_transition,
-    some_shared_and_some_not, fsdp2,
+    sync_batch_norm_in_fastdense_own_block, timm_sync_batch_norm, momentum_none_and_no_affine,
+    sync_batch_norm_in_stem_and_transition, some_shared_and_some_not, fsdp2,
 )  # fmt: skip
 
 
@@ -271,6 +231,7 @@ def main(file: str, names: list[str], cases: Sequence[Callable[[], None]] = CASE
     said = {}
     for case in cases:
         if case.__name__ in names:
+            torch.manual_seed(0)  # the same networks in both processes
             try:
                 case()
                 said[case.__name__] = "ok"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+Block: TypeAlias = Callable[..., nn.Module]
 
 
 class ListLayer(nn.Module):
@@ -38,7 +41,10 @@ class ListLayer(nn.Module):
 
 
 class ListBlock(nn.Module):
-    layer: Callable[..., nn.Module] = ListLayer
+    """``read`` and ``give`` say which of the features a layer reads and the block returns: all, in order."""
+
+    layer: Block = ListLayer
+    read = give = staticmethod(lambda features: features)
 
     def __init__(self, layers: int, channels: int, k: int, **options: Any) -> None:
         super().__init__()
@@ -47,8 +53,8 @@ class ListBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for step in self.steps:
-            features.append(step(features))
-        return torch.cat(features, 1)
+            features.append(step(self.read(features)))
+        return torch.cat(self.give(features), 1)
 
 
 class StarLayer(nn.Module):
@@ -92,14 +98,12 @@ class AppendingLayer(nn.Sequential):
 
     def __init__(self, reads: int, k: int, dims: int = 2, dropout: nn.Module | None = None) -> None:
         super().__init__()
-        self.add_module("norm1", NORM[dims](reads))
-        self.add_module("relu1", nn.ReLU(inplace=True))
-        self.add_module("conv1", CONV[dims](reads, 3 * k, 1, bias=False))
-        self.add_module("norm2", NORM[dims](3 * k))
-        self.add_module("relu2", nn.ReLU(inplace=True))
-        self.add_module("conv2", CONV[dims](3 * k, k, 3, padding=1, bias=False))
+        self.norm1, self.relu1 = NORM[dims](reads), nn.ReLU(inplace=True)
+        self.conv1 = CONV[dims](reads, 3 * k, 1, bias=False)
+        self.norm2, self.relu2 = NORM[dims](3 * k), nn.ReLU(inplace=True)
+        self.conv2 = CONV[dims](3 * k, k, 3, padding=1, bias=False)
         if dropout is not None:
-            self.add_module("dropout", dropout)
+            self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, super().forward(x)], 1)
@@ -118,9 +122,7 @@ class Transition(nn.Sequential):
 class Net(nn.Module):
     """Stem (with BatchNorm, ReLU and pooling, or without), block, transition, block, classifier."""
 
-    def __init__(
-        self, block: Callable[..., nn.Module], k: int = 4, dims: int = 2, pooled: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, block: Block, k: int = 4, dims: int = 2, pooled: bool = False, **options: Any) -> None:
         super().__init__()
         if dims != 2:
             options["dims"] = dims
@@ -144,7 +146,7 @@ def stem(conv: nn.Module, dims: int = 2) -> nn.Sequential:
 class Features(nn.Module):
     """Everything but the head in one Sequential, under the names of torchvision, timm and MONAI."""
 
-    def __init__(self, block: Callable[..., nn.Module] = StarBlock, dims: int = 2) -> None:
+    def __init__(self, block: Block = StarBlock, dims: int = 2) -> None:
         super().__init__()
         options = {} if dims == 2 else {"dims": dims}
         names = ("conv0", "norm0", "relu0", "pool0")
@@ -160,7 +162,7 @@ class Features(nn.Module):
         return self.classifier(F.relu(self.features(x), inplace=True).flatten(2).mean(2))
 
 
-STYLES: dict[str, Callable[..., Net]] = {
+STYLES: dict[str, Callable[[], nn.Module]] = {
     "list": lambda: Net(ListBlock),
     "list, no bottleneck": lambda: Net(ListBlock, bottleneck=None),
     "list, 1D": lambda: Net(ListBlock, dims=1),
@@ -168,26 +170,29 @@ STYLES: dict[str, Callable[..., Net]] = {
     "star, efficient": lambda: Net(StarBlock, efficient=True),
     "appending": lambda: Net(AppendingBlock),
     "appending, 3D": lambda: Net(AppendingBlock, dims=3),
+    "pooled": lambda: Net(StarBlock, pooled=True),
+    "stem": lambda: Features(),
+    "stem, 1D": lambda: Features(AppendingBlock, 1),
+    "stem, 3D": lambda: Features(AppendingBlock, 3),
 }
-SHAPES = {"list, 1D": (3, 3, 17), "appending, 3D": (2, 3, 5, 4, 7)}
+SHAPES = {
+    "list, 1D": (3, 3, 17), "appending, 3D": (2, 3, 5, 4, 7),
+    "stem": (2, 3, 13, 10), "stem, 1D": (3, 3, 23), "stem, 3D": (2, 3, 9, 10, 11),
+}  # fmt: skip
 
 
-def build(style: str) -> tuple[Net, tuple[int, ...]]:
+def build(style: str) -> tuple[Any, tuple[int, ...]]:
     """A float64 network of one of ``STYLES``, and the shape of an odd, non-square input for it."""
     torch.manual_seed(0)
-    net = STYLES[style]().double()
-    return net, SHAPES.get(style, (2, 3, 9, 6))
+    return STYLES[style]().double(), SHAPES.get(style, (2, 3, 9, 6))
 
 
 # --- what fastdense must not convert -----------------------------------------------------------------------------
 
 
-class NewestFirstBlock(ListBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for step in self.steps:
-            features.insert(0, step(features))
-        return torch.cat(features, 1)
+def variant(**attributes: Any) -> type[ListBlock]:
+    """``ListBlock`` with other layers, or with other connections."""
+    return type("ListBlock", (ListBlock,), {n: a if n == "layer" else staticmethod(a) for n, a in attributes.items()})
 
 
 class CannotBeEvaluated(ListBlock):
@@ -209,16 +214,6 @@ class CannotBeExtended(ListBlock):
         raise TypeError("nobody inherits from this")
 
 
-class ReadNewestFirst(ListBlock):
-    """The output is in order; the layers read it backwards."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for step in self.steps:
-            features.append(step(features[::-1]))
-        return torch.cat(features, 1)
-
-
 class OnTheSide(ListBlock):
     """Returns what a block returns, and keeps something for later."""
 
@@ -226,43 +221,6 @@ class OnTheSide(ListBlock):
         features = super().forward(x)
         self.energy = features.square().mean()
         return features
-
-
-class OutputNewestFirst(ListBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for step in self.steps:
-            features.append(step(features))
-        return torch.cat(features[::-1], 1)
-
-
-class OnlyNewFeatures(ListBlock):
-    """FC-DenseNet's upsampling path."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for step in self.steps:
-            features.append(step(features))
-        return torch.cat(features[1:], 1)
-
-
-class LocalBlock(ListBlock):
-    """Every layer reads the first and the last feature map, twice the last: the widths of a DenseNet, not its wires."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for step in self.steps:
-            features.append(step([x, *[features[-1]] * (len(features) - 1)]))
-        return torch.cat(features, 1)
-
-
-class ScaledLayer(ListLayer):
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return super().forward(features) * 1.0001
-
-
-class ScaledBlock(ListBlock):
-    layer = ScaledLayer
 
 
 class SilentlyScaled(ListBlock):
@@ -273,63 +231,9 @@ class SilentlyScaled(ListBlock):
         return features if self.training else features * 1.0001
 
 
-class BiasedBlock(ListBlock):
-    """FC-DenseNet's layer: no bottleneck, and a convolution with bias."""
-
-    def __init__(self, layers: int, channels: int, k: int) -> None:
-        super().__init__(layers, channels, k, bottleneck=None)
-        for step in self.steps:
-            step.grow = nn.Conv2d(step.grow.in_channels, k, 3, padding=1)
-
-
-def changed(change: Callable[[Any], None], **options: Any) -> Callable[..., nn.Module]:
-    def block(layers: int, channels: int, k: int) -> nn.Module:
-        made = ListBlock(layers, channels, k, **options)
-        change(made.steps[-1])
-        return made
-
-    return block
-
-
-def _group_norm(layer: Any) -> None:
-    layer.bn_a = nn.GroupNorm(1, layer.squeeze.in_channels)
-
-
-def _instance_norm(layer: Any) -> None:
-    layer.bn_a = nn.InstanceNorm2d(layer.squeeze.in_channels)
-
-
-def _grouped(layer: Any) -> None:
-    layer.grow = nn.Conv2d(layer.grow.in_channels, layer.grow.out_channels, 3, padding=1, groups=4, bias=False)
-
-
-def _dilated(layer: Any) -> None:
-    layer.grow = nn.Conv2d(layer.grow.in_channels, layer.grow.out_channels, 3, padding=2, dilation=2, bias=False)
-
-
-def _reflecting(layer: Any) -> None:
-    layer.grow = nn.Conv2d(
-        layer.grow.in_channels, layer.grow.out_channels, 3, padding=1, padding_mode="reflect", bias=False
-    )
-
-
-def _weight_norm(layer: Any) -> None:
-    nn.utils.parametrizations.weight_norm(layer.grow)
-
-
-def _old_weight_norm(layer: Any) -> None:
-    layer.grow = nn.utils.weight_norm(layer.grow)
-
-
-def _pruned(layer: Any) -> None:
-    from torch.nn.utils import prune
-
-    prune.random_unstructured(layer.grow, "weight", 0.3)
-
-
-def _own_forward(layer: Any) -> None:
-    original = layer.squeeze.forward
-    layer.squeeze.forward = lambda h: original(h) * 2
+class ScaledLayer(ListLayer):
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return super().forward(features) * 1.0001
 
 
 class PReLULayer(ListLayer):
@@ -340,10 +244,6 @@ class PReLULayer(ListLayer):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         h = self.squeeze(self.act(self.bn_a(torch.cat(list(features), 1))))
         return self.grow(F.relu(self.bn_b(h)))
-
-
-class PReLUBlock(ListBlock):
-    layer = PReLULayer
 
 
 class PostActivationLayer(ListLayer):
@@ -358,20 +258,12 @@ class PostActivationLayer(ListLayer):
         return F.relu(self.bn_b(self.grow(h)))
 
 
-class PostActivationBlock(ListBlock):
-    layer = PostActivationLayer
-
-
 class DropPathLayer(ListLayer):
     """Drops whole images, with a generator of its own."""
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         h = super().forward(features)
         return h * h.new_empty(h.shape[0], 1, 1, 1).bernoulli_(0.5) if self.training else h
-
-
-class DropPathBlock(ListBlock):
-    layer = DropPathLayer
 
 
 class SharedBlock(ListBlock):
@@ -383,29 +275,63 @@ class SharedBlock(ListBlock):
             step.bn_b, step.grow = self.steps[0].bn_b, self.steps[0].grow
 
 
-UNSUPPORTED: dict[str, tuple[Callable[..., nn.Module], str]] = {
-    "newest first": (NewestFirstBlock, "order"),
+def changed(change: Callable[[Any], Any], **options: Any) -> Block:
+    """``ListBlock`` whose last layer is changed."""
+
+    def block(layers: int, channels: int, k: int) -> nn.Module:
+        made = ListBlock(layers, channels, k, **options)
+        change(made.steps[-1])
+        return made
+
+    return block
+
+
+def _other_norm(norm: Callable[[int], nn.Module]) -> Block:
+    return changed(lambda layer: setattr(layer, "bn_a", norm(layer.squeeze.in_channels)))
+
+
+def _other_convolution(bottleneck: int | None = 3, **options: Any) -> Block:
+    def change(layer: Any) -> None:
+        shape = layer.grow.in_channels, layer.grow.out_channels
+        layer.grow = nn.Conv2d(*shape, 3, **{"padding": 1, "bias": False, **options})
+
+    return changed(change, bottleneck=bottleneck)
+
+
+def _own_forward(layer: Any) -> None:
+    original = layer.squeeze.forward
+    layer.squeeze.forward = lambda h: original(h) * 2
+
+
+BACKWARDS = operator.itemgetter(slice(None, None, -1))
+NewestFirst = variant(read=BACKWARDS, give=BACKWARDS)
+
+UNSUPPORTED: dict[str, tuple[Block, str]] = {
+    "newest first": (NewestFirst, "order"),
     "cannot be extended": (CannotBeExtended, "cannot become another class.*nobody"),
     "cannot be copied": (CannotBeCopied, "cannot be copied.*one of a kind"),
-    "layers read newest first": (ReadNewestFirst, "order"),
+    "layers read newest first": (variant(read=BACKWARDS), "order"),
     "something on the side": (OnTheSide, "'square'"),
-    "output newest first": (OutputNewestFirst, "order"),
-    "only new features": (OnlyNewFeatures, "leaves out its input"),
-    "local": (LocalBlock, "does not read all earlier features|order"),
-    "scaled": (ScaledBlock, "'mul'"),
+    "output newest first": (variant(give=BACKWARDS), "order"),
+    "only new features": (variant(give=lambda features: features[1:]), "leaves out its input"),  # FC-DenseNet's
+    # The first and the last feature map, that one several times: the widths of a DenseNet, not its wires.
+    "local": (variant(read=lambda f: [f[0], *[f[-1]] * (len(f) - 1)]), "does not read all earlier features|order"),
+    "scaled": (variant(layer=ScaledLayer), "'mul'"),
     "scaled in evaluation": (SilentlyScaled, "output differs in evaluation"),
-    "bias": (BiasedBlock, "bias"),
-    "GroupNorm": (changed(_group_norm), "group_norm"),
-    "InstanceNorm": (changed(_instance_norm), "instance_norm"),
-    "groups": (changed(_grouped), "4 groups"),
-    "dilation": (changed(_dilated), "dilation"),
-    "reflecting": (changed(_reflecting), "reflect"),
-    "weight norm": (changed(_weight_norm), "parametrization"),
-    "old weight norm": (changed(_old_weight_norm), "computed from other parameters"),
-    "pruned": (changed(_pruned), "computed from other parameters"),
+    "bias": (_other_convolution(None, bias=True), "bias"),  # FC-DenseNet's
+    "GroupNorm": (_other_norm(lambda channels: nn.GroupNorm(1, channels)), "group_norm"),
+    "InstanceNorm": (_other_norm(nn.InstanceNorm2d), "instance_norm"),
+    "groups": (_other_convolution(groups=4), "4 groups"),
+    "dilation": (_other_convolution(padding=2, dilation=2), "dilation"),
+    "reflecting": (_other_convolution(padding_mode="reflect"), "reflect"),
+    "weight norm": (changed(lambda layer: parametrizations.weight_norm(layer.grow)), "parametrization"),
+    "old weight norm": (changed(lambda layer: nn.utils.weight_norm(layer.grow)), "computed from other parameters"),
+    "pruned": (
+        changed(lambda layer: prune.random_unstructured(layer.grow, "weight", 0.3)), "computed from other parameters"
+    ),
     "own forward": (changed(_own_forward), "forward of its own"),
-    "PReLU": (PReLUBlock, "prelu"),
-    "post-activation": (PostActivationBlock, "relu"),
-    "drop path": (DropPathBlock, "'mul'"),
+    "PReLU": (variant(layer=PReLULayer), "prelu"),
+    "post-activation": (variant(layer=PostActivationLayer), "relu"),
+    "drop path": (variant(layer=DropPathLayer), "'mul'"),
     "shared layers": (SharedBlock, "more than once"),
-}
+}  # fmt: skip

@@ -25,10 +25,14 @@ def _found(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def _need(name: str) -> None:
+    if not _found(name):
+        pytest.skip(f"{name} is not installed")
+
+
 def torchvision() -> Any:
     """``torchvision.models``."""
-    if not _found("torchvision"):
-        pytest.skip("torchvision is not installed")
+    _need("torchvision")
     torchvision_densenet()
     return importlib.import_module("torchvision.models")
 
@@ -36,15 +40,13 @@ def torchvision() -> Any:
 def timm() -> Any:
     """``timm.models.densenet``."""
     torchvision()  # which timm imports
-    if not _found("timm"):
-        pytest.skip("timm is not installed")
+    _need("timm")
     return importlib.import_module("timm.models.densenet")
 
 
 def monai() -> Any:
     """``monai.networks.nets.densenet``."""
-    if not _found("monai"):
-        pytest.skip("MONAI is not installed")
+    _need("monai")
     return importlib.import_module("monai.networks.nets.densenet")
 
 
@@ -53,11 +55,9 @@ def torchxrayvision() -> Any:
     if "torchxrayvision.models" in sys.modules:
         return sys.modules["torchxrayvision.models"]
     torchvision()
-    spec = importlib.util.find_spec("torchxrayvision")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("torchxrayvision is not installed")
+    _need("torchxrayvision")
     package = ModuleType("torchxrayvision")
-    package.__path__ = list(spec.submodule_search_locations)
+    package.__path__ = list(importlib.util.find_spec("torchxrayvision").submodule_search_locations)
     sys.modules["torchxrayvision"] = package
     with _stand_ins(READERS):
         return importlib.import_module("torchxrayvision.models")
