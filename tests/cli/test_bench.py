@@ -115,7 +115,6 @@ def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.Mon
     assert {path.name for path in tmp_path.iterdir()} == {"depth.json", "depth.png"}
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
     program = "from fastdense.cli import bench, main; bench.HEARTBEAT_SECONDS = 0; main.main()"
     options = ["--quick", "--model", "densenet-bc-40", "--size", "16", "--batch", "2", "--repeats", "100000"]

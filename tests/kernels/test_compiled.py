@@ -22,7 +22,6 @@ def record() -> dict[str, Any]:
     return json.loads(report.RECORD.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("archs", "dtypes"), [((80, 86, 90, 100), ("bf16",)), ((90,), ("fp16", "fp32", "tf32"))])
 def test_kernels_compile_to_what_the_record_says(
@@ -40,7 +39,6 @@ def test_kernels_compile_to_what_the_record_says(
         assert [row for row in rows if row.digest not in known] == []
 
 
-@pytest.mark.slow
 def test_no_product_of_hoppers_is_left_behind() -> None:
     """Triton lets them run into the next step of a loop, and before 3.7 overwrote the registers that they read."""
     code = """

@@ -44,7 +44,6 @@ def _step(net: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
     return found | {name: buffer.clone() for name, buffer in net.named_buffers() if buffer.is_floating_point()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -80,7 +80,6 @@ def test_a_deep_network_takes_less() -> None:
         assert mine.resident - mine.before < grown - 0.8e8
 
 
-@pytest.mark.slow
 def test_a_thousand_layers_train_within_two_gigabytes() -> None:
     found = trained(1000, 32)  # with "activations", which saves more
     assert found.resident < 2 * GIGABYTE, f"{found.resident:,}"

@@ -12,7 +12,6 @@ from helpers import train_worker
 from helpers.processes import two_processes
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
 ]
 

@@ -16,7 +16,6 @@ pytest.importorskip("sklearn")
 from helpers.processes import HELPERS, python
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
 ]
