@@ -62,6 +62,33 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             child.running_var.copy_(torch.rand(child.num_features, generator=generator) + 0.5)
 
 
+def evaluate(block: nn.Module) -> None:
+    block.eval()
+
+
+def _norms(block: nn.Module) -> list[nn.Module]:
+    return [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def freeze_some(block: nn.Module) -> None:
+    for i, norm in enumerate(_norms(block)):
+        norm.train(i % 3 == 0)
+
+
+def other_eps(block: nn.Module) -> None:
+    for i, norm in enumerate(_norms(block)):
+        norm.eps = (1e-5, 1e-1, 1e-3)[i % 3]
+
+
+def wider_kernel(block: nn.Module) -> None:
+    """Convolutions of 5 x 3, or 5 in 1D, or 5 x 3 x 1 in 3D, in place of the layers' last."""
+    for layer in block.children():
+        old = layer.conv2
+        size = (5, 3, 1)[: old.weight.dim() - 2]
+        padding, dtype = tuple(s // 2 for s in size), old.weight.dtype
+        layer.conv2 = type(old)(old.in_channels, old.out_channels, size, padding=padding, bias=False, dtype=dtype)
+
+
 def block_pair(
     num_layers: int,
     channels: int,

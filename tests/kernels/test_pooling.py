@@ -24,33 +24,14 @@ INPUTS = 3 if DEVICE == "cuda" else 1  # the interpreter takes a second or so fo
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
+def _input(shape: tuple[int, ...], dtype: torch.dtype = F32) -> Tensor:
+    return random_input(shape, dtype=dtype).detach().to(DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", CASES)
-def test_shapes(name: str, dtype: torch.dtype) -> None:
+def test_stage_equals_the_reference_at_every_shape(name: str, dtype: torch.dtype) -> None:
     check_shape(name, dtype, "triton", INPUTS)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind: str) -> None:
-    check_budget(small(kind), BF16, "triton", inputs=INPUTS)
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_relus_and_maxima_that_switch(kind: str, dtype: torch.dtype) -> None:
-    check_budget(small(kind), dtype, "triton", decided=False, inputs=15)
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_layouts_with_small_tiles(kind: str, layout: str, dtype: torch.dtype) -> None:
-    with tiles(16):
-        check_budget(small(kind, 19), dtype, "triton", layout=layout, inputs=INPUTS)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_means_far_larger_than_the_deviation(kind: str) -> None:
-    check_budget(small(kind, 8)._replace(shape=(4, 8, 7, 7)), F32, "triton", shift=1e4, inputs=INPUTS)
 
 
 def _frozen(stage: Stage) -> None:
@@ -69,25 +50,43 @@ def _learns(*parts: str) -> Callable[[nn.Module], None]:
     return change
 
 
-CHANGES = {
-    "frozen": (_frozen, True),
-    "eps": (_eps, True),
-    "only x": (_learns(), True),
-    "only gamma": (_learns("norm.weight"), False),
-    "only beta": (_learns("norm.bias"), False),
-    "only the weight": (_learns("conv.weight"), False),
-    "all but x": (_learns("norm.weight", "norm.bias", "conv.weight"), False),
-    "x and the weight": (_learns("conv.weight"), True),
+BUDGETS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bfloat16": (BF16, {}),
+    "ReLUs and maxima that roundings switch, fp16": (F16, {"decided": False, "inputs": 15}),
+    "ReLUs and maxima that roundings switch, bf16": (BF16, {"decided": False, "inputs": 15}),
+    "frozen": (F32, {"change": _frozen}),
+    "eps": (F32, {"change": _eps}),
+    "only x": (F32, {"change": _learns()}),
+    "only gamma": (F32, {"change": _learns("norm.weight"), "needs_x": False}),
+    "only beta": (F32, {"change": _learns("norm.bias"), "needs_x": False}),
+    "all but x": (F32, {"change": _learns("norm.weight", "norm.bias", "conv.weight"), "needs_x": False}),
+    "x and the weight": (F32, {"change": _learns("conv.weight")}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_norms_and_subsets_of_what_learns(change: str, kind: str) -> None:
-    apply, needs_x = CHANGES[change]
-    if change == "only the weight" and kind != "transition":
-        return
-    check_budget(small(kind), F32, "triton", change=apply, needs_x=needs_x, inputs=INPUTS)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_stage_equals_the_reference_with(name: str, kind: str) -> None:
+    dtype, options = BUDGETS[name]
+    check_budget(small(kind), dtype, "triton", **{"inputs": INPUTS, **options})
+
+
+def test_the_weights_gradient_alone() -> None:
+    check_budget(small("transition"), F32, "triton", change=_learns("conv.weight"), needs_x=False, inputs=INPUTS)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)], ids=["contiguous", "slice"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_equals_the_reference_with_small_tiles_in_other_layouts(
+    kind: str, layout: str, dtype: torch.dtype
+) -> None:
+    with tiles(16):
+        check_budget(small(kind, 19), dtype, "triton", layout=layout, inputs=INPUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_far_larger_than_the_deviation(kind: str) -> None:
+    check_budget(small(kind, 8)._replace(shape=(4, 8, 7, 7)), F32, "triton", shift=1e4, inputs=INPUTS)
 
 
 @pytest.mark.parametrize("period", [0, 1])
@@ -121,8 +120,8 @@ def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dty
     assert_close("x.grad", found[1], found[0], 1e-2)  # PyTorch adds up overlapping windows in 16 bit; a tie is worth 1
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]], ids=str)
 @pytest.mark.parametrize("name", ["stem 3, 2, 1", "transition 2", "head"])
 def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[float], training: bool) -> None:
     found = []
@@ -160,7 +159,7 @@ def test_moments_change_hands(kind: str) -> None:
     for impl, dtype in (("triton", F32), ("torch", torch.float64)):
         _, fast = pair(small(kind), impl, dtype)
         fast.load_state_dict(pair(small(kind), impl, F32)[1].state_dict())
-        x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE, dtype).requires_grad_()
+        x = _input(small(kind).shape).to(dtype).detach().requires_grad_()
         before = x * 2 + x.square()
         var, mean = torch.var_mean(before, dim=(0, 2, 3), correction=0)
         y, moments = fast.to(DEVICE).with_moments(before, (mean, var), want=kind != "head")
@@ -176,11 +175,11 @@ def test_moments_change_hands(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_expanded_cotangents(kind: str) -> None:
-    textbook, fast = (stage.to(DEVICE) for stage in pair(small(kind), "triton", F32))
-    x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE).requires_grad_()
-    one_image = random_input(textbook(x).shape, dtype=F32, seed=5).detach().to(DEVICE)[:1]
+    reference, fast = (stage.to(DEVICE) for stage in pair(small(kind), "triton", F32))
+    x = _input(small(kind).shape)
+    one_image = random_input(reference(x).shape, dtype=F32, seed=5).detach().to(DEVICE)[:1]
     found = []
-    for stage in (fast, textbook):
+    for stage in (fast, reference):
         y = stage(x)
         found.append(torch.autograd.grad(y, [x, *stage.parameters()], one_image.expand(y.shape)))
     for i, (got, want) in enumerate(zip(*found, strict=True)):
@@ -189,39 +188,38 @@ def test_expanded_cotangents(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reruns_are_bit_equal(kind: str) -> None:
+    case = small(kind, 20)
     with tiles(16):
-        found = [
-            results(pair(small(kind, 20), "triton", F16)[1].to(DEVICE), x)
-            for x in [random_input(small(kind, 20).shape, dtype=F16).detach().to(DEVICE).requires_grad_()] * 2
-        ]
+        found = [results(pair(case, "triton", F16)[1].to(DEVICE), _input(case.shape, F16)) for _ in range(2)]
     for name, value in found[0].items():
         assert value is not None and torch.equal(value, found[1][name]), name
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_batch(kind: str, training: bool) -> None:
-    x = torch.empty(0, *small(kind).shape[1:], device=DEVICE)
     stages = pair(small(kind), "triton", F32, change=lambda stage: stage.train(training))
-    want, got = (results(stage.to(DEVICE), x.clone().requires_grad_()) for stage in stages)
+    want, got = (results(stage.to(DEVICE), _input((0, *small(kind).shape[1:]))) for stage in stages)
     for name, value in want.items():
         assert_close(name, got[name], value)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("stem", (2, 13, 5, 7), 3, 2, 1),
-        Case("stem", (1, 19, 3, 4, 5), 2, 2, 0),
-        Case("transition", (2, 13, 5, 7), 2, out=6),
-        Case("transition", (2, 19, 7), 3, out=21),
-        Case("head", (3, 13, 5, 3)),
-    ],
-)
-def test_primitives_on_slices_with_canaries(case: Case, frozen: bool, dtype: torch.dtype) -> None:
-    """Input, output and gradients are slices of wider tensors; all that is written is theirs."""
+SLICES = {
+    "stem": Case("stem", (2, 13, 5, 7), 3, 2, 1),
+    "stem 3D": Case("stem", (1, 19, 3, 4, 5), 2, 2, 0),
+    "transition": Case("transition", (2, 13, 5, 7), 2, out=6),
+    "transition 1D": Case("transition", (2, 19, 7), 3, out=21),
+    "head": Case("head", (3, 13, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch statistics", "frozen"])
+@pytest.mark.parametrize("name", SLICES)
+def test_primitives_on_slices_of_wider_tensors_write_nothing_beside_them(
+    name: str, frozen: bool, dtype: torch.dtype
+) -> None:
+    case = SLICES[name]
     channels, spatial = case.shape[1], case.shape[2:]
     generator = torch.Generator().manual_seed(3)
 
@@ -230,11 +228,10 @@ def test_primitives_on_slices_with_canaries(case: Case, frozen: bool, dtype: tor
 
     stage = Stage(case, "textbook", F32)
     pool = Pool("mean")
+    m = case.shape[0] * torch.Size(spatial).numel()
     if case.kind != "head":
         pool = windows("maximum" if case.kind == "stem" else "average", stage.pool)
-    m, m_out = case.shape[0] * torch.Size(spatial).numel(), case.shape[0] * torch.Size(pool.sizes(spatial)).numel()
-    if case.kind == "head":
-        m_out = case.shape[0]
+    m_out = case.shape[0] * (1 if case.kind == "head" else torch.Size(pool.sizes(spatial)).numel())
     writes = case.out if case.kind == "transition" else channels
     x, g = random(m, channels), random(m_out, writes)
     gamma, beta = random(channels).float(), random(channels).float()
