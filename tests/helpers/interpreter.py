@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -105,36 +105,58 @@ def speed_up() -> None:
 
 
 @contextmanager
-def accesses_checked() -> Iterator[None]:
-    """Every load and store of a launch lies in the memory of one of its arguments; a GPU would read or write on."""
+def _watched(
+    starts: Callable[[Any, tuple[Any, ...]], None],
+    accesses: Callable[[str, np.ndarray[Any, Any], Any], None],
+    ends: Callable[[Any], None] = id,
+) -> Iterator[None]:
+    """Calls ``starts(kernel, arguments)`` and ``ends(kernel)`` round every launch within the ``with``.
+
+    And at each load and store of the interpreter ``accesses("load" or "store", addresses, pointers)``.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
-    ranges: list[tuple[int, int]] = []
     launch = TritonBackend.launch
 
-    def noted(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
-        storages = [a.untyped_storage() for a in arguments if isinstance(a, Tensor)]
-        ranges[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+    def watched(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+        starts(kernel, arguments)
         launch(self, kernel, programs, *arguments, **keywords)
+        ends(kernel)
 
-    def checked(name: str) -> Any:
-        original = getattr(InterpreterBuilder, name)
+    def noted(kind: str) -> Any:
+        original = getattr(InterpreterBuilder, f"create_masked_{kind}")
 
         def access(self: Any, pointers: Any, *arguments: Any, **keywords: Any) -> Any:
-            mask = arguments[0] if name == "create_masked_load" else arguments[1]
-            addresses = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
-            inside = np.zeros(addresses.shape, bool)
-            for begin, end in ranges:
-                inside |= (begin <= addresses) & (addresses < end)
-            assert inside.all(), f"{name}: {(~inside).sum()} of {inside.size} addresses belong to no argument"
+            mask = arguments[0] if kind == "load" else arguments[1]
+            where = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
+            accesses(kind, where.ravel(), pointers)
             return original(self, pointers, *arguments, **keywords)
 
         return access
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonBackend, "launch", noted)
-        for name in ("create_masked_load", "create_masked_store"):
-            patch.setattr(InterpreterBuilder, name, checked(name))
+        patch.setattr(TritonBackend, "launch", watched)
+        for kind in ("load", "store"):
+            patch.setattr(InterpreterBuilder, f"create_masked_{kind}", noted(kind))
+        yield
+
+
+@contextmanager
+def accesses_checked() -> Iterator[None]:
+    """Every load and store of a launch lies in the memory of one of its arguments; a GPU would read or write on."""
+    ranges: list[tuple[int, int]] = []
+
+    def note(kernel: Any, arguments: tuple[Any, ...]) -> None:
+        storages = [a.untyped_storage() for a in arguments if isinstance(a, Tensor)]
+        ranges[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def check(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
+        inside = np.zeros(addresses.shape, bool)
+        for begin, end in ranges:
+            inside |= (begin <= addresses) & (addresses < end)
+        assert inside.all(), f"{kind}: {(~inside).sum()} of {inside.size} addresses belong to no argument"
+
+    with _watched(note, check):
         yield
 
 
@@ -241,30 +263,11 @@ def _span(tensor: Tensor) -> int:
 @contextmanager
 def accesses_counted() -> Iterator[list[Accesses]]:
     """What every launch within the ``with`` loads and stores, as the interpreter does it."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
     found: list[Accesses] = []
     counting = _Counting()
-    launch = TritonBackend.launch
 
-    def counted(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
-        counting.start(kernel, arguments)
-        launch(self, kernel, programs, *arguments, **keywords)
-        found.append(counting.of(kernel))
+    def note(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
+        counting.seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
 
-    def noted(kind: str) -> Any:
-        original = getattr(InterpreterBuilder, f"create_masked_{kind}")
-
-        def access(self: Any, pointers: Any, *arguments: Any, **keywords: Any) -> Any:
-            mask = arguments[0] if kind == "load" else arguments[1]
-            where = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
-            counting.seen.append((kind == "store", where.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
-            return original(self, pointers, *arguments, **keywords)
-
-        return access
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonBackend, "launch", counted)
-        for kind in ("load", "store"):
-            patch.setattr(InterpreterBuilder, f"create_masked_{kind}", noted(kind))
+    with _watched(counting.start, note, lambda kernel: found.append(counting.of(kernel))):
         yield found
