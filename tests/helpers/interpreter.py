@@ -29,11 +29,14 @@ def speed_up() -> None:
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")
-    ours = ("computation_type_impl", "cast", "broadcast_impl_value")
-    if not all(hasattr(interpreter, name) for name in names) or not all(hasattr(TritonSemantic, name) for name in ours):
+    needed = (
+        (interpreter, ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")),
+        (TritonSemantic, ("computation_type_impl", "cast", "broadcast_impl_value")),
+        (tl.block_type(tl.int32, [1]).shape, ("values",)),
+    )
+    if not all(hasattr(owner, name) for owner, names in needed for name in names):
         return
-    patch, launch, numpy_dtype = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 
     @functools.cache
@@ -51,13 +54,16 @@ def speed_up() -> None:
         types.clear()
         launch(self, *arguments, **keywords)
 
-    by_name: dict[str, Any] = {}
+    def remembered(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
 
-    def known_dtype(dtype: Any) -> Any:
-        name = dtype.scalar.name
-        if name not in by_name:
-            by_name[name] = numpy_dtype(dtype)
-        return by_name[name]
+        def look_up(*arguments: Any) -> Any:
+            name = key(*arguments)
+            if name not in known:
+                known[name] = make(*arguments)
+            return known[name]
+
+        return look_up
 
     make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
@@ -78,15 +84,7 @@ def speed_up() -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar
         self.numel, self.shape = shapes[key]
 
-    compute, cast = TritonSemantic.computation_type_impl, TritonSemantic.cast
-    broadcast = TritonSemantic.broadcast_impl_value
-    computed: dict[Any, Any] = {}
-
-    def known_computation(self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, divides: bool) -> Any:
-        key = a.name, a_is_scalar, b.name, b_is_scalar, divides
-        if key not in computed:
-            computed[key] = compute(self, a, a_is_scalar, b, b_is_scalar, divides)
-        return computed[key]
+    cast, broadcast = TritonSemantic.cast, TritonSemantic.broadcast_impl_value
 
     def cast_others(self: Any, value: Any, kind: Any, *rest: Any) -> Any:
         return value if value.dtype is kind.scalar else cast(self, value, kind, *rest)
@@ -97,10 +95,13 @@ def speed_up() -> None:
         return (left, right) if same else broadcast(self, left, right)
 
     tl.block_type.__init__, tl.tensor.__init__ = known_type, known_shape
-    TritonSemantic.computation_type_impl, TritonSemantic.cast = known_computation, cast_others
-    TritonSemantic.broadcast_impl_value = broadcast_others
+    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others
+    TritonSemantic.computation_type_impl = remembered(
+        TritonSemantic.computation_type_impl,
+        lambda self, a, a_is_scalar, b, *rest: (a.name, a_is_scalar, b.name, *rest),
+    )
+    interpreter._get_np_dtype = remembered(interpreter._get_np_dtype, lambda dtype: dtype.scalar.name)
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
-    interpreter._get_np_dtype = known_dtype
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 

@@ -123,15 +123,11 @@ def test_gradients_where_only_some_are_asked_for(subset: str, bn_size: int | Non
 @pytest.mark.parametrize("given", [True, False], ids=["given", "computed"])
 def test_moments_are_differentiable_outputs_and_inputs(given: bool) -> None:
     gradients = []
-    for impl in ("triton", "torch"):
-        _, fast = block_pair(2, 5, 3, 4, dtype=F32 if impl == "triton" else torch.float64)
-        fast.load_state_dict(block_pair(2, 5, 3, 4, dtype=F32)[0].state_dict())
-        fast.to(DEVICE)
-        x = random_input((2, 5, 4, 3), dtype=F32).detach().to(DEVICE, next(fast.parameters()).dtype).requires_grad_()
-        moments = None
-        if given:
-            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-            moments = (mean, var)
+    for impl, dtype in (("triton", F32), ("torch", torch.float64)):
+        fast = block_pair(2, 5, 3, 4, dtype=F32)[1].to(DEVICE, dtype)
+        x = _input((2, 5, 4, 3)).to(dtype).detach().requires_grad_()
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        moments = (mean, var) if given else None
         X, mean, var = fastdense.dense_block(x, fast.values(), impl=impl, moments=moments, return_moments=True)
         loss = (X * mean.view(1, -1, 1, 1)).square().sum() + (mean.sin() + var.log()).sum()
         gradients.append(torch.autograd.grad(loss, [x, *fast.parameters()]))
@@ -140,7 +136,7 @@ def test_moments_are_differentiable_outputs_and_inputs(given: bool) -> None:
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["elements", "channels"])
-@pytest.mark.parametrize("seed", [0, 2**62 + 12345, -5])
+@pytest.mark.parametrize("seed", [0, 2**62 + 12345, -5], ids=["zero", "large", "negative"])
 def test_dropout_masks_equal_the_torch_backends(seed: int, per_channel: bool) -> None:
     n, channels, height, width = 3, 7, 5, 3
     seeds = torch.tensor([seed], device=DEVICE)
@@ -148,13 +144,9 @@ def test_dropout_masks_equal_the_torch_backends(seed: int, per_channel: bool) ->
         x = torch.ones(n, channels, height, width, device=DEVICE)
         backend = TritonBackend(x)
         ones = torch.ones(backend.m, channels, device=DEVICE)
-        got = backend.resolve_rows(
-            LazyGradient(ones, None, None),
-            Features(ones, None, None),
-            torch.empty_like(ones),
-            channels,
-            Dropout(seeds, layer, p, per_channel),
-        )
+        grad, features = LazyGradient(ones, None, None), Features(ones, None, None)
+        dropout = Dropout(seeds, layer, p, per_channel)
+        got = backend.resolve_rows(grad, features, torch.empty_like(ones), channels, dropout)
         count = n * channels if per_channel else ones.numel()
         keep = keep_mask(seeds, layer, 0, count, p)
         if per_channel:
