@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -34,20 +36,9 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), [*product(SHAPES, (F32, F16)), ("plain", BF16), ("basic", BF16)], ids=str)
 def test_block_equals_the_reference_at_every_shape(name: str, dtype: torch.dtype) -> None:
     check_shape(name, dtype)
-
-
-@pytest.mark.parametrize("name", ["plain", "basic"])
-def test_block_equals_the_reference_in_bfloat16(name: str) -> None:
-    check_shape(name, BF16)
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
-def test_relus_that_roundings_switch_are_no_worse_than_pytorchs(dtype: torch.dtype) -> None:
-    check_budget((1, 6, 3, 4), (2, 6, 4, 4), dtype, decided=False, inputs=15)
 
 
 def _contiguous(block: nn.Module) -> None:
@@ -65,6 +56,10 @@ def _only(*parts: str) -> Callable[[nn.Module], None]:
 
 # layers, C0, bn_size and k; shape; dtype; options
 BUDGETS: dict[str, tuple[tuple[Any, ...], tuple[int, ...], torch.dtype, dict[str, Any]]] = {
+    "ReLUs that roundings switch, fp16": ((1, 6, 3, 4), (2, 6, 4, 4), F16, {"decided": False, "inputs": 15}),
+    "ReLUs that roundings switch, bf16": ((1, 6, 3, 4), (2, 6, 4, 4), BF16, {"decided": False, "inputs": 15}),
+    "small tiles, contiguous input": ((1, 19, 5, 4), (2, 19, 5, 7), F32, {"tile": 16, "layout": "contiguous"}),
+    "small tiles, a slice as input": ((1, 19, 5, 4), (2, 19, 5, 7), F16, {"tile": 16, "layout": "slice"}),
     "weights as other modules hold them": ((2, 6, 3, 4), (2, 6, 5, 4), F32, {"change": _contiguous}),
     "weights as other modules hold them, fp16": ((2, 6, 3, 4), (2, 6, 5, 4), F16, {"change": _contiguous}),
     "large means": ((2, 8, 3, 4), (4, 8, 7, 7), F32, {"shift": 1e4, "recompute": "activations"}),
@@ -79,13 +74,10 @@ BUDGETS: dict[str, tuple[tuple[Any, ...], tuple[int, ...], torch.dtype, dict[str
 @pytest.mark.parametrize("name", BUDGETS)
 def test_block_equals_the_reference_with(name: str) -> None:
     arguments, shape, dtype, options = BUDGETS[name]
-    check_budget(arguments, shape, dtype, **options)
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)], ids=["contiguous", "slice"])
-def test_block_equals_the_reference_with_small_tiles_in_other_layouts(layout: str, dtype: torch.dtype) -> None:
-    with tiles(16):
-        check_budget((1, 19, 5, 4), (2, 19, 5, 7), dtype, layout=layout)
+    options = dict(options)
+    tile = options.pop("tile", None)
+    with tiles(tile) if tile else nullcontext():
+        check_budget(arguments, shape, dtype, **options)
 
 
 def test_a_lazy_gradient_written_out_for_many_taps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -45,6 +46,9 @@ def _learns(*parts: str) -> Callable[[nn.Module], None]:
 
 BUDGETS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16": (BF16, {}),
+    "small tiles, contiguous input": (F32, {"tile": 16, "shape": (3, 19, 5, 7), "layout": "contiguous"}),
+    "small tiles, a slice as input": (F16, {"tile": 16, "shape": (3, 19, 5, 7), "layout": "slice"}),
+    "large means": (F32, {"shape": (4, 8, 7, 7), "shift": 1e4}),
     "ReLUs and maxima that roundings switch, fp16": (F16, {"decided": False, "inputs": 15}),
     "ReLUs and maxima that roundings switch, bf16": (BF16, {"decided": False, "inputs": 15}),
     "frozen": (F32, {"change": lambda stage: stage.norm.eval()}),
@@ -64,21 +68,10 @@ BUDGETS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 )
 def test_stage_equals_the_reference_with(name: str, kind: str) -> None:
     dtype, options = BUDGETS[name]
-    check_budget(small(kind), dtype, "triton", **{"inputs": INPUTS, **options})
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)], ids=["contiguous", "slice"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_stage_equals_the_reference_with_small_tiles_in_other_layouts(
-    kind: str, layout: str, dtype: torch.dtype
-) -> None:
-    with tiles(16):
-        check_budget(small(kind, 19), dtype, "triton", layout=layout, inputs=INPUTS)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_means_far_larger_than_the_deviation(kind: str) -> None:
-    check_budget(small(kind, 8)._replace(shape=(4, 8, 7, 7)), F32, "triton", shift=1e4, inputs=INPUTS)
+    options = {"inputs": INPUTS, **options}
+    shape, tile = options.pop("shape", small(kind).shape), options.pop("tile", None)
+    with tiles(tile) if tile else nullcontext():
+        check_budget(small(kind)._replace(shape=shape), dtype, "triton", **options)
 
 
 def _both(case: Case, x: Tensor, change: Callable[[Stage], Any] | None = None) -> list[dict[str, Any]]:

@@ -177,7 +177,7 @@ def test_kernels_are_tried_while_they_are_traced(monkeypatch: pytest.MonkeyPatch
     assert_same(got, results(eager, x), tolerance=1e-4)
 
 
-def test_inductor() -> None:
+def test_inductor_trains_in_one_graph_of_any_batch_size() -> None:
     """A training step, all sizes dynamic: what inductor makes of the rest of a network fits the operators.
 
     Of a new height or width it compiles another graph: its own backward pass of the stem's convolution fixes them.
