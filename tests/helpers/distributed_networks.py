@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,19 @@ from helpers.distributed_blocks import Collectives
 
 # What each implementation computes in.
 IMPLS = {"torch": torch.float64, "triton": torch.float32}
-# float32: relative to the largest gradient of the step, beside twice what the textbook is off by itself. A gradient
+# float32: relative to the largest gradient of the step, beside twice what the reference is off by itself. A gradient
 # that nearly cancels is a sum of many that do not, and each processor rounds those in its own way.
 ROUNDINGS = 1e-5
 
 BLOCKS = (2, 1)
 NORMS = 2 * sum(BLOCKS) + len(BLOCKS) - 1 + 2  # two a layer, the transitions', the stem's and the head's
-SHARES = {"uneven": (3, 2), "one image": (4, 1), "an empty one": (5, 0)}
+IMAGE = (3, 21, 18)
+# Images of each process: uneven, one alone, none; with the kernels the first and the last.
+SHARES = {"torch": ((3, 2), (4, 1), (5, 0)), "triton": ((3, 2), (5, 0))}
 
 
 def networks(impl: str, synchronise: bool) -> tuple[nn.Module, nn.Module]:
-    """The textbook on the whole batch in float64, and fastdense's for a share."""
+    """The reference on the whole batch in float64, and fastdense's for a share."""
     nets: list[nn.Module] = []
     for name, dtype in (("reference", torch.float64), (impl, IMPLS[impl])):
         torch.manual_seed(0)
@@ -55,13 +58,13 @@ def largest(found: dict[str, Tensor | None]) -> float:
 
 
 def near(name: str, got: Tensor | None, want: Tensor | None, peer: Tensor | None, scale: float) -> None:
-    """In float64 all but equal; in float32 off by at most twice what ``peer``, the textbook in float32, is off by."""
+    """In float64 all but equal; in float32 off by at most twice what ``peer``, the reference in float32, is off by."""
     if got is None or want is None or peer is None or got.dtype != torch.float32:
         assert_close(name, got, want, 1e-9, scale)
         return
     error, theirs = ((found.double() - want.double()).norm().item() for found in (got, peer))
     allowed = 2 * theirs + ROUNDINGS * max(want.double().norm().item(), scale if "grad" in name else 0.0)
-    assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, the textbook's {theirs:.3e}"
+    assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, the reference's {theirs:.3e}"
 
 
 def share(x: Tensor, images: tuple[int, ...], impl: str) -> Tensor:
@@ -86,13 +89,8 @@ def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: st
         assert len(counted.sizes) == 2 * norms, counted.sizes  # one a norm, forward and backward
         scale = largest(want)
         for name in ("output", "x.grad"):
-            near(
-                name,
-                got.pop(name),
-                share(want.pop(name), images, "torch"),
-                share(theirs.pop(name), images, impl),
-                scale,
-            )
+            wanted, peers = share(want.pop(name), images, "torch"), share(theirs.pop(name), images, impl)
+            near(name, got.pop(name), wanted, peers, scale)
         for name, value in want.items():
             if name.endswith(".grad"):
                 dist.all_reduce(got[name])
@@ -103,50 +101,42 @@ def compare(whole: nn.Module, ours: nn.Module, images: tuple[int, ...], impl: st
 
 def sync_batch_norm(impl: str) -> None:
     """Stem, transition and head share too; PyTorch's own SyncBatchNorm would refuse tensors on the CPU."""
-    for images in SHARES.values():
-        whole, ours = networks(impl, synchronise=True)
-        compare(whole, ours, images, impl, (3, 37, 33))
+    for images in SHARES[impl]:
+        compare(*networks(impl, synchronise=True), images, impl, IMAGE)
 
 
 def stages_share(impl: str) -> None:
     """Each by itself, with norms of every kind, down to one value per channel in each process."""
 
-    def momentum(stage: Any) -> None:
-        stage.norm.momentum = None
+    def check(case: pooled.Case, images: tuple[int, int], options: dict[str, Any]) -> None:
+        def change(stage: Any) -> None:
+            stage.norm = nn.BatchNorm2d(5, dtype=torch.float64, **options)
 
-    def no_affine(stage: Any) -> None:
-        stage.norm = nn.BatchNorm2d(5, affine=False, dtype=torch.float64)
+        whole, ours = pooled.pair(case, impl, torch.float64, change)
+        compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl])), images, impl, case.shape[1:])
 
-    def untracked(stage: Any) -> None:
-        stage.norm = nn.BatchNorm2d(5, track_running_stats=False, dtype=torch.float64)
-
-    def far(stage: Any) -> None:
-        stage.norm.eps = 0.1
-
+    norms: tuple[dict[str, Any], ...] = (
+        {}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1},
+    )  # fmt: skip
     for kind in pooled.KINDS:
-        for change in (None, momentum, no_affine, untracked, far):
-            whole, ours = pooled.pair(pooled.small(kind), impl, torch.float64, change)
-            compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl])), (3, 2), impl, (5, 5, 7))
-    whole, ours = pooled.pair(
-        pooled.Case("head", (2, 5, 1, 1)), impl, change=lambda stage: setattr(stage.norm, "eps", 0.5)
-    )
-    compare(whole, nn.SyncBatchNorm.convert_sync_batchnorm(ours.to(IMPLS[impl])), (1, 1), impl, (5, 1, 1))
+        for options in norms:
+            check(pooled.small(kind)._replace(shape=(2, 5, 5, 7)), (3, 2), options)
+    check(pooled.Case("head", (2, 5, 1, 1)), (1, 1), {"eps": 0.5})
 
 
 def frozen_norms_talk_to_nobody(impl: str) -> None:
     _, ours = networks(impl, synchronise=True)
     with Collectives() as counted:
-        ours.eval()(random_input((2, 3, 37, 33), dtype=IMPLS[impl])).sum().backward()
+        ours.eval()(random_input((2, *IMAGE), dtype=IMPLS[impl])).sum().backward()
     assert counted.sizes == []
 
 
 def some_shared_and_some_not(impl: str) -> None:
     """Between stages that is nothing odd: each is by itself, or shares."""
-    _, ours = networks(impl, synchronise=False)
-    _, alone = networks(impl, synchronise=False)
-    ours.features.norm0 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm0)
-    ours.features.norm5 = nn.SyncBatchNorm.convert_sync_batchnorm(ours.features.norm5)
-    x = random_input((2, 3, 37, 33)).detach().to(IMPLS[impl])  # the same in both processes: sharing changes nothing
+    (_, ours), (_, alone) = (networks(impl, synchronise=False) for _ in range(2))
+    for name in ("norm0", "norm5"):
+        setattr(ours.features, name, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(ours.features, name)))
+    x = random_input((2, *IMAGE)).detach().to(IMPLS[impl])  # the same in both processes: sharing changes nothing
     cotangent = random_input((2, 4), seed=3).detach().to(IMPLS[impl])
     got, want = step(ours, x, cotangent), step(alone, x, cotangent)
     for name, value in want.items():
@@ -156,12 +146,12 @@ def some_shared_and_some_not(impl: str) -> None:
 
 
 def ddp(impl: str) -> None:
-    """Batch statistics of each process alone: the textbook and fastdense under DDP are the same."""
+    """Batch statistics of each process alone: the reference and fastdense under DDP are the same."""
     whole, ours = networks(impl, synchronise=False)
     nets = [DistributedDataParallel(net) for net in (whole, ours, copy.deepcopy(whole).to(IMPLS[impl]))]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
-    for n in range(3):
-        x = random_input((2 + dist.get_rank(), 3, 37, 33), seed=10 * n + dist.get_rank()).detach()
+    for n in range(2):
+        x = random_input((2 + dist.get_rank(), *IMAGE), seed=10 * n + dist.get_rank()).detach()
         cotangent = random_input((len(x), 4), seed=n).detach()
         found = []
         for net, optimizer, dtype in zip(nets, optimizers, (torch.float64, *[IMPLS[impl]] * 2), strict=True):
@@ -177,7 +167,7 @@ def ddp_and_sync_batch_norm(impl: str) -> None:
     whole, ours = networks(impl, synchronise=False)
     wrapped = DistributedDataParallel(ours, broadcast_buffers=False)
     nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)
-    x, cotangent = random_input((5, 3, 37, 33)).detach(), random_input((5, 4), seed=9).detach()
+    x, cotangent = random_input((5, *IMAGE)).detach(), random_input((5, 4), seed=9).detach()
     peer = copy.deepcopy(whole).to(IMPLS[impl])
     got = step(wrapped, share(x, (3, 2), impl), share(cotangent, (3, 2), impl))
     want, theirs = step(whole, x, cotangent), step(peer, x.to(IMPLS[impl]), cotangent.to(IMPLS[impl]))
@@ -191,21 +181,15 @@ def ddp_and_sync_batch_norm(impl: str) -> None:
 
 
 def _named(case: Callable[[str], None], impl: str) -> Callable[[], None]:
-    def run() -> None:
-        case(impl)
-
-    run.__name__ = f"{case.__name__}_{impl}"
+    run = partial(case, impl)
+    run.__name__ = f"{case.__name__}_{impl}"  # type: ignore[attr-defined]
     return run
 
 
-CASES = [
-    _named(case, impl)
-    for impl in IMPLS
-    for case in (
-        sync_batch_norm, stages_share, frozen_norms_talk_to_nobody, some_shared_and_some_not, ddp,
-        ddp_and_sync_batch_norm,
-    )
-]  # fmt: skip
+ALL = (
+    sync_batch_norm, stages_share, frozen_norms_talk_to_nobody, some_shared_and_some_not, ddp, ddp_and_sync_batch_norm,
+)  # fmt: skip
+CASES = [_named(case, impl) for impl in IMPLS for case in ALL]
 
 if __name__ == "__main__":
     distributed_blocks.main(sys.argv[1], sys.argv[2:], CASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,19 +19,24 @@ from fastdense.backends.triton_backend import TritonBackend
 
 
 def speed_up() -> None:
-    """Triton's interpreter three times as fast, with the same results.
+    """Triton's interpreter several times as fast, with the same results.
 
     It patches the language at every call of a function, where once a launch will do; checks every sum of integers for
-    an overflow, which no small tensor reaches; and builds a table at every look at a dtype. Where Triton has changed,
-    the interpreter stays as slow as it is.
+    an overflow, which no small tensor reaches; and builds tables, types and shapes anew at every look at them. Where
+    Triton has changed, the interpreter stays as slow as it is.
     """
     from triton import language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")
-    if not all(hasattr(interpreter, name) for name in names):
+    needed = (
+        (interpreter, ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")),
+        (TritonSemantic, ("computation_type_impl", "cast", "broadcast_impl_value")),
+        (tl.block_type(tl.int32, [1]).shape, ("values",)),
+    )
+    if not all(hasattr(owner, name) for owner, names in needed for name in names):
         return
-    patch, launch, numpy_dtype = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 
     @functools.cache
@@ -46,61 +51,126 @@ def speed_up() -> None:
 
     def launch_afresh(self: Any, *arguments: Any, **keywords: Any) -> None:
         patched.clear()
+        types.clear()
         launch(self, *arguments, **keywords)
 
-    by_name: dict[str, Any] = {}
+    def remembered(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
 
-    def known_dtype(dtype: Any) -> Any:
-        name = dtype.scalar.name
-        if name not in by_name:
-            by_name[name] = numpy_dtype(dtype)
-        return by_name[name]
+        def look_up(*arguments: Any) -> Any:
+            name = key(*arguments)
+            if name not in known:
+                known[name] = make(*arguments)
+            return known[name]
 
+        return look_up
+
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
+    shapes: dict[Any, tuple[Any, Any]] = {}
+
+    def known_type(self: Any, element: Any, shape: Any) -> None:
+        key = id(element), *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        if key not in types:
+            make_type(self, element, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def known_shape(self: Any, handle: Any, kind: Any) -> None:
+        key = tuple(kind.shape.values) if kind.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, kind)
+            shapes[key] = self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = shapes[key]
+
+    cast, broadcast = TritonSemantic.cast, TritonSemantic.broadcast_impl_value
+
+    def cast_others(self: Any, value: Any, kind: Any, *rest: Any) -> Any:
+        return value if value.dtype is kind.scalar else cast(self, value, kind, *rest)
+
+    def broadcast_others(self: Any, left: Any, right: Any) -> Any:
+        a, b = left.type, right.type
+        same = a.is_block() and b.is_block() and a.shape.values == b.shape.values
+        return (left, right) if same else broadcast(self, left, right)
+
+    tl.block_type.__init__, tl.tensor.__init__ = known_type, known_shape
+    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others
+    TritonSemantic.computation_type_impl = remembered(
+        TritonSemantic.computation_type_impl,
+        lambda self, a, a_is_scalar, b, *rest: (a.name, a_is_scalar, b.name, *rest),
+    )
+    interpreter._get_np_dtype = remembered(interpreter._get_np_dtype, lambda dtype: dtype.scalar.name)
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
-    interpreter._get_np_dtype = known_dtype
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 
 @contextmanager
-def accesses_checked() -> Iterator[None]:
-    """Every load and store of a launch lies in the memory of one of its arguments; a GPU would read or write on."""
+def _watched(
+    starts: Callable[[Any, tuple[Any, ...]], None],
+    accesses: Callable[[str, np.ndarray[Any, Any], Any], None],
+    ends: Callable[[Any], None] = id,
+) -> Iterator[None]:
+    """Calls ``starts(kernel, arguments)`` and ``ends(kernel)`` round every launch within the ``with``.
+
+    And at each load and store of the interpreter ``accesses("load" or "store", addresses, pointers)``.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
-    ranges: list[tuple[int, int]] = []
     launch = TritonBackend.launch
 
-    def noted(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
-        storages = [a.untyped_storage() for a in arguments if isinstance(a, Tensor)]
-        ranges[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+    def watched(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
+        starts(kernel, arguments)
         launch(self, kernel, programs, *arguments, **keywords)
+        ends(kernel)
 
-    def checked(name: str) -> Any:
-        original = getattr(InterpreterBuilder, name)
+    def noted(kind: str) -> Any:
+        original = getattr(InterpreterBuilder, f"create_masked_{kind}")
 
         def access(self: Any, pointers: Any, *arguments: Any, **keywords: Any) -> Any:
-            mask = arguments[0] if name == "create_masked_load" else arguments[1]
-            addresses = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
-            inside = np.zeros(addresses.shape, bool)
-            for begin, end in ranges:
-                inside |= (begin <= addresses) & (addresses < end)
-            assert inside.all(), f"{name}: {(~inside).sum()} of {inside.size} addresses belong to no argument"
+            mask = arguments[0] if kind == "load" else arguments[1]
+            where = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
+            accesses(kind, where.ravel(), pointers)
             return original(self, pointers, *arguments, **keywords)
 
         return access
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonBackend, "launch", noted)
-        for name in ("create_masked_load", "create_masked_store"):
-            patch.setattr(InterpreterBuilder, name, checked(name))
+        patch.setattr(TritonBackend, "launch", watched)
+        for kind in ("load", "store"):
+            patch.setattr(InterpreterBuilder, f"create_masked_{kind}", noted(kind))
+        yield
+
+
+@contextmanager
+def accesses_checked() -> Iterator[None]:
+    """Every load and store of a launch lies in the memory of one of its arguments; a GPU would read or write on."""
+    ranges: list[tuple[int, int]] = []
+
+    def note(kernel: Any, arguments: tuple[Any, ...]) -> None:
+        storages = [a.untyped_storage() for a in arguments if isinstance(a, Tensor)]
+        ranges[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def check(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
+        inside = np.zeros(addresses.shape, bool)
+        for begin, end in ranges:
+            inside |= (begin <= addresses) & (addresses < end)
+        assert inside.all(), f"{kind}: {(~inside).sum()} of {inside.size} addresses belong to no argument"
+
+    with _watched(note, check):
         yield
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts what would be launched on a GPU: our kernels, and every operator of PyTorch that is not a view."""
+    """Counts what would be launched on a GPU: our kernels, and every operator of PyTorch that is not a view.
 
-    def __init__(self) -> None:
+    Without ``running`` no kernel runs, which the interpreter would take long for.
+    """
+
+    def __init__(self, running: bool = True) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.running = running
 
     def __enter__(self) -> LaunchCounter:
         launch = self.original = TritonBackend.launch
@@ -108,7 +178,8 @@ class LaunchCounter(TorchDispatchMode):
         def counted(backend: TritonBackend, kernel: Any, *arguments: Any, **keywords: Any) -> None:
             self.counts[kernel.__name__] += 1
             with torch.utils._python_dispatch._disable_current_modes():
-                launch(backend, kernel, *arguments, **keywords)
+                if self.running:
+                    launch(backend, kernel, *arguments, **keywords)
 
         TritonBackend.launch = counted  # type: ignore[method-assign]
         return super().__enter__()
@@ -193,30 +264,11 @@ def _span(tensor: Tensor) -> int:
 @contextmanager
 def accesses_counted() -> Iterator[list[Accesses]]:
     """What every launch within the ``with`` loads and stores, as the interpreter does it."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
     found: list[Accesses] = []
     counting = _Counting()
-    launch = TritonBackend.launch
 
-    def counted(self: TritonBackend, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
-        counting.start(kernel, arguments)
-        launch(self, kernel, programs, *arguments, **keywords)
-        found.append(counting.of(kernel))
+    def note(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
+        counting.seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
 
-    def noted(kind: str) -> Any:
-        original = getattr(InterpreterBuilder, f"create_masked_{kind}")
-
-        def access(self: Any, pointers: Any, *arguments: Any, **keywords: Any) -> Any:
-            mask = arguments[0] if kind == "load" else arguments[1]
-            where = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
-            counting.seen.append((kind == "store", where.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
-            return original(self, pointers, *arguments, **keywords)
-
-        return access
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonBackend, "launch", counted)
-        for kind in ("load", "store"):
-            patch.setattr(InterpreterBuilder, f"create_masked_{kind}", noted(kind))
+    with _watched(counting.start, note, lambda kernel: found.append(counting.of(kernel))):
         yield found

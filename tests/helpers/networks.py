@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,25 @@ from torch import Tensor, nn
 import fastdense
 from fastdense.conversion.converted import Converted
 from helpers import peers
-from helpers.blocks import random_input, randomise
+from helpers.blocks import random_input, randomise, relative_error
+from helpers.budget import TOLERANCE
 
 CLASSES = 5
 PACKAGE = Path(fastdense.__file__).parent
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 1), "num_init_features": 8, "num_classes": CLASSES}
 
 
-def own(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """fastdense's network and its textbook twin: ImageNet's stem, two blocks with a transition between them, head."""
-    torch.manual_seed(0)
-    fast = fastdense.DenseNet(**{**SMALL, **options})
-    reference = fastdense.DenseNet(**{**SMALL, **options, "impl": "reference"})
-    randomise(fast)
-    reference.load_state_dict(fast.state_dict())
+def own(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The reference network and fastdense's, by default a small one with ImageNet's stem; ``change`` is for both."""
+    nets = []
+    for chosen in ({"impl": "reference"}, {}):
+        torch.manual_seed(0)
+        nets.append(fastdense.DenseNet(**{**SMALL, **options, **chosen}))
+        if change is not None:
+            change(nets[-1])
+    reference, fast = nets
+    randomise(reference)
+    fast.load_state_dict(reference.state_dict())
     return reference, fast
 
 
@@ -93,6 +99,60 @@ def step(
     found: dict[str, Tensor | None] = {"loss": value.detach(), "x.grad": x.grad}
     found |= {f"{name}.grad": parameter.grad for name, parameter in net.named_parameters()}
     return found | {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def outcome(net: nn.Module, x: Tensor, cotangent: Tensor, autocast: torch.dtype | None = None) -> dict[str, Any]:
+    """Output, gradients and running statistics of one step; under autocast where a dtype is given."""
+    x = x.detach().requires_grad_()
+    net.zero_grad()
+    with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
+        output = net(x)
+    output.backward(cotangent.to(output.dtype))
+    found: dict[str, Any] = {"output": output.detach(), "x.grad": x.grad}
+    found |= {f"{name}.grad": parameter.grad for name, parameter in net.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in net.named_buffers() if buffer.is_floating_point()}
+
+
+def check_budget(
+    nets: tuple[nn.Module, nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    inputs: int,
+    *,
+    autocast: bool = False,
+    around: Callable[[], Any] = nullcontext,
+) -> None:
+    """Output, every gradient and the statistics: at most twice the reference network's error in the same mode.
+
+    In the 2-norm against float64 results from the same rounded numbers; medians over ``inputs``. In fp32 one rounding
+    of the largest gradient on top, for gradients that BatchNorm all but takes away: PyTorch on a CPU adds up in double
+    there. fastdense's step runs within ``around()``.
+    """
+    peer, fast = nets
+    device, mode = next(peer.parameters()).device, dtype if autocast else None
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    for seed in range(inputs):
+        x = random_input(shape, dtype=torch.float32, seed=seed).detach().to(device)
+        x = x if autocast else x.to(dtype)
+        generator = torch.Generator().manual_seed(seed)
+        cotangent = torch.randn(shape[0], CLASSES, generator=generator).to(device, dtype)
+        with around():
+            mine = outcome(copy.deepcopy(fast), x, cotangent, mode)
+        theirs = outcome(copy.deepcopy(peer), x, cotangent, mode)
+        want = outcome(copy.deepcopy(peer).double(), x.double(), cotangent.double())
+        largest = max(value.norm().item() for key, value in want.items() if "grad" in key)
+        for key, value in want.items():
+            assert (mine[key].dtype, mine[key].shape) == (theirs[key].dtype, theirs[key].shape), key
+            norm = value.norm().item()
+            if "grad" in key and norm < 1e-4 * largest:
+                continue  # 0 but for eps, because BatchNorm takes its scale away: all rounding, whoever computes
+            floor = 2**-24 * largest / norm if dtype == torch.float32 and "grad" in key else 0.0
+            found = relative_error(mine[key], value), relative_error(theirs[key], value), floor
+            errors.setdefault(key, []).append(found)
+    assert errors["output"] and errors["x.grad"]
+    for key, rows in errors.items():
+        ours, theirs, floor = (statistics.median(column) for column in zip(*rows, strict=True))
+        assert ours <= 2 * theirs + TOLERANCE[dtype] + floor, f"{key}: error {ours:.2e}, the reference's {theirs:.2e}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def launches(
-    layers: int,
-    *,
-    recompute: bool,
-    bn_size: int | None,
-    weights: torch.dtype,
-    drop: float,
+    layers: int, *, recompute: bool = False, bn_size: int | None = 4, weights: torch.dtype = F16, drop: float = 0.0,
     contiguous: bool = False,
-) -> Counter[str]:
+) -> Counter[str]:  # fmt: skip
     """What one forward and backward pass of a block launches."""
     block = DenseBlock(layers, 8, bn_size, 4, dtype=weights, device=DEVICE)
     if contiguous:
@@ -50,48 +46,43 @@ def launches(
     wide = 4 * (bn_size or 0)
     Z = [Features(x.new_empty(m, wide), *torch.empty(2, wide, device=DEVICE)) for _ in range(layers)]
     G = LazyGradient(torch.randn(m, channels, device=DEVICE).to(F16), *torch.zeros(2, channels, device=DEVICE))
-    with LaunchCounter() as counter:
+    with LaunchCounter(running=False) as counter:
         schedule.forward(TritonBackend(x), x, plan, features, Z, given_moments=False)
         schedule.backward(TritonBackend(x), G, plan, features, Z, first=0, recompute=recompute)
     return counter.counts
 
 
-def per_layer(**options: object) -> float:
-    """Launches that one more layer adds."""
-    two, four = (launches(layers, **options).total() for layers in (2, 4))  # type: ignore[arg-type]
+def per_layer(**options: Any) -> float:
+    two, four = (launches(layers, **options).total() for layers in (2, 4))
     return (four - two) / 2
 
 
-@pytest.mark.parametrize("weights", [F16, F32])  # fp32 weights of 16-bit features, as under autocast
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_layer_and_step(recompute: bool, weights: torch.dtype) -> None:
-    """Forward two, backward two; the bottleneck again where it was not saved."""
-    cast = 1 if weights is F32 else 0  # on a CPU each cast is an operator of its own; on a GPU one call takes them all
-    counts = launches(3, recompute=recompute, bn_size=4, weights=weights, drop=0.0)
-    assert counts["_foreach_copy_"] == 2 * cast
-    assert per_layer(recompute=recompute, bn_size=4, weights=weights, drop=0.0) == (5 if recompute else 4)
+LAYERS: dict[str, tuple[dict[str, Any], int]] = {
+    "forward two, backward two": ({}, 4),
+    "the bottleneck again where it was not saved": ({"recompute": True}, 5),
+    "fp32 weights, as under autocast": ({"weights": F32}, 4),
+    "fp32 weights and the bottleneck again": ({"weights": F32, "recompute": True}, 5),
+    "3x3 weights in torchvision's order, which one copy turns": ({"contiguous": True}, 4),
+    "basic": ({"bn_size": None}, 2),
+    "dropout": ({"drop": 0.2}, 5),
+}
 
 
-def test_weights_in_another_order_are_copied_together() -> None:
-    """As torchvision's modules hold them: a block's 3x3 weights take one copy, however many layers there are."""
-    one, two = (launches(n, recompute=False, bn_size=4, weights=F16, drop=0.0, contiguous=True).total() for n in (2, 4))
-    assert (two - one) / 2 == 4
+@pytest.mark.parametrize("name", LAYERS)
+def test_launches_that_one_more_layer_adds(name: str) -> None:
+    options, want = LAYERS[name]
+    assert per_layer(**options) == want
 
 
-def test_a_basic_layer() -> None:
-    assert per_layer(recompute=False, bn_size=None, weights=F16, drop=0.0) == 2
-
-
-def test_a_lazy_gradient_written_out_costs_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lazy_gradient_written_out_costs_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MATERIALISE_PIXELS", 0)
-    assert per_layer(recompute=False, bn_size=4, weights=F16, drop=0.0) == 5
+    assert per_layer() == 5
 
 
-def test_dropout_costs_one_more() -> None:
-    assert per_layer(recompute=False, bn_size=4, weights=F16, drop=0.2) == 5
-
-
-def test_a_block_begins_and_ends_with_a_few() -> None:
+@pytest.mark.parametrize("weights", [F16, F32], ids=["same dtype", "cast"])
+def test_a_blocks_borders_take_few_launches_and_one_cast_each_way(weights: torch.dtype) -> None:
     """The entering channels' copy, counters, and the last weight gradient: their number does not grow."""
-    counts = launches(1, recompute=False, bn_size=4, weights=F16, drop=0.0)
-    assert counts.total() - 4 <= 5, counts
+    counts = launches(1, weights=weights)
+    casts = 2 * (weights is F32)
+    assert counts["_foreach_copy_"] == casts
+    assert counts.total() - casts - 4 <= 5, counts

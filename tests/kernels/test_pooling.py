@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,41 +26,14 @@ INPUTS = 3 if DEVICE == "cuda" else 1  # the interpreter takes a second or so fo
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
+def _input(shape: tuple[int, ...], dtype: torch.dtype = F32) -> Tensor:
+    return random_input(shape, dtype=dtype).detach().to(DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", CASES)
-def test_shapes(name: str, dtype: torch.dtype) -> None:
+def test_stage_equals_the_reference_at_every_shape(name: str, dtype: torch.dtype) -> None:
     check_shape(name, dtype, "triton", INPUTS)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind: str) -> None:
-    check_budget(small(kind), BF16, "triton", inputs=INPUTS)
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_relus_and_maxima_that_switch(kind: str, dtype: torch.dtype) -> None:
-    check_budget(small(kind), dtype, "triton", decided=False, inputs=15)
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", F32), ("slice", F16)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_layouts_with_small_tiles(kind: str, layout: str, dtype: torch.dtype) -> None:
-    with tiles(16):
-        check_budget(small(kind, 19), dtype, "triton", layout=layout, inputs=INPUTS)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_means_far_larger_than_the_deviation(kind: str) -> None:
-    check_budget(small(kind, 8)._replace(shape=(4, 8, 7, 7)), F32, "triton", shift=1e4, inputs=INPUTS)
-
-
-def _frozen(stage: Stage) -> None:
-    stage.norm.eval()
-
-
-def _eps(stage: Stage) -> None:
-    stage.norm.eps = 0.1
 
 
 def _learns(*parts: str) -> Callable[[nn.Module], None]:
@@ -69,41 +44,57 @@ def _learns(*parts: str) -> Callable[[nn.Module], None]:
     return change
 
 
-CHANGES = {
-    "frozen": (_frozen, True),
-    "eps": (_eps, True),
-    "only x": (_learns(), True),
-    "only gamma": (_learns("norm.weight"), False),
-    "only beta": (_learns("norm.bias"), False),
-    "only the weight": (_learns("conv.weight"), False),
-    "all but x": (_learns("norm.weight", "norm.bias", "conv.weight"), False),
-    "x and the weight": (_learns("conv.weight"), True),
+BUDGETS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bfloat16": (BF16, {}),
+    "small tiles, contiguous input": (F32, {"tile": 16, "shape": (3, 19, 5, 7), "layout": "contiguous"}),
+    "small tiles, a slice as input": (F16, {"tile": 16, "shape": (3, 19, 5, 7), "layout": "slice"}),
+    "large means": (F32, {"shape": (4, 8, 7, 7), "shift": 1e4}),
+    "ReLUs and maxima that roundings switch, fp16": (F16, {"decided": False, "inputs": 15}),
+    "ReLUs and maxima that roundings switch, bf16": (BF16, {"decided": False, "inputs": 15}),
+    "frozen": (F32, {"change": lambda stage: stage.norm.eval()}),
+    "eps": (F32, {"change": lambda stage: setattr(stage.norm, "eps", 0.1)}),
+    "only x": (F32, {"change": _learns()}),
+    "only gamma": (F32, {"change": _learns("norm.weight"), "needs_x": False}),
+    "only beta": (F32, {"change": _learns("norm.bias"), "needs_x": False}),
+    "all but x": (F32, {"change": _learns("norm.weight", "norm.bias", "conv.weight"), "needs_x": False}),
+    "only the weight": (F32, {"change": _learns("conv.weight"), "needs_x": False}),
+    "x and the weight": (F32, {"change": _learns("conv.weight")}),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_norms_and_subsets_of_what_learns(change: str, kind: str) -> None:
-    apply, needs_x = CHANGES[change]
-    if change == "only the weight" and kind != "transition":
-        return
-    check_budget(small(kind), F32, "triton", change=apply, needs_x=needs_x, inputs=INPUTS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [case for case in product(KINDS, BUDGETS) if case[0] == "transition" or "the weight" not in case[1]],
+)
+def test_stage_equals_the_reference_with(name: str, kind: str) -> None:
+    dtype, options = BUDGETS[name]
+    options = {"inputs": INPUTS, **options}
+    shape, tile = options.pop("shape", small(kind).shape), options.pop("tile", None)
+    with tiles(tile) if tile else nullcontext():
+        check_budget(small(kind)._replace(shape=shape), dtype, "triton", **options)
 
 
-@pytest.mark.parametrize("period", [0, 1])
+def _both(case: Case, x: Tensor, change: Callable[[Stage], Any] | None = None) -> list[dict[str, Any]]:
+    """Results of the reference and of the kernels."""
+    return [results(stage.to(DEVICE), x) for stage in pair(case, "triton", F32, change)]
+
+
+def _assert_near(want: dict[str, Any], got: dict[str, Any]) -> None:
+    for name, value in want.items():
+        assert_close(name, got[name], value, 1e-5, 1e6)
+
+
+@pytest.mark.parametrize("period", [0, 1], ids=["all equal", "three values"])
 @pytest.mark.parametrize("name", ["stem 3, 2, 1", "stem with gaps", "stem, rectangular", "stem 1D", "stem 3D"])
 def test_the_first_maximum_of_equal_ones_gets_the_gradient(name: str, period: int) -> None:
-    found = []
-    for stage in pair(CASES[name], "triton", F32):
-        with torch.no_grad():
-            stage.norm.bias.copy_(torch.linspace(-1.5, 0.5, stage.norm.num_features))
-        x = rolled(CASES[name].shape, period, F32).detach().to(DEVICE)
-        found.append(results(stage.to(DEVICE), x.requires_grad_()))
-    for key, want in found[0].items():
-        assert_close(key, found[1][key], want, 1e-5, 1e6)
+    stages = pair(CASES[name], "triton", F32)
+    for stage in stages:
+        stage.norm.bias.data.copy_(torch.linspace(-1.5, 0.5, stage.norm.num_features))
+    x = rolled(CASES[name].shape, period, F32).detach().to(DEVICE).requires_grad_()
+    _assert_near(*(results(stage.to(DEVICE), x) for stage in stages))
 
 
-@pytest.mark.parametrize(("dtype", "beta"), [(BF16, 8.0), (F16, 512.0)])
+@pytest.mark.parametrize(("dtype", "beta"), [(BF16, 8.0), (F16, 512.0)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["stem 3, 2, 1", "stem 1D", "stem 3D"])
 def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dtype, beta: float) -> None:
     """What differs before it is stored and not afterwards ties, and the first gets the gradient."""
@@ -111,30 +102,26 @@ def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dty
     for stage in pair(CASES[name], "triton", F32, change=lambda stage: stage.eval()):
         norm = stage.to(DEVICE, dtype).norm.float()  # statistics in float32 and nothing to round but the result
         with torch.no_grad():
-            for tensor, value in ((norm.running_mean, 0), (norm.weight, 1), (norm.bias, beta)):
+            for tensor, value in ((norm.running_mean, 0), (norm.running_var, 1), (norm.weight, 1), (norm.bias, beta)):
                 tensor.fill_(value)
-            norm.running_var.fill_(1.0)
-            norm.eps = 1e-30  # nothing beside 1, and PyTorch takes no 0
+        norm.eps = 1e-30  # nothing beside 1, and PyTorch takes no 0
         x = rolled(CASES[name].shape, 40).detach() / 64
         found.append(results(stage, x.to(DEVICE, dtype).requires_grad_())["x.grad"])
     assert found[0].count_nonzero() > 10
     assert_close("x.grad", found[1], found[0], 1e-2)  # PyTorch adds up overlapping windows in 16 bit; a tie is worth 1
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]], ids=str)
 @pytest.mark.parametrize("name", ["stem 3, 2, 1", "transition 2", "head"])
 def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[float], training: bool) -> None:
-    found = []
-    for stage in pair(CASES[name], "triton", F32, change=lambda stage: stage.train(training)):
-        x = random_input(CASES[name].shape, dtype=F32).detach()
-        for i, value in enumerate(values):
-            x[0, i, 1, i % 3] = value
-            x[-1, (2 * i + 1) % 5, -1, -1] = value
-        found.append(results(stage.to(DEVICE), x.to(DEVICE).requires_grad_()))
-    for key, want in found[0].items():
-        got = found[1][key]
-        assert got is not None and want is not None
+    x = random_input(CASES[name].shape, dtype=F32).detach().to(DEVICE)
+    for i, value in enumerate(values):
+        x[0, i, 1, i % 3] = value
+        x[-1, (2 * i + 1) % 5, -1, -1] = value
+    expected, found = _both(CASES[name], x.requires_grad_(), lambda stage: stage.train(training))
+    for key, want in expected.items():
+        got = found[key]
         if "running" in key:  # a mean of inf may be NaN
             assert torch.equal(got.isfinite(), want.isfinite()), key
             continue
@@ -143,14 +130,11 @@ def test_nan_and_inf_reach_the_loss_and_the_gradient(name: str, values: list[flo
 
 
 def test_the_last_nan_of_a_window_gets_the_gradient() -> None:
-    found = []
-    for stage in pair(CASES["stem 3, 2, 1"], "triton", F32, change=lambda stage: stage.eval()):
-        x = random_input((2, 5, 9, 12), dtype=F32).detach()
-        x[torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3] = NAN
-        found.append(results(stage.to(DEVICE), x.to(DEVICE).requires_grad_())["x.grad"])
-    want, got = found
-    assert want is not None and want.isfinite().all()
-    assert_close("x.grad", got, want, 1e-5)
+    x = random_input((2, 5, 9, 12), dtype=F32).detach()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3] = NAN
+    want, got = _both(CASES["stem 3, 2, 1"], x.to(DEVICE).requires_grad_(), lambda stage: stage.eval())
+    assert want["x.grad"].isfinite().all()
+    assert_close("x.grad", got["x.grad"], want["x.grad"], 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +144,7 @@ def test_moments_change_hands(kind: str) -> None:
     for impl, dtype in (("triton", F32), ("torch", torch.float64)):
         _, fast = pair(small(kind), impl, dtype)
         fast.load_state_dict(pair(small(kind), impl, F32)[1].state_dict())
-        x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE, dtype).requires_grad_()
+        x = _input(small(kind).shape).to(dtype).detach().requires_grad_()
         before = x * 2 + x.square()
         var, mean = torch.var_mean(before, dim=(0, 2, 3), correction=0)
         y, moments = fast.to(DEVICE).with_moments(before, (mean, var), want=kind != "head")
@@ -170,58 +154,52 @@ def test_moments_change_hands(kind: str) -> None:
             assert_close("var", moments[1], want_var, 1e-6)
         cotangent = random_input(y.shape, dtype=F32, seed=5).detach().to(y)
         gradients.append(torch.autograd.grad(y, [x, *fast.parameters()], cotangent))
-    for i, (got, want) in enumerate(zip(*gradients, strict=True)):
-        assert_close(f"gradient {i}", got, want, 1e-5, 1e6)
+    got, want = (dict(enumerate(found)) for found in gradients)
+    _assert_near(want, got)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_expanded_cotangents(kind: str) -> None:
-    textbook, fast = (stage.to(DEVICE) for stage in pair(small(kind), "triton", F32))
-    x = random_input(small(kind).shape, dtype=F32).detach().to(DEVICE).requires_grad_()
-    one_image = random_input(textbook(x).shape, dtype=F32, seed=5).detach().to(DEVICE)[:1]
-    found = []
-    for stage in (fast, textbook):
-        y = stage(x)
-        found.append(torch.autograd.grad(y, [x, *stage.parameters()], one_image.expand(y.shape)))
-    for i, (got, want) in enumerate(zip(*found, strict=True)):
-        assert_close(f"gradient {i}", got, want, 1e-5, 1e6)
+    x, found = _input(small(kind).shape), []
+    for stage in pair(small(kind), "triton", F32):
+        y = stage.to(DEVICE)(x)
+        one_image = random_input(y.shape, dtype=F32, seed=5).detach().to(DEVICE)[:1]
+        gradients = torch.autograd.grad(y, [x, *stage.parameters()], one_image.expand(y.shape))
+        found.append(dict(enumerate(gradients)))
+    _assert_near(*found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reruns_are_bit_equal(kind: str) -> None:
+    case = small(kind, 20)
     with tiles(16):
-        found = [
-            results(pair(small(kind, 20), "triton", F16)[1].to(DEVICE), x)
-            for x in [random_input(small(kind, 20).shape, dtype=F16).detach().to(DEVICE).requires_grad_()] * 2
-        ]
-    for name, value in found[0].items():
-        assert value is not None and torch.equal(value, found[1][name]), name
+        found = [results(pair(case, "triton", F16)[1].to(DEVICE), _input(case.shape, F16)) for _ in range(2)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_batch(kind: str, training: bool) -> None:
-    x = torch.empty(0, *small(kind).shape[1:], device=DEVICE)
-    stages = pair(small(kind), "triton", F32, change=lambda stage: stage.train(training))
-    want, got = (results(stage.to(DEVICE), x.clone().requires_grad_()) for stage in stages)
-    for name, value in want.items():
-        assert_close(name, got[name], value)
+def test_an_empty_batch_gives_what_the_reference_gives(kind: str, training: bool) -> None:
+    x = _input((0, *small(kind).shape[1:]))
+    _assert_near(*_both(small(kind), x, lambda stage: stage.train(training)))
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("stem", (2, 13, 5, 7), 3, 2, 1),
-        Case("stem", (1, 19, 3, 4, 5), 2, 2, 0),
-        Case("transition", (2, 13, 5, 7), 2, out=6),
-        Case("transition", (2, 19, 7), 3, out=21),
-        Case("head", (3, 13, 5, 3)),
-    ],
-)
-def test_primitives_on_slices_with_canaries(case: Case, frozen: bool, dtype: torch.dtype) -> None:
-    """Input, output and gradients are slices of wider tensors; all that is written is theirs."""
+SLICES = {
+    "stem": Case("stem", (2, 13, 5, 7), 3, 2, 1),
+    "stem 3D": Case("stem", (1, 19, 3, 4, 5), 2, 2, 0),
+    "transition": Case("transition", (2, 13, 5, 7), 2, out=6),
+    "transition 1D": Case("transition", (2, 19, 7), 3, out=21),
+    "head": Case("head", (3, 13, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch statistics", "frozen"])
+@pytest.mark.parametrize("name", SLICES)
+def test_primitives_on_slices_of_wider_tensors_write_nothing_beside_them(
+    name: str, frozen: bool, dtype: torch.dtype
+) -> None:
+    case = SLICES[name]
     channels, spatial = case.shape[1], case.shape[2:]
     generator = torch.Generator().manual_seed(3)
 
@@ -230,11 +208,10 @@ def test_primitives_on_slices_with_canaries(case: Case, frozen: bool, dtype: tor
 
     stage = Stage(case, "textbook", F32)
     pool = Pool("mean")
+    m = case.shape[0] * torch.Size(spatial).numel()
     if case.kind != "head":
         pool = windows("maximum" if case.kind == "stem" else "average", stage.pool)
-    m, m_out = case.shape[0] * torch.Size(spatial).numel(), case.shape[0] * torch.Size(pool.sizes(spatial)).numel()
-    if case.kind == "head":
-        m_out = case.shape[0]
+    m_out = case.shape[0] * (1 if case.kind == "head" else torch.Size(pool.sizes(spatial)).numel())
     writes = case.out if case.kind == "transition" else channels
     x, g = random(m, channels), random(m_out, writes)
     gamma, beta = random(channels).float(), random(channels).float()

@@ -51,9 +51,9 @@ def test_two_kinds_of_programs_share_a_wave_by_their_work() -> None:
     assert some + few <= 132 and abs(long * 9 - short * 3) <= 9
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
 @pytest.mark.parametrize("network", ["densenet121", "densenet201"])
-@pytest.mark.parametrize("batch", [64, 256])
+@pytest.mark.parametrize("batch", [64, 256], ids="batch {}".format)
 def test_the_last_wave_is_never_nearly_empty(network: str, batch: int, arch: int) -> None:
     for fit in waves.fits(arch, network, batch):
         last = fit.waves % 1 or 1.0
@@ -87,16 +87,13 @@ def test_the_last_batch_of_an_epoch_and_the_next_layer_compile_nothing() -> None
 
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet161"])
-@pytest.mark.parametrize("batch", [32, 64, 256])
+@pytest.mark.parametrize("batch", [32, 64, 256], ids="batch {}".format)
 def test_tiles_stay_the_same_as_a_batch_shrinks_by_an_image(name: str, batch: int) -> None:
     network = NETWORKS[name]
-    for larger, smaller in zip(blocks(network, batch, 224), blocks(network, batch - 1, 224), strict=True):
+    for both in zip(blocks(network, batch, 224), blocks(network, batch - 1, 224), strict=True):
         for writes, taps in ((4 * network.growth_rate, 1), (network.growth_rate, 9)):
-            found = {
-                launch.choose("bn_relu_conv", Shape(block.m, block.entering, writes, taps), BF16, 90, SM_COUNT[90])
-                for block in (larger, smaller)
-            }
-            assert len(found) == 1
+            shapes = (Shape(block.m, block.entering, writes, taps) for block in both)
+            assert len({launch.choose("bn_relu_conv", shape, BF16, 90, SM_COUNT[90]) for shape in shapes}) == 1
 
 
 def test_a_small_map_gives_every_multiprocessor_something() -> None:
@@ -111,5 +108,3 @@ def test_a_changed_tile_is_not_believed_to_fit_as_often() -> None:
     with launch.override("copy", num_warps=8):
         assert launch.configuration("copy", shape, BF16, 90, 132).resident == 1
     assert LaunchConfig(64, 64, 64, num_warps=2).resident == 4
-    with pytest.raises(ValueError, match="programs_per_sm must not be negative, got -1"):
-        LaunchConfig(64, 64, 64, programs_per_sm=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,23 +48,26 @@ def test_a_training_step_for_any_batch_size(name: str) -> None:
     """One compilation serves two batch sizes, and the running statistics go on from step to step."""
     reference, fast = networks.network(name)
     loss = compiled(cross_entropy)
+
+    def marked(net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(target, 0)
+        return loss(net, x, target)
+
     for batch in (2, 3):
         x = networks.images(name, batch, seed=batch)
-
-        def marked(net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-            torch._dynamo.mark_dynamic(x, 0)
-            torch._dynamo.mark_dynamic(target, 0)
-            return loss(net, x, target)
-
         assert_same(networks.step(fast, x, marked), networks.step(reference, x, cross_entropy))
     assert compilations() == 1
 
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
-def test_dynamic_shapes(mode: str) -> None:
-    """``dynamic=True``: batch, height and width, with dropout whose masks torch's generator decides as in eager."""
-    _, eager = networks.own(drop_rate=0.3, recompute=mode, dtype=torch.float64)
-    _, fast = networks.own(drop_rate=0.3, recompute=mode, dtype=torch.float64)
+def test_a_training_step_of_any_size_with_dropout() -> None:
+    """``dynamic=True``: batch, height and width, dropout whose masks torch's generator decides, both ways to save."""
+
+    def save_less(net: Any) -> None:
+        net.features.denseblock2.recompute = "bottlenecks"
+
+    options = {"change": save_less, "drop_rate": 0.3, "dtype": torch.float64}
+    (_, eager), (_, fast) = networks.own(**options), networks.own(**options)
     loss = compiled(cross_entropy, dynamic=True)
     losses = []
     for seed, shape in enumerate([(2, 3, 37, 44), (3, 3, 40, 35), (3, 3, 40, 35)]):
@@ -75,11 +79,10 @@ def test_dynamic_shapes(mode: str) -> None:
     assert compilations() == 1
 
 
-@pytest.mark.parametrize("name", ["own", "torchvision"])
-def test_training_and_evaluation_compile_once_each(name: str) -> None:
-    reference, fast = networks.network(name)
+def test_training_and_evaluation_compile_once_each() -> None:
+    reference, fast = networks.network("own")
     run = compiled(fast)
-    x = networks.images(name)
+    x = networks.images("own")
     for training in (True, False, True, False):
         for net in (reference, fast):
             net.train(training)
@@ -88,19 +91,15 @@ def test_training_and_evaluation_compile_once_each(name: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["block", "transition"])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_block_or_a_transition_alone(momentum: float | None, part: str) -> None:
-    """The cumulative average (``momentum=None``), too, whose weight is a tensor: no number leaves the graph."""
-    if part == "block":
-        nets = [fastdense.DenseBlock(2, 6, 4, 4, impl=impl, dtype=torch.float64) for impl in ("reference", "auto")]
-    else:
-        nets = [fastdense.Transition(6, 4, impl=impl, dtype=torch.float64) for impl in ("reference", "auto")]
-    reference, fast = nets
+def test_a_block_or_a_transition_alone(part: str) -> None:
+    """With the cumulative average (``momentum=None``), whose weight is a tensor: no number leaves the graph."""
+    make, sizes = (fastdense.DenseBlock, (2, 6, 4, 4)) if part == "block" else (fastdense.Transition, (6, 4))
+    reference, fast = (make(*sizes, impl=impl, dtype=torch.float64) for impl in ("reference", "auto"))
     fast.load_state_dict(reference.state_dict())
-    for net in nets:
-        for norm in net.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = momentum
+    for net in (reference, fast):
+        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms[::2]:
+            norm.momentum = None
     run = compiled(fast, dynamic=True)
     for batch in (2, 3, 4):
         x = random_input((batch, 6, 8, 7), seed=batch)
@@ -130,26 +129,22 @@ def test_checkpoint_in_a_compiled_function() -> None:
 
 def test_autocast_in_a_compiled_function() -> None:
     """The same roundings as in eager."""
-    _, eager = networks.network("own", torch.float32)
-    _, fast = networks.network("own", torch.float32)
+    (_, eager), (_, fast) = (networks.network("own", torch.float32) for _ in range(2))
     x = networks.images("own", dtype=torch.float32)
 
-    def forward(net: nn.Module) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return net(x)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
 
-        return run
-
-    run = compiled(forward(fast))
-    got, want = results(fast, x, forward=lambda x: run(x)), results(eager, x, forward=forward(eager))
+    run = compiled(forward)
+    got, want = results(fast, x, forward=partial(run, fast)), results(eager, x, forward=partial(forward, eager))
     assert got["output"].dtype == torch.bfloat16
     assert_same(got, want)
 
 
 @pytest.mark.parametrize("name", ["own", "torchvision"])
 def test_what_falls_back_says_so_while_it_is_traced(name: str) -> None:
-    """A hook on a child sends its block to the textbook path: still one graph, and not in silence."""
+    """A hook on a child sends its block to the reference path: still one graph, and not in silence."""
     _, fast = networks.network(name)
     block = fast.features.denseblock1
     block.denselayer1.conv1.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -182,7 +177,7 @@ def test_kernels_are_tried_while_they_are_traced(monkeypatch: pytest.MonkeyPatch
     assert_same(got, results(eager, x), tolerance=1e-4)
 
 
-def test_inductor() -> None:
+def test_inductor_trains_in_one_graph_of_any_batch_size() -> None:
     """A training step, all sizes dynamic: what inductor makes of the rest of a network fits the operators.
 
     Of a new height or width it compiles another graph: its own backward pass of the stem's convolution fixes them.

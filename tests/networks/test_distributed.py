@@ -17,5 +17,5 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_two_processes(case: str, said: dict[str, list[str]]) -> None:
+def test_each_case_holds_in_two_processes(case: str, said: dict[str, list[str]]) -> None:
     assert said[case] == ["ok", "ok"], "\n".join(said[case])
