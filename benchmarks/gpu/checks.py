@@ -31,10 +31,7 @@ REHEARSED_BLOCK, REHEARSED_SHAPE = (1, 8, 4, 4), (2, 8, 5, 4)
 RERUNS = 20
 CHECKED = (16, 64)  # images of a whole network, and their size
 MOST_FAILURES, REASON_CHARACTERS = 100, 400
-TESTS = (
-    *(f"tests/kernels/test_{name}.py" for name in ("gpu", "dense_block", "pooling", "launches")),
-    "tests/core/test_peak.py",
-)
+TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("gpu", "dense_block", "pooling", "launches"))
 PROCESSES = 12
 # What the kernels can do without, by name: shifts of whole rows of taps, loads ahead of their use.
 SIMPLER: dict[str, dict[str, Any]] = {
