@@ -1,7 +1,5 @@
 """``fastdense bench``: what it prints, writes and exits with."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """``fastdense inspect``: pictures and numbers of the network that was asked for, and errors that say what to do."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training whose output reaches nobody: nothing is lost, and one line says how to go on."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

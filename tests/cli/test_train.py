@@ -1,7 +1,5 @@
 """The commands: what they print, write and exit with."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -4,8 +4,6 @@ Children are forked from a process that has imported everything but computed not
 than the training.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Small image folders that tests write, and all that comes of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastdense.data.augment import Box, Views
 from fastdense.data.source import Source
 
 
@@ -26,6 +25,13 @@ def write_folder(root: Path, train: int = 6, test: int = 2, extension: str = "pn
             for i in range(count):
                 smooth(40 + i, 36, seed=10 * i + label).save(root / side / name / f"{i}.{extension}")
     return root
+
+
+class FixedViews(Views):
+    """The whole image and a part of it, each as it is and mirrored."""
+
+    def __call__(self, number: int, width: int, height: int) -> tuple[Box, bool]:
+        return [(0, 0, width, height), (3, 8, 19, 16)][number // 2], bool(number % 2)
 
 
 def all_of(source: Source, epoch: int = 1, batch_size: int = 5, *, labels: bool = False) -> Any:

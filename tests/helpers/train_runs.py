@@ -1,7 +1,5 @@
 """Training on digits in this process: experiments, `fastdense train`, and what a run leaves behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

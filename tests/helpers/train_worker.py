@@ -1,7 +1,5 @@
 """Run by ``torchrun`` with two processes: ``train_worker.py FILE CASE ...`` writes what each case said."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,8 +1,5 @@
 """Checkpoints and logs of a run: what they hold, how training goes on from them, and what is refused."""
 
-from __future__ import annotations
-
-import errno
 import io
 import os
 import shutil
@@ -85,12 +82,9 @@ def test_best_is_the_first_with_the_highest_accuracy(out: Path, monkeypatch: pyt
 def test_resumed_options_hold_and_contradictions_are_named(finished: Path) -> None:
     for given, begun in (
         ("--lr 0.3", "with --lr 0.1"),
-        ("--steps 3", "without it"),
         ("--bn-size none", "with --bn-size 4"),
         ("--no-nesterov", "with --nesterov"),
         ("--plain", "without it"),
-        ("--compare", "without it"),
-        ("--epochs 3", "with --epochs 2"),
         ("--milestones 0.2", "with --milestones 0.5,0.75"),
     ):
         result = command("train", "--out", finished, "--resume", *given.split())
@@ -149,10 +143,6 @@ def test_augmented_images_of_a_moved_folder_go_on_from_the_middle_of_an_epoch(tm
     assert same_runs(second, first) == ""
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
 def _flip(path: Path) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
@@ -166,9 +156,10 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_cut, "is damaged or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "is damaged or no checkpoint"),
         (_flip, "is damaged or no checkpoint"),
         (lambda path: path.write_text("hello"), "is damaged or no checkpoint"),
+        (lambda path: (path.unlink(), path.mkdir()), "last.pt cannot be read: Is a directory"),
         (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of fastdense train"),
         (lambda path: torch.save(torch.zeros(2), path), "is not a checkpoint of fastdense train"),
         (_edit(format=2), "has format 2, not 1: resume with fastdense"),
@@ -177,7 +168,19 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (_edit(config={"colour": 1}), "with other options"),
         (_edit(runs={"fastdense": {"model": {}}}), "does not fit the network that it describes"),
     ],
-    ids=["cut", "flipped", "text", "foreign", "tensor", "format", "processes", "data", "options", "network"],
+    ids=[
+        "cut",
+        "flipped",
+        "text",
+        "directory",
+        "foreign",
+        "tensor",
+        "format",
+        "processes",
+        "data",
+        "options",
+        "network",
+    ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(finished: Path, out: Path, spoil: Any, message: str) -> None:
     out = out / ("a long name " * 15).strip()
@@ -187,17 +190,6 @@ def test_a_checkpoint_that_cannot_be_used_is_named(finished: Path, out: Path, sp
     result = command("train", "--out", out, "--resume")
     assert result.exit_code == 2, result.output
     assert message in words(result.output) and str(out / "last.pt") in result.output  # in one piece, to be copied
-
-
-def test_an_unreadable_checkpoint_is_not_called_damaged(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("zipfile.ZipFile", refuse)
-    result = command("train", "--out", finished, "--resume")
-    assert result.exit_code == 2
-    assert "last.pt cannot be read: Permission denied" in words(result.output)
-    assert "damaged" not in result.output and "copy another" not in result.output
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -235,17 +227,12 @@ def test_nothing_is_written_that_is_not_wanted(out: Path, tmp_path: Path, monkey
     assert {path.name for path in out.iterdir()} == {"best.pt", "last.pt", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"), [("2", 44), ("1epoch", 22), ("3epochs", 66), ("500steps", 500), ("1 step", 1)]
-)
-def test_save_every_counts_epochs_or_steps(text: str, wanted: int) -> None:
-    assert OutputOptions(save_every=text).steps(22) == wanted
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "steps", "1.5", "2minutes"])
-def test_save_every_names_what_it_can_be(text: str) -> None:
-    with pytest.raises(ValueError, match="--save-every must be a number of epochs or steps"):
-        OutputOptions(save_every=text)
+def test_save_every_counts_epochs_or_steps() -> None:
+    for text, wanted in {"2": 44, "1epoch": 22, "3epochs": 66, "500steps": 500, "1 step": 1}.items():
+        assert OutputOptions(save_every=text).steps(22) == wanted, text
+    for text in ("0", "-1", "steps", "1.5", "2minutes"):
+        with pytest.raises(ValueError, match="--save-every must be a number of epochs or steps"):
+            OutputOptions(save_every=text)
 
 
 def scalars(path: Path) -> list[tuple[int, dict[str, float], str]]:

@@ -1,11 +1,8 @@
 """Digits, CIFAR's files and augmentation: every image as published, standardised, and varied by its number alone."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import peers
-from helpers.pictures import all_of, write_folder
+from helpers.pictures import FixedViews, all_of, write_folder
 
 from fastdense.data import augment
 from fastdense.data.source import Source, digits, open_data
 
 PER_FILE = 6
 Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-
-
-def _arrays(classes: int, seed: int, count: int = PER_FILE) -> Arrays:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), rng.integers(0, classes, count)
-
-
-def _names(classes: int) -> list[str]:
-    return [f"name{i}" for i in range(classes)]
 
 
 def python_2_pickle(value: Any) -> bytes:
@@ -64,8 +52,10 @@ def write(root: Path, kind: str, classes: int) -> list[Arrays]:
     files = ["train", "test"] if classes == 100 else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     folder, fine = root / name, b"fine_" if classes == 100 else b""
     folder.mkdir(parents=True)
-    written = [_arrays(classes, seed) for seed in range(len(files))]
-    for file, (images, labels) in zip(files, written, strict=True):
+    written, rng = [], np.random.default_rng(0)
+    for file in files:
+        images, labels = rng.integers(0, 256, (PER_FILE, 3, 32, 32), dtype=np.uint8), rng.integers(0, classes, PER_FILE)
+        written.append((images, labels))
         pixels, coarse = images.reshape(PER_FILE, -1), 99 - labels
         if kind == "python":
             contents = {b"data": pixels, fine + b"labels": labels.tolist(), b"coarse_labels": coarse.tolist()}
@@ -74,10 +64,9 @@ def write(root: Path, kind: str, classes: int) -> list[Arrays]:
             columns = [*([coarse[:, None]] if classes == 100 else []), labels[:, None], pixels]
             (folder / f"{file}.bin").write_bytes(np.concatenate(columns, 1).astype(np.uint8).tobytes())
     if kind == "python":
-        encoded = [name.encode() for name in _names(classes)]
-        (folder / meta).write_bytes(python_2_pickle({fine + b"label_names": encoded}))
+        (folder / meta).write_bytes(python_2_pickle({fine + b"label_names": [b"name%d" % i for i in range(classes)]}))
     else:
-        (folder / meta).write_text("\n".join(_names(classes)) + "\n\n")
+        (folder / meta).write_text("".join(f"name{i}\n" for i in range(classes)) + "\n")
     return written
 
 
@@ -88,7 +77,7 @@ def test_cifar_is_read_as_published(tmp_path: Path, kind: str, classes: int, its
     *train, (test_images, test_labels) = write(tmp_path, kind, classes)
     source = open_data(str(next(tmp_path.iterdir()) if itself else tmp_path), augment="none")
     assert (source.name, source.channels, source.classes, source.image_size) == (f"CIFAR-{classes}", 3, classes, 32)
-    assert source.class_names == tuple(_names(classes))
+    assert source.class_names == tuple(f"name{i}" for i in range(classes))
     assert (source.train_count, source.test_count) == (PER_FILE * len(train), PER_FILE)
     assert source.unreadable == []
 
@@ -136,27 +125,22 @@ def test_cifar_may_be_pickled_again(tmp_path: Path, protocol: int) -> None:
 
 
 class _Calls:
-    """What, unpickled, calls something; as a change of a file, its pickle."""
+    """What, unpickled, calls something; called, it would be another error."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.call
-
-    def __call__(self, old: bytes) -> bytes:
-        return pickle.dumps({b"data": self, b"labels": []})
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("/",)
 
 
 @pytest.mark.parametrize(
     ("kind", "file", "change", "message"),
     [
-        # Called, each of these would be another error.
-        ("python", "data_batch_3", _Calls(os.mkdir, "/"), r"damaged.*it asks for posix\.mkdir, which no file of CIFAR"),
-        ("python", "data_batch_3", _Calls(eval, "1 / 0"), r"damaged.*it asks for builtins\.eval, which no file"),
-        ("python", "data_batch_3", _Calls(getattr, 1, "x"), r"damaged.*it asks for builtins\.getattr, which no file"),
+        (
+            "python",
+            "data_batch_3",
+            lambda old: pickle.dumps({b"data": _Calls()}),
+            r"it asks for posix\.mkdir, which",
+        ),
         ("python", "data_batch_2", lambda old: old[:-100], "data_batch_2 is damaged.*download it again"),
-        ("python", "data_batch_2", lambda old: b"", "data_batch_2 is damaged.*EOFError"),
         ("python", "data_batch_2", lambda old: pickle.dumps([1]), "it holds a list, not a dict"),
         ("python", "data_batch_2", lambda old: pickle.dumps({b"data": 0}), "damaged.*KeyError: b'labels'"),
         ("python", "test_batch", lambda old: None, "lacks test_batch of CIFAR-10: unpack its archive again"),
@@ -244,14 +228,9 @@ def test_augmentation_depends_on_seed_epoch_and_number_alone(tmp_path: Path, kin
         assert changed > (0.8 if source_of is _folder else 0.9)
 
 
-class _FixedViews(augment.Views):
-    def __call__(self, number: int, width: int, height: int) -> tuple[augment.Box, bool]:
-        return [(0, 0, width, height), (3, 8, 19, 16)][number // 2], bool(number % 2)
-
-
 def test_resized_crop_is_cropping_and_resizing() -> None:
     images = torch.rand(4, 2, 24, 32)
-    found = augment.resized_crop(images, torch.arange(4), _FixedViews("resized-crop", 48))
+    found = augment.resized_crop(images, torch.arange(4), FixedViews("resized-crop", 48))
     whole = F.interpolate(images[:2], size=(48, 48), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1], whole[1].flip(2), atol=1e-5, rtol=0)
@@ -273,7 +252,7 @@ def test_cifar_in_another_size_is_resized(tmp_path: Path, size: int, antialias: 
     assert all_of(_cifar(tmp_path, image_size=size, augment="resized-crop"), 1).shape == expected.shape
 
 
-def test_digits_are_split_and_standardised() -> None:
+def test_digits_are_split_and_standardised_and_come_as_they_are_unless_augmented() -> None:
     data = digits()
     assert data.train_images.mean() == pytest.approx(0, abs=1e-5)
     assert data.train_images.std() == pytest.approx(1, abs=1e-5)
@@ -281,11 +260,8 @@ def test_digits_are_split_and_standardised() -> None:
     assert 1e-5 < abs(data.test_images.mean().item()) < 0.1
     shares = [labels.bincount() / len(labels) for labels in (data.train_labels, data.test_labels)]
     torch.testing.assert_close(*shares, atol=2e-3, rtol=0)
-    assert digits(16).train_images.shape == (1437, 1, 16, 16)
 
-
-def test_digits_come_as_they_are_unless_augmented() -> None:
-    data, source = digits(), open_data("digits", seed=3)
+    source = open_data("digits", seed=3)
     assert (source.name, source.image_size, source.channels) == ("scikit-learn's digits, 8x8", 8, 1)
     assert (source.train_count, source.test_count, source.class_names) == (1437, 360, tuple("0123456789"))
     numbers = torch.randperm(1437)[:64]
@@ -296,7 +272,8 @@ def test_digits_come_as_they_are_unless_augmented() -> None:
         assert torch.equal(labels, data.train_labels[numbers])
     ((images, labels),) = source.test(torch.arange(360), 360)
     assert torch.equal(images, data.test_images) and torch.equal(labels, data.test_labels)
-    assert open_data("digits", image_size=16).image_size == 16
+    resized = open_data("digits", image_size=16)
+    assert resized.image_size == 16 and resized.train_images.shape == (1437, 1, 16, 16)  # type: ignore[union-attr]
 
 
 @SOURCES

@@ -1,7 +1,5 @@
 """A disk that is full, from the start or for a while: what is left behind, and what is said."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Container

@@ -1,7 +1,5 @@
 """Learning rates, mixed precision, averaged weights, and steps that cannot be made."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -42,9 +40,7 @@ def test_steps_of_the_schedule_are_the_papers() -> None:
     thirds = rates(9, schedule="step", milestones=(1 / 3, 2 / 3), lr=1.0)
     assert thirds == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3)
     assert rates(4, schedule="step", milestones=(0.5,), gamma=0.5, lr=8.0) == [8.0, 8.0, 4.0, 4.0]
-
-
-def test_warm_up_comes_before_the_steps() -> None:
+    # After a warm-up.
     assert rates(8, schedule="step", warm_up=0.25, lr=1.0) == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -61,8 +57,7 @@ def test_half_a_cosine_follows_a_linear_warm_up_over_a_twentieth_of_the_steps(st
 def test_autocast_reaches_the_layers_and_training_follows_float32(amp: str) -> None:
     mixed, full = prepared(amp=amp, steps=4), prepared(steps=4)
     dtypes = set()
-    last = mixed.runs[0].model.get_submodule("features.conv0")
-    last.register_forward_hook(lambda *seen: dtypes.add(seen[-1].dtype))
+    mixed.runs[0].model.get_submodule("features.conv0").register_forward_hook(lambda *seen: dtypes.add(seen[-1].dtype))
     events = list(chain.from_iterable(mixed.rounds()))
     assert dtypes == {torch.bfloat16 if amp == "bf16" else torch.float16}, "in training and in evaluation"
     list(full.rounds())
@@ -99,12 +94,14 @@ def test_float16_that_overflows_with_any_scale_stops() -> None:
         list(experiment.rounds())
 
 
-def test_the_average_is_that_of_the_steps() -> None:
+def test_the_average_is_that_of_the_steps_and_the_norm_that_of_the_gradients() -> None:
     decay = 0.75
     averaged, plain = prepared(ema=decay, steps=4), prepared(steps=4)
     expected: dict[str, torch.Tensor] = {}
     for events in plain.rounds():
         if isinstance(events[0], StepEvent):
+            squares = [p.grad.double().square().sum() for p in plain.runs[0].model.parameters()]
+            assert events[0].grad_norm == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
             state = {k: v.double() for k, v in plain.runs[0].model.state_dict().items() if v.is_floating_point()}
             expected = {k: decay * expected.get(k, v) + (1 - decay) * v for k, v in state.items()}
     events = list(chain.from_iterable(averaged.rounds()))
@@ -118,13 +115,6 @@ def test_the_average_is_that_of_the_steps() -> None:
         logits = ema.module(DIGITS.test_images)
     assert events[-1].ema_test_loss == pytest.approx(F.cross_entropy(logits, DIGITS.test_labels).item(), rel=1e-5)
     assert events[-1].ema_test_loss != events[-1].test_loss
-
-
-def test_the_gradient_norm_is_reported() -> None:
-    experiment = prepared(steps=1)
-    (event,) = next(experiment.rounds())
-    squares = [p.grad.double().square().sum() for p in experiment.runs[0].model.parameters()]
-    assert event.grad_norm == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

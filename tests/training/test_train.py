@@ -1,7 +1,5 @@
 """Training: the same weights, batches and losses as the reference network, and honest words about the rest."""
 
-from __future__ import annotations
-
 import copy
 import math
 import re
@@ -15,7 +13,7 @@ from helpers.train_runs import DIGITS, FEW, same
 from torch import nn
 
 from fastdense.data.source import batches
-from fastdense.training.config import TrainConfig, layers_per_block
+from fastdense.training.config import TrainConfig, flag, layers_per_block
 from fastdense.training.events import CheckEvent, EpochEvent, Event, NonFiniteLoss, StepEvent
 from fastdense.training.experiment import Experiment
 from fastdense.training.run import Run, saved_for_backward
@@ -61,7 +59,9 @@ def test_events_tell_every_step_and_epoch(compared: tuple[Experiment, list[Event
         assert epochs[1].train_loss == pytest.approx(sum(run.losses[22:]) / 22) == run.summary().train_loss
 
 
-def test_a_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]) -> None:
+def test_a_summary_and_the_words_of_a_comparison_are_what_was_measured(
+    compared: tuple[Experiment, list[Event]],
+) -> None:
     experiment, _ = compared
     reference, fast = (run.summary() for run in experiment.runs)
     assert (reference.run, reference.label, reference.impl) == ("reference", "reference (torch.cat)", "reference")
@@ -76,9 +76,6 @@ def test_a_summary_is_what_was_measured(compared: tuple[Experiment, list[Event]]
     assert fast.step_seconds == pytest.approx(sum(middle) / 2)
     assert fast.steps == 44
 
-
-def test_a_comparison_says_curve_bytes_and_time_in_words(compared: tuple[Experiment, list[Event]]) -> None:
-    experiment, _ = compared
     words = str(experiment.comparison())
     number = r"\d\.\de-\d\d"
     assert re.fullmatch(
@@ -87,9 +84,7 @@ def test_a_comparison_says_curve_bytes_and_time_in_words(compared: tuple[Experim
         r"\d\.\d times fewer bytes saved for backward, step time \d\.\d\d times",
         words,
     ), words
-    reference, fast = experiment.runs
-    ratio = reference.kept_bytes / fast.kept_bytes
-    assert f"{ratio:.1f} times fewer bytes" in words
+    assert f"{reference.kept_bytes / fast.kept_bytes:.1f} times fewer bytes" in words
 
 
 def test_a_comparison_hides_neither_another_curve_nor_more_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,16 +120,11 @@ def test_dropout_is_not_called_the_same_curve() -> None:
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 def test_a_seed_fixes_every_bit(impl: str, drop_rate: float) -> None:
-    def losses(**changes: object) -> list[float]:
-        experiment, _ = few(impl=impl, drop_rate=drop_rate, **changes)
-        return experiment.runs[0].losses
-
-    assert losses() == losses() != losses(seed=1)
-
-
-def test_another_seed_gives_other_weights() -> None:
-    first, second = (prepared(seed=seed).runs[0].model.state_dict()["features.conv0.weight"] for seed in (0, 1))
-    assert not torch.equal(first, second)
+    runs = [few(impl=impl, drop_rate=drop_rate, seed=seed)[0].runs[0] for seed in (0, 0, 1)]
+    assert runs[0].losses == runs[1].losses != runs[2].losses
+    # The first weights too: those of the convolution hardly move in a few steps.
+    first, _, other = (run.model.state_dict()["features.conv0.weight"] for run in runs)
+    assert (first - other).abs().mean() > 0.1
 
 
 def test_a_run_is_the_same_alone_and_compared() -> None:
@@ -262,12 +252,16 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
     assert width(depth=40, bn_size=None) == 16
 
 
+AT_LEAST_1 = ("epochs", "steps", "batch_size", "growth_rate", "threads", "watch_flow")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        *[({name: 0}, f"{flag(name)} must be at least 1, got 0") for name in AT_LEAST_1],
+        *[({name: -1}, f"{flag(name)} must be at least 0, got -1") for name in ("workers", "check_steps")],
         ({"schedule": "linear"}, "--schedule must be one of 'cosine', 'step', got 'linear'"),
-        ({"schedule": "step", "milestones": (0.75, 0.5)}, "--milestones must be increasing .* got '0.75,0.5'"),
-        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be .* less than 1"),
+        ({"schedule": "step", "milestones": (0.5, 1.0)}, "--milestones must be increasing .* got '0.5,1.0'"),
         ({"schedule": "step", "milestones": (0.1,), "warm_up": 0.2}, "--milestones must be .* after the warm-up"),
         ({"schedule": "step", "milestones": ()}, "--milestones must be"),
         ({"schedule": "step", "milestones": (math.nan,)}, "--milestones must be"),
@@ -276,31 +270,21 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
         ({"amp": "fp8"}, "--amp must be one of 'off', 'bf16', 'fp16', got 'fp8'"),
         ({"ema": 1.0}, r"--ema must be more than 0 and less than 1, as 0.999, got 1\.0"),
         ({"on_error": "ignore"}, "--on-error must be one of 'stop', 'skip', got 'ignore'"),
-        ({"workers": -1}, "--workers must be at least 0, got -1"),
         ({"depth": 101}, "--depth 101 .*nearest 100 and 106$"),
-        ({"depth": 99}, "--depth 99 .*nearest 94 and 100$"),
         ({"depth": 4}, "--depth 4 .*nearest 10$"),
         ({"depth": 41, "bn_size": None}, "--depth 41 .*nearest 40 and 43$"),
-        ({"depth": -3, "bn_size": None}, "--depth -3 .*nearest 7$"),
         ({"model": "resnet18"}, "--model must be one of densenet121, .* got 'resnet18'"),
         ({"model": "densenet121", "depth": 40}, "--model and --depth contradict"),
         ({"depth": 40, "block_config": (2, 2)}, "--depth and --block-config contradict"),
         ({"block_config": (6, 0)}, r"--block-config .*at least 1.*'6,0'"),
         ({"block_config": (1,) * 5}, "--image-size 8 is too small for 5 dense blocks.*at least 16"),
-        ({"growth_rate": 0}, "--growth-rate must be at least 1, got 0"),
         ({"bn_size": -1}, "--bn-size must be at least 1.*got -1"),
         ({"drop_rate": 1.0}, r"--drop-rate .*less than 1, got 1\.0"),
         ({"momentum": -0.1}, r"--momentum .*got -0\.1"),
         ({"lr": math.nan}, "--lr must be a positive number, got nan"),
         ({"weight_decay": -1.0}, "--weight-decay .*got -1"),
-        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
-        ({"steps": 0}, "--steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
-        ({"check_steps": -1}, "--check-steps must be at least 0, got -1"),
         ({"seed": -1}, "--seed .*got -1"),
-        ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"image_size": 0, "data": "a folder"}, "--image-size must be at least 1, got 0"),
-        ({"watch_flow": 0}, "--watch-flow must be at least 1, got 0"),
         ({"plain": True, "compare": True}, "--plain leaves no dense block for --compare"),
         ({"impl": "cuda"}, "--impl must be one of .*got 'cuda'"),
         ({"recompute": "all"}, "--recompute must be one of 'activations', 'bottlenecks', 'auto', got 'all'"),
@@ -308,7 +292,6 @@ def test_networks_start_as_wide_as_the_paper_says() -> None:
         ({"model": "densenet121", "batch_size": 1}, "--batch-size 1 leaves BatchNorm a single value"),
         ({"batch_size": 1438}, "--batch-size must be at most 1437, the training images, got 1438"),
         ({"device": "nowhere"}, "--device nowhere cannot be used: .*Use cpu, cuda or cuda:N"),
-        ({"device": "meta"}, "--device meta cannot be used"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     ],
 )
