@@ -3,12 +3,10 @@
 import errno
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.train_runs import SMALL, load, prepared, records, steps
+from helpers.train_runs import load, prepared, records, steps
 from rich.live import Live
 
 from fastdense.cli.display import Display
@@ -73,15 +71,3 @@ def test_a_printer_falls_silent_and_raises_nothing(terminal: bool) -> None:
     printer.print("three")
     assert printer.failure == errno.EPIPE
     assert "three" not in printer.file.getvalue()  # type: ignore[attr-defined]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_standard_output_is_one_line_and_status_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastdense", *SMALL, "--out", tmp_path / "run"]
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("Stopped: standard output cannot be written: No space left on device, after step 1 of ")
-    assert line.endswith(f"Resume with: fastdense train --out {tmp_path / 'run'} --resume.")

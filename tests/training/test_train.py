@@ -59,7 +59,7 @@ def test_events_tell_every_step_and_epoch(compared: tuple[Experiment, list[Event
         assert epochs[1].train_loss == pytest.approx(sum(run.losses[22:]) / 22) == run.summary().train_loss
 
 
-def test_a_summary_and_the_words_of_a_comparison_are_what_was_measured(
+def test_summaries_and_the_words_of_a_comparison_are_what_was_measured(
     compared: tuple[Experiment, list[Event]],
 ) -> None:
     experiment, _ = compared
