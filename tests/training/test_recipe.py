@@ -15,7 +15,6 @@ from helpers import train_runs
 from helpers.train_runs import DIGITS, TINY, same
 from torch import nn
 
-from fastdense.nn import DenseBlock
 from fastdense.training import experiment as experiments
 from fastdense.training.events import NonFiniteLoss, StepEvent
 from fastdense.training.run import lr_scheduler
@@ -138,9 +137,3 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad: str, monkeyp
     left = run.state_dict()
     for name in ("model", "optimizer", "scheduler", "ema", "rng"):
         assert same(left[name], good[name], name) == ""
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_plain_networks_have_no_dense_block(plain: bool) -> None:
-    model = replace(TINY, plain=plain).architecture.build(channels=1, classes=10)
-    assert any(isinstance(module, DenseBlock) for module in model.modules()) != plain

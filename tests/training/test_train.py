@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import peers, train_runs
-from helpers.blocks import randomise
+from helpers import train_runs
 from helpers.train_runs import DIGITS, FEW, same
 from torch import nn
 
@@ -214,6 +213,7 @@ def test_depth_gives_layers_per_block(depth: int, bottleneck: bool, n: int) -> N
     assert layers_per_block(depth, bottleneck=bottleneck) == n
     config = TrainConfig(depth=depth, bn_size=4 if bottleneck else None)
     assert config.architecture.arguments["block_config"] == (n, n, n)
+    assert config.architecture.arguments["num_init_features"] == (24 if bottleneck else 16), "as in the paper"
     with torch.device("meta"):
         model = config.architecture.build(channels=1, classes=10)
     # The depth counts convolutions on the longest path, and the classifier.
@@ -232,24 +232,6 @@ def test_named_models_keep_their_stem_where_images_are_large_enough() -> None:
         kernels.append(conv.kernel_size)
     assert kernels == [(3, 3), (7, 7)]
     assert TrainConfig(model="densenet121", growth_rate=8).architecture.arguments["growth_rate"] == 8
-
-
-def test_named_models_are_torchvisions() -> None:
-    model = TrainConfig(model="densenet121", image_size=32).architecture.build(channels=3, classes=1000).eval()
-    randomise(model)
-    theirs = peers.torchvision().densenet121().eval()
-    theirs.load_state_dict(model.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-4)
-
-
-def test_networks_start_as_wide_as_the_paper_says() -> None:
-    def width(**options: object) -> object:
-        return TrainConfig(growth_rate=12, **options).architecture.arguments["num_init_features"]  # type: ignore[arg-type]
-
-    assert width(depth=100) == width(block_config=(2, 3)) == 24
-    assert width(depth=40, bn_size=None) == 16
 
 
 AT_LEAST_1 = ("epochs", "steps", "batch_size", "growth_rate", "threads", "watch_flow")
