@@ -14,7 +14,7 @@ from helpers import peers
 
 pytest.importorskip("matplotlib")
 
-from helpers.train_runs import Result, command, words
+from helpers.train_runs import command, words
 
 from fastdense.cli import bench
 
@@ -33,10 +33,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(providers.MODELS, "tiny", providers.NetworkSpec(4, (2, 1), 8, 5))
     monkeypatch.setattr(options, "QUICK_MODEL", "tiny")
     monkeypatch.setattr(options, "QUICK_DEPTHS", (10, 16))
-
-
-def invoke(*arguments: object) -> Result:
-    return command("bench", *arguments)
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def written(folder: Path) -> dict[str, Any]:
     ids=["speed", "memory", "all"],
 )  # fmt: skip
 def test_records_and_pictures_are_written(tiny: None, tmp_path: Path, arguments: str, names: list[str]) -> None:
-    result = invoke(*arguments.split(), *ONE, "--json", "--out", tmp_path)
+    result = command("bench", *arguments.split(), *ONE, "--json", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     files, printed = written(tmp_path), json.loads(result.stdout)
     assert sorted(files) == names
@@ -86,14 +82,14 @@ def test_records_and_pictures_are_written(tiny: None, tmp_path: Path, arguments:
     ],
 )
 def test_wrong_options_are_told_in_a_line(arguments: str, message: str, tmp_path: Path) -> None:
-    result = invoke(*arguments.split(), "--out", tmp_path)
+    result = command("bench", *arguments.split(), "--out", tmp_path)
     assert result.exit_code == 2
     assert message in words(result.output)
     assert not list(tmp_path.iterdir())
 
 
 def test_providers_are_listed() -> None:
-    result = invoke("speed", "--providers", "list")
+    result = command("bench", "speed", "--providers", "list")
     assert result.exit_code == 0
     assert "efficient-densenet" in result.output and "compile-max-autotune" in result.output
 
@@ -105,7 +101,7 @@ def test_depth_is_handed_options_and_its_record_is_drawn(monkeypatch: pytest.Mon
         plot=lambda record, path: path.write_text(str(record["results"])),
     )
     monkeypatch.setattr(bench, "benchmark", lambda name: depth if name == "depth" else benchmark(name))
-    result = invoke("depth", "--device", "cpu", "--budget", "3GB", "--out", tmp_path)
+    result = command("bench", "depth", "--device", "cpu", "--budget", "3GB", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert (given[0].budget, given[0].device) == ("3GB", "cpu")
     assert {path.name for path in tmp_path.iterdir()} == {"depth.json", "depth.png"}
@@ -133,6 +129,6 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
 @pytest.mark.minutes
 def test_a_quick_run_of_all_comes_to_its_end(tmp_path: Path) -> None:
     peers.torchvision()
-    result = invoke("all", "--quick", "--device", "cpu", "--out", tmp_path)
+    result = command("bench", "all", "--quick", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert len(written(tmp_path)) == 5

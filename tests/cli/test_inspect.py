@@ -26,14 +26,10 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plots, name, lambda found, path, **words: path.write_bytes(b"undrawn"))
 
 
-def run(*arguments: object) -> Any:
-    return command("inspect", *arguments)
-
-
 def looked(*arguments: object, folder: Path) -> tuple[str, dict[str, Any], Path]:
     """What the command prints, its numbers and its picture."""
     picture, numbers = folder / f"new/{arguments[0]}.png", folder / f"{arguments[0]}.json"
-    result = run(*arguments, "--out", picture, "--json", numbers)
+    result = command("inspect", *arguments, "--out", picture, "--json", numbers)
     assert result.exit_code == 0, result.output
     return words(result.output), json.loads(numbers.read_text()), picture
 
@@ -140,7 +136,7 @@ def test_models_from_elsewhere(undrawn: None, tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_errors_say_what_to_do(arguments: str, message: str) -> None:
-    result = run(*arguments.split())
+    result = command("inspect", *arguments.split())
     assert result.exit_code == 2
     assert message in words(result.output), result.output
 
@@ -193,7 +189,7 @@ def test_weights_that_do_not_fit_are_refused(checkpoints: tuple[Path, Path], tmp
         (["reuse", "--weights", tmp_path / "other.pt", "--depth", 22], "does not fit the network"),
         (["reuse", "--weights", tmp_path / "list.pt"], "holds a list, not a state_dict"),
     ):
-        result = run(*arguments)
+        result = command("inspect", *arguments)
         assert result.exit_code == 2 and message in words(result.output), result.output
 
 
@@ -205,7 +201,7 @@ def test_a_full_disk_leaves_the_picture_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("fastdense.analysis.plots.reuse_picture", full)
     picture = tmp_path / "reuse.png"
     picture.write_bytes(b"before")
-    result = run("reuse", *NETWORK, "--out", picture)
+    result = command("inspect", "reuse", *NETWORK, "--out", picture)
     assert result.exit_code == 2 and "No space left on device" in words(result.output)
     assert picture.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["reuse.png"]
 
