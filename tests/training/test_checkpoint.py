@@ -168,7 +168,7 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (_edit(config={"colour": 1}), "with other options"),
         (_edit(runs={"fastdense": {"model": {}}}), "does not fit the network that it describes"),
     ],
-    ids=["cut", "flipped", "text", "folder", "foreign", "tensor", "format", "processes", "data", "options", "network"],
+    ids=["cut", "flipped", "folder", "foreign", "tensor", "format", "processes", "data", "options", "network"],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(finished: Path, out: Path, spoil: Any, message: str) -> None:
     out = out / ("a long name " * 15).strip()
