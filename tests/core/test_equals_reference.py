@@ -1,7 +1,5 @@
 """Block and stages against the reference, in float64: outputs, gradients, statistics; at once or in pieces."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -3,8 +3,6 @@
 Without a GPU: on tensors without memory, with the Triton host side; on the CPU, with an eye on every operator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

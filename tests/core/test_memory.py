@@ -1,7 +1,5 @@
 """Bytes: what is saved for backward, at the plan; ``peak_bytes`` by hand, and the bound on a training step's peak."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

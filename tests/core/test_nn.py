@@ -1,7 +1,5 @@
 """The modules: equal to their reference as a network, keys, layouts of weights, old checkpoints, copies."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import pickle

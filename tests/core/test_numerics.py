@@ -1,7 +1,5 @@
 """Error budgets of block, stem, transition and head: at most twice PyTorch's own error in the same dtype."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

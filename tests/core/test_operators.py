@@ -1,7 +1,5 @@
 """What autograd, torch.func, torch.library and torch.compile ask of block, stem, transition and head."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """What is refused, by an error that names the value and what is allowed, and what runs the reference path."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

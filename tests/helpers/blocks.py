@@ -1,7 +1,5 @@
 """A reference block and its fastdense twin, what may be changed about both, and how far apart their results are."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

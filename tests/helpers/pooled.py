@@ -1,7 +1,5 @@
 """Stem, transition and head as modules, the reference and fastdense's, for tests on whatever backend."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
