@@ -71,9 +71,8 @@ CHANGES: dict[str, Callable[[nn.Module, pytest.MonkeyPatch], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "amp"), [*((change, False) for change in CHANGES), ("plain", True)])
 @pytest.mark.parametrize("name", ["own", "torchvision"])
-@pytest.mark.parametrize("amp", [False, True])
 def test_no_operator_of_a_step_waits(name: str, change: str, amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' own bodies included, which run below the mode unless it is set again inside."""
     _, fast = networks.network(name, torch.float32)
