@@ -120,7 +120,7 @@ def test_a_step_on_the_triton_host_side_without_memory(change: str, monkeypatch:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_value_that_is_asked_for_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both nets catch a fish: a body that reads one number."""
+    """By both: a body that reads one number."""
     original = functional.update_running_statistics
 
     def curious(batch: Any, m: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 import fastdense
 from benchmarks.micro.host import host_side
 from fastdense import DenseBlock, memory, ops
+from fastdense.backends.torch_backend import TorchBackend
 from fastdense.memory import peak_bytes, saved_bytes
 from fastdense.recompute import network_sizes
 
@@ -39,10 +40,8 @@ def test_a_block_saves_what_is_planned(layers: int, bn_size: int | None, mode: s
     assert want <= saved(block, torch.randn(16, 24, 8, 8, dtype=dtype, requires_grad=True)) <= 1.03 * want
 
 
-def test_nothing_is_saved_or_allocated_for_what_lies_below_the_first_layer_that_learns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """No bottleneck, and no channel of the gradient's scratch."""
+def test_what_lies_below_the_first_layer_that_learns_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bottleneck is saved, no channel of the gradient's scratch allocated, no layer differentiated."""
     block = DenseBlock(8, 16, 4, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name.startswith(("denselayer7", "denselayer8")))
@@ -50,8 +49,15 @@ def test_nothing_is_saved_or_allocated_for_what_lies_below_the_first_layer_that_
     want = 1024 * (16 + 8 * 8 + 2 * 32) * 4
     assert want <= saved(block, x) <= 1.03 * want
     calls = calls_of(monkeypatch, ops.dense_block.schedule, "backward")
+    convolutions = calls_of(monkeypatch, TorchBackend, "bn_relu_conv_backward")
     block(x).square().sum().backward()
     assert [(G.start, G.D.shape[1]) for _, G, *_ in calls] == [(16 + 6 * 8, 16)]  # the last two layers' own output
+    assert [tuple(conv.weight.shape[:2]) for _, _, _, conv, *_ in convolutions] == [
+        (8, 32),
+        (32, 72),
+        (8, 32),
+        (32, 64),
+    ]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

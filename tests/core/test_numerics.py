@@ -43,9 +43,8 @@ BLOCKS: dict[str, tuple[Any, tuple[int, ...], float]] = {
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (name, dtype)
-        for name in BLOCKS
-        for dtype in {"autocast": LOW}.get(name, (F32,) if BLOCKS[name][2] else TOLERANCE)
+        *itertools.product(("bottleneck", "basic"), TOLERANCE), *itertools.product(("autocast",), LOW),
+        ("mean of 100", F32), ("mean of 10,000", F32),
     ],
     ids=str,
 )  # fmt: skip

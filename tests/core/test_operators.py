@@ -332,16 +332,6 @@ def test_a_failed_call_changes_nothing(name: str, primitive: str, at: int, monke
     assert_same(got, results(other, x))
 
 
-def test_no_layer_below_the_first_that_learns_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fast = block_pair(5, 6, 4, 4)
-    for name, parameter in fast.named_parameters():
-        parameter.requires_grad_(name.startswith("denselayer4"))
-    calls = blocks.calls_of(monkeypatch, TorchBackend, "bn_relu_conv_backward")
-    fast(random_input((2, 6, 3, 3)).detach()).square().sum().backward()
-    visited = [tuple(conv.weight.shape[:2]) for _, _, _, conv, *_ in calls]
-    assert visited == [(4, 16), (16, 22), (4, 16), (16, 18)]  # layer 5: 3x3, 1x1; layer 4: 3x3, 1x1
-
-
 def test_all_gradients_are_cast_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where parameters are in 16 bit: one cast for each would be more launches than everything else."""
     calls = blocks.calls_of(monkeypatch, torch, "_foreach_copy_")
