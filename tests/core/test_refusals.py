@@ -271,14 +271,13 @@ def test_what_is_unknown_runs_the_reference_path_and_says_so_once(name: str, mon
         fast(x)
 
 
-def test_global_hooks_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_global_hooks_are_respected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warn, "_said", set())
     _, fast = block_pair(2, 6, 4, 4)
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
-    try:
-        with pytest.warns(UserWarning, match="global module hook"):
-            fast(random_input((2, 6, 4, 4)))
-    finally:
-        handle.remove()
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    hook = register(lambda module, *_: seen.append(type(module).__name__))
+    with hook, pytest.warns(UserWarning, match="global module hook"):
+        fast(random_input((2, 6, 4, 4)))
     assert seen.count("Conv2d") == 4

@@ -18,7 +18,6 @@ MODES = ("activations", "bottlenecks")
 LAYOUTS = ("contiguous", "channels_last", "slice")
 NAN, INF = float("nan"), float("inf")
 
-Pair = tuple[nn.Module, nn.Module]
 Results = dict[str, Tensor | None]
 
 
@@ -78,7 +77,7 @@ def block_pair(
     spatial_dims: int = 2,
     change: Callable[[nn.Module], Any] | None = None,
     **options: Any,
-) -> Pair:
+) -> tuple[nn.Module, nn.Module]:
     """The reference block and fastdense's, same parameters and statistics; ``change`` is applied to both."""
     torch.manual_seed(0)
     arguments = (num_layers, channels, bn_size, growth_rate)
