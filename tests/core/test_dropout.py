@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,19 +30,15 @@ def test_philox_gives_the_published_vector_and_equals_plain_integers(seed: int) 
 
 
 def test_masks_have_the_right_rate_and_differ_between_layers_and_seeds() -> None:
-    """However they are cut."""
     masks = [philox.keep_mask(torch.tensor([s]), layer, 0, 100_000, 0.2) for s, layer in ((1, 0), (1, 1), (2, 0))]
     for mask in masks:
         assert abs(mask.double().mean().item() - 0.8) < 0.005
-    for start in (1, 2, 3, 4, 1001):
+    for start in (1, 2, 3, 4, 1001):  # wherever it is cut
         cut = philox.keep_mask(torch.tensor([1]), 0, start, 997, 0.2)
         assert torch.equal(cut, masks[0][start : start + 997])
     for i, j in ((0, 1), (0, 2), (1, 2)):
         agreement = (masks[i] == masks[j]).double().mean().item()
         assert abs(agreement - (0.8**2 + 0.2**2)) < 0.01
-    words = philox.philox_4x32(torch.tensor([1]), torch.arange(25_000), 0).flatten().double() / 2**32
-    histogram = np.histogram(words.numpy(), bins=20, range=(0, 1))[0]
-    assert np.abs(histogram - 5000).max() < 5 * np.sqrt(5000)
 
 
 def given_masks(seed: Tensor, per_channel: bool) -> Callable[..., Tensor]:
