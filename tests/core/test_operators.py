@@ -11,7 +11,7 @@ from helpers import blocks
 from helpers.blocks import NAN, assert_close, assert_each_close, assert_same, block_pair, random_input, results
 from helpers.pooled import BLOCKS, CASES, KINDS, PARTS, Case, Stage, pair, part, small
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fastdense
 from fastdense import functional
@@ -244,7 +244,8 @@ def test_norms_of_every_kind_in_three_steps(change: str, name: str, fresh_memory
     for seed in (1, 2, 3):  # each sees the statistics that the one before it left
         x = random_input(small("head").shape, seed=seed).detach() * seed + seed
         forward = fast if seed < 3 else lambda x: checkpoint(fast, x, use_reentrant=False)
-        got = results(fast, x.requires_grad_(), seed, forward=forward)
+        with set_checkpoint_early_stop(False):  # the forward pass runs again as a whole
+            got = results(fast, x.requires_grad_(), seed, forward=forward)
         assert_same(got, results(reference, x, seed))
 
 
