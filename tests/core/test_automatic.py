@@ -1,7 +1,5 @@
 """``recompute="auto"``: the plan, that the network obeys it, and that it says what it resolved to."""
 
-from __future__ import annotations
-
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +67,7 @@ def check_saved(network: nn.Module, x: torch.Tensor, modes: list[str | None]) ->
 
 
 def test_sizes_by_hand() -> None:
+    """Under autocast elements are half as large."""
     assert EARLY.freed == 1000 * 16 * 4
     assert EARLY.work == 1000 * (10 * 8 + 15 * 8)
     assert EARLY.saved(B) == 1000 * 20 * 4
@@ -78,6 +77,9 @@ def test_sizes_by_hand() -> None:
     assert BlockSize(10, 20, (10, 15), (), 2).saved(A) == 10 * 20 * 2
     # Backward begins with the last block: 144,000 + 74,000 are saved, 120,000 are scratch; then 200,000 with 144,000.
     assert planned_bytes([EARLY, LATE], [A, A], 1000) == (1000 + 144_000 + 74_000, 1000 + 344_000 + WORKSPACE_BYTES)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes, _ = network_sizes(small(), torch.randn(4, 3, 64, 64))
+    assert {size.itemsize for size in sizes.values()} == {2}
 
 
 def test_the_cheapest_blocks_recompute_first() -> None:
@@ -92,10 +94,7 @@ def test_the_cheapest_blocks_recompute_first() -> None:
     assert plan_recompute(blocks, needs[0] + 999, also_saved=1000) == [A, B]
     assert plan_recompute([], 0) == []
     assert plan_recompute([BlockSize(10, 20, (10, 15), (), 4)], 0) == [A], "without bottleneck nothing is recomputed"
-
-
-def test_what_was_unnecessary_is_taken_back() -> None:
-    """The cheap block frees too little; the dear one, which is needed, frees enough for both."""
+    # Taken back where it was unnecessary: the cheap block frees too little; the dear one enough for both.
     cheap, dear = BlockSize(10, 4, (4,), (2,), 4), BlockSize(1000, 50, (40, 45), (20, 20), 4)
     enough = planned_bytes([cheap, dear], [A, B])[1]
     assert planned_bytes([cheap, dear], [B, A])[1] > enough
@@ -108,6 +107,13 @@ def test_the_network_obeys_the_plan(free: Any) -> None:
     enough = int(planned_bytes(list(sizes.values()), [B, A, A], also_saved)[1] / 0.9) + 1  # nine tenths are used
     for free.bytes, modes in ((PLENTY, [A, A, A]), (enough, [B, A, A]), (0, [B, B, B]), (PLENTY, [A, A, A])):
         check_saved(network, x, modes)
+    network = small()  # of which only the end learns
+    learning = ("features.denseblock2.denselayer3", "features.denseblock2.denselayer4", "features.denseblock3")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith((*learning, "features.transition2", "features.norm5", "classifier")))
+    sizes, _ = network_sizes(network, x)
+    assert {name: len(size.reads) for name, size in sizes.items()} == {"denseblock2": 2, "denseblock3": 2}
+    check_saved(network, x, [None, A, A])
 
 
 SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -123,22 +129,6 @@ def test_planned_is_what_is_saved(name: str, free: Any) -> None:
     options, shape = SIZES[name]
     for free.bytes, mode in ((0, B), (PLENTY, A)):
         check_saved(small(**options), torch.randn(shape), [mode] * 3)
-
-
-def test_autocast_halves_the_elements() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        sizes, _ = network_sizes(small(), torch.randn(4, 3, 64, 64))
-    assert {size.itemsize for size in sizes.values()} == {2}
-
-
-def test_planned_is_what_is_saved_where_only_the_end_learns(free: Any) -> None:
-    network, x = small(), torch.randn(4, 3, 64, 64)
-    learning = ("features.denseblock2.denselayer3", "features.denseblock2.denselayer4", "features.denseblock3")
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.startswith((*learning, "features.transition2", "features.norm5", "classifier")))
-    sizes, _ = network_sizes(network, x)
-    assert {name: len(size.reads) for name, size in sizes.items()} == {"denseblock2": 2, "denseblock3": 2}
-    check_saved(network, x, [None, A, A])
 
 
 @pytest.mark.parametrize("modes", [[A, A, A, A], [B, A, A, A], [B, B, B, B]], ids=["none", "first", "all"])
@@ -190,6 +180,10 @@ def test_nothing_is_decided_without_gradients(free: Any) -> None:
 
 def test_nothing_is_asked_where_the_device_cannot_answer(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a compiler traces or a CUDA graph is captured: bottlenecks, and no word."""
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert select.may_query(torch.device("cuda")) is not capturing
+    assert select.may_query(torch.device("cpu"))
     monkeypatch.setattr("fastdense.recompute.may_query", lambda device: False)
     network, x = small(), torch.randn(4, 3, 64, 64)
     with saved_bytes(network, x) as found:
@@ -212,13 +206,6 @@ def test_a_compiled_network_asks_nothing(free: Any) -> None:
     assert (free.asked, resolved(network)) == (asked, [A] * 2)
 
 
-def test_a_device_under_capture_may_not_be_queried(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capturing in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert select.may_query(torch.device("cuda")) is not capturing
-    assert select.may_query(torch.device("cpu"))
-
-
 def test_a_block_by_itself_takes_a_quarter(free: Any) -> None:
     block, x = fastdense.DenseBlock(4, 16, 4, 8, recompute="auto"), torch.randn(4, 16, 16, 16, requires_grad=True)
     bottlenecks = 1024 * 4 * 32 * 4
@@ -232,23 +219,20 @@ def test_a_block_by_itself_takes_a_quarter(free: Any) -> None:
         assert said(block, x) == []
 
 
-def test_one_block_with_a_mode_of_its_own_ends_the_plan(free: Any) -> None:
+def test_without_a_plan_blocks_decide_by_themselves(free: Any) -> None:
+    """One has a mode of its own; a module is of unknown size; they were converted. The reference decides nothing."""
     network, x = small(), torch.randn(2, 3, 32, 32)
     network.features.denseblock2.recompute = "activations"
     free.bytes = 0
     assert len(said(network, x)) == 1  # the others' common choice, each by itself
     assert resolved(network) == [B, None, B]
-
-
-def test_a_module_of_unknown_size_ends_the_plan(free: Any) -> None:
-    network, x = small(), torch.randn(2, 3, 32, 32)
+    network = small()
     network.features.transition1 = nn.Sequential(network.features.transition1, nn.Upsample(scale_factor=2))
     assert network_sizes(network, x)[0] == {}
+    free.bytes = PLENTY
     assert "for a block by itself" in said(network, x)[0]
-
-
-def test_converted_blocks_decide_by_themselves_and_the_reference_nothing(free: Any) -> None:
     blocks = nn.Sequential(fastdense.reference.ConcatDenseBlock(3, 6, 2, 4), nn.Conv2d(18, 6, 1))
     converted = fastdense.convert(blocks, recompute="auto")
+    warn._said.clear()
     assert "for a block by itself" in said(converted, torch.randn(2, 6, 8, 8))[0]
-    assert said(small(impl="reference"), torch.randn(2, 3, 32, 32)) == []
+    assert said(small(impl="reference"), x) == []

@@ -1,11 +1,8 @@
 """Dropout: reproducible masks that nobody stores."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +13,11 @@ from fastdense import reference
 from fastdense.backends import philox
 
 
-def test_philox_gives_the_published_vectors() -> None:
-    """Known-answer vectors of Random123's Philox-4x32-10 whose fourth counter word is 0."""
+@pytest.mark.parametrize("seed", [0, 2**62 + 12345, -5], ids=["zero", "large", "negative"])
+def test_philox_gives_the_published_vector_and_equals_plain_integers(seed: int) -> None:
+    """The known answer of Random123's Philox-4x32-10."""
     zeros = philox.philox_4x32(torch.tensor([0]), torch.tensor([0]), 0)[0]
     assert [hex(v) for v in zeros.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -5])
-def test_philox_equals_plain_integers(seed: int) -> None:
     counters = [0, 1, 2**31 + 7, 2**40 + 3]
     got = philox.philox_4x32(torch.tensor([seed]), torch.tensor(counters), 9)
     for row, counter in zip(got.tolist(), counters, strict=True):
@@ -35,23 +29,16 @@ def test_philox_equals_plain_integers(seed: int) -> None:
         assert row == c
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 1001])
-def test_a_mask_does_not_depend_on_where_it_is_cut(start: int) -> None:
-    seed = torch.tensor([42])
-    whole = philox.keep_mask(seed, 3, 0, 5000, 0.3)
-    assert torch.equal(philox.keep_mask(seed, 3, start, 997, 0.3), whole[start : start + 997])
-
-
 def test_masks_have_the_right_rate_and_differ_between_layers_and_seeds() -> None:
     masks = [philox.keep_mask(torch.tensor([s]), layer, 0, 100_000, 0.2) for s, layer in ((1, 0), (1, 1), (2, 0))]
     for mask in masks:
         assert abs(mask.double().mean().item() - 0.8) < 0.005
+    for start in (1, 2, 3, 4, 1001):  # wherever it is cut
+        cut = philox.keep_mask(torch.tensor([1]), 0, start, 997, 0.2)
+        assert torch.equal(cut, masks[0][start : start + 997])
     for i, j in ((0, 1), (0, 2), (1, 2)):
         agreement = (masks[i] == masks[j]).double().mean().item()
         assert abs(agreement - (0.8**2 + 0.2**2)) < 0.01
-    words = philox.philox_4x32(torch.tensor([1]), torch.arange(25_000), 0).flatten().double() / 2**32
-    histogram = np.histogram(words.numpy(), bins=20, range=(0, 1))[0]
-    assert np.abs(histogram - 5000).max() < 5 * np.sqrt(5000)
 
 
 def given_masks(seed: Tensor, per_channel: bool) -> Callable[..., Tensor]:
@@ -69,8 +56,8 @@ def given_masks(seed: Tensor, per_channel: bool) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (2, 6, 7), (2, 6, 3, 2, 4)])
+@pytest.mark.parametrize("p", [0.2, 1.0])
+@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (2, 6, 7), (2, 6, 3, 2, 4)], ids=["2D", "1D", "3D"])
 def test_equal_to_the_reference_with_the_same_mask(
     shape: tuple[int, ...], p: float, per_channel: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

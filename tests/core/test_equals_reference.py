@@ -1,7 +1,5 @@
 """Block and stages against the reference, in float64: outputs, gradients, statistics; at once or in pieces."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any
@@ -59,9 +57,9 @@ def test_equal_at_every_shape_and_layout(name: str, mode: str, layout: str, fres
         assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("size", [300, 4000])
 @pytest.mark.parametrize(
-    ("name", "mode", "training"), [(*one, True) for one in ALL] + [(name, "", False) for name in CASES]
+    ("name", "mode", "training", "size"),
+    [(*one, True, size) for one in ALL for size in (300, 4000)] + [(name, "", False, 300) for name in CASES],
 )
 def test_equal_in_chunks(
     name: str, mode: str, training: bool, size: int, monkeypatch: pytest.MonkeyPatch, fresh_memory_is_nan: None
@@ -91,16 +89,18 @@ OF_A_BLOCK = (
     "", "conv", "norm", "denselayer2.conv1", "denselayer3.norm2", "denselayer3.norm1.weight", "denselayer1.norm1.bias",
     "denselayer1 denselayer3",
 )  # fmt: skip
-OF_A_STAGE = [
-    " ".join(names) for n in range(4) for names in itertools.combinations(("norm.weight", "norm.bias", "conv"), n)
-]
+OF_A_STAGE = ("", "norm.weight", "norm.bias", "norm")
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("input_needs", [True, False])
 @pytest.mark.parametrize(
-    ("name", "learning"), [*itertools.product(pooled.BLOCKS, OF_A_BLOCK), *itertools.product(KINDS, OF_A_STAGE)]
-)
+    ("name", "learning"),
+    [
+        *itertools.product(pooled.BLOCKS, OF_A_BLOCK), *itertools.product(KINDS, OF_A_STAGE),
+        *(("transition", f"{names} conv") for names in OF_A_STAGE),
+    ],
+)  # fmt: skip
 def test_equal_where_only_some_require_gradients(
     name: str, learning: str, input_needs: bool, training: bool, fresh_memory_is_nan: None
 ) -> None:
@@ -159,7 +159,7 @@ STEMS = {
 
 @pytest.mark.parametrize("size", [600, 1 << 22], ids=["by lines", "at once"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("period", [0, 1, 2])
+@pytest.mark.parametrize("period", [0, 1])
 @pytest.mark.parametrize("name", STEMS)
 def test_the_first_maximum_of_equal_ones_gets_the_gradient(
     name: str, period: int, training: bool, size: int, monkeypatch: pytest.MonkeyPatch, fresh_memory_is_nan: None
@@ -192,7 +192,7 @@ def test_values_are_rounded_before_they_are_compared(name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [NAN, NAN, INF], [INF, -INF, NAN, INF, NAN]])
+@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF, NAN, INF, NAN]], ids=str)
 @pytest.mark.parametrize(
     "name", ["block", "basic block", "stem 3, 2, 1", "stem 3, 1, 1", "stem 1D", "stem 3D", "transition 2", "head"]
 )
@@ -303,8 +303,7 @@ def test_every_row_is_wanted_once(images: int, height: int, width: int, at_most:
 
 
 def test_pieces_fit_into_the_scratch_where_they_can() -> None:
-    sizes = [p.read.stop - p.read.start for p in of_images(2 * 40 * 10, (40, 10), 100, halo=1)]
-    assert max(sizes) == 100  # eight lines and their neighbours
+    assert max(p.read.stop - p.read.start for p in of_images(800, (40, 10), 100, halo=1)) == 100  # ten lines
     assert [p.read.stop - p.read.start for p in of_rows(25, (5, 5), 10)] == [10, 10, 5]
 
 

@@ -3,8 +3,6 @@
 Without a GPU: on tensors without memory, with the Triton host side; on the CPU, with an eye on every operator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -73,9 +71,8 @@ CHANGES: dict[str, Callable[[nn.Module, pytest.MonkeyPatch], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "amp"), [*((change, False) for change in CHANGES), ("plain", True)])
 @pytest.mark.parametrize("name", ["own", "torchvision"])
-@pytest.mark.parametrize("amp", [False, True])
 def test_no_operator_of_a_step_waits(name: str, change: str, amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' own bodies included, which run below the mode unless it is set again inside."""
     _, fast = networks.network(name, torch.float32)
@@ -123,7 +120,7 @@ def test_a_step_on_the_triton_host_side_without_memory(change: str, monkeypatch:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_value_that_is_asked_for_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both nets catch a fish: a body that reads one number."""
+    """By both: a body that reads one number."""
     original = functional.update_running_statistics
 
     def curious(batch: Any, m: Any) -> None:

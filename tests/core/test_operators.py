@@ -1,7 +1,5 @@
 """What autograd, torch.func, torch.library and torch.compile ask of block, stem, transition and head."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from helpers import blocks
 from helpers.blocks import NAN, assert_close, assert_each_close, assert_same, block_pair, random_input, results
 from helpers.pooled import BLOCKS, CASES, KINDS, PARTS, Case, Stage, pair, part, small
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fastdense
 from fastdense import functional
@@ -39,8 +37,13 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-@pytest.mark.parametrize("mode", blocks.MODES)
-@pytest.mark.parametrize("variant", ["plain", "basic", "dropout", "frozen", "moments", "padded rows"])
+@pytest.mark.parametrize(
+    ("variant", "mode"),
+    [
+        *((variant, "activations") for variant in ("plain", "basic", "dropout", "frozen", "moments", "padded rows")),
+        *((variant, "bottlenecks") for variant in ("plain", "dropout", "padded rows")),
+    ],
+)
 def test_opcheck_of_the_block(variant: str, mode: str) -> None:
     dtype = F32 if variant == "padded rows" else F64
     arguments = (2, 4, None if variant == "basic" else 2, 3 if variant == "padded rows" else 4)
@@ -77,8 +80,9 @@ VARIANTS = (
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        *((kind, variant) for kind in KINDS for variant in VARIANTS),
-        *((f"{kind} {dims}D", "plain") for kind in KINDS for dims in (1, 3)),
+        *(("transition", variant) for variant in VARIANTS),
+        *((kind, variant) for kind in ("stem", "head") for variant in VARIANTS[:5]),
+        *((name, "plain") for name in ("stem 1D", "stem 3D", "transition 3D", "head 1D")),
     ],
 )
 def test_opcheck_of_the_pooling(name: str, variant: str) -> None:
@@ -186,13 +190,8 @@ def test_features_without_a_gradient_and_moments_with_one(kind: str) -> None:
 class _Cut(torch.autograd.Function):
     """Hands no gradient on: autograd then calls what comes before it without one."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        return None
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, grad: None)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -240,10 +239,14 @@ def test_what_is_differentiated_once_only_says_so_and_the_remedy_works(how: str,
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("change", blocks.NORMS)
 def test_norms_of_every_kind_in_three_steps(change: str, name: str, fresh_memory_is_nan: None) -> None:
+    """The last one under checkpointing, where running statistics move once."""
     reference, fast, _ = part(name, change=blocks.NORMS[change])
     for seed in (1, 2, 3):  # each sees the statistics that the one before it left
         x = random_input(small("head").shape, seed=seed).detach() * seed + seed
-        assert_same(results(fast, x.requires_grad_(), seed), results(reference, x, seed))
+        forward = fast if seed < 3 else lambda x: checkpoint(fast, x, use_reentrant=False)
+        with set_checkpoint_early_stop(False):  # the forward pass runs again as a whole
+            got = results(fast, x.requires_grad_(), seed, forward=forward)
+        assert_same(got, results(reference, x, seed))
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -275,29 +278,11 @@ def test_cotangents_of_any_strides_are_read_and_left_alone(name: str) -> None:
         got, want = (torch.autograd.grad(m(x), [x, *m.parameters()], cotangent) for m in (fast, reference))
         assert_each_close(got, want, scale=1e3)
         assert torch.equal(cotangent, before), "autograd owns it"
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_nan_in_the_cotangent_reaches_what_it_reaches_in_the_reference(name: str) -> None:
-    found = []
-    reference, fast, _ = part(name)
-    for module in (reference, fast):
-        x = random_input(small("head").shape)
-        y = module(x)
-        cotangent = torch.ones_like(y)
-        cotangent[(0, -1, 1, 1)[: y.dim()]] = NAN
-        y.backward(cotangent)
-        found.append([tensor.grad.isnan() for tensor in (x, *module.parameters())])
-    assert any(nan.any() for nan in found[0])
-    for want, got in zip(*found, strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_running_statistics_move_once_under_checkpointing(name: str) -> None:
-    reference, fast, x = part(name)
-    got = results(fast, x, forward=lambda x: checkpoint(fast, x, use_reentrant=False))
-    assert_same(got, results(reference, x))
+    random[(0, -1, 1, 1)[: len(shape)]] = NAN  # reaches what it reaches in the reference
+    got, want = (torch.autograd.grad(m(x), [x, *m.parameters()], random) for m in (fast, reference))
+    assert any(gradient.isnan().any() for gradient in want)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.float16])
@@ -348,16 +333,6 @@ def test_a_failed_call_changes_nothing(name: str, primitive: str, at: int, monke
     assert_same(got, results(other, x))
 
 
-def test_no_layer_below_the_first_that_learns_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, fast = block_pair(5, 6, 4, 4)
-    for name, parameter in fast.named_parameters():
-        parameter.requires_grad_(name.startswith("denselayer4"))
-    calls = blocks.calls_of(monkeypatch, TorchBackend, "bn_relu_conv_backward")
-    fast(random_input((2, 6, 3, 3)).detach()).square().sum().backward()
-    visited = [tuple(conv.weight.shape[:2]) for _, _, _, conv, *_ in calls]
-    assert visited == [(4, 16), (16, 22), (4, 16), (16, 18)]  # layer 5: 3x3, 1x1; layer 4: 3x3, 1x1
-
-
 def test_all_gradients_are_cast_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where parameters are in 16 bit: one cast for each would be more launches than everything else."""
     calls = blocks.calls_of(monkeypatch, torch, "_foreach_copy_")
@@ -367,30 +342,15 @@ def test_all_gradients_are_cast_in_one_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in fast.parameters())
 
 
-def test_in_place_on_the_output_is_refused_by_autograd_or_right() -> None:
-    _, fast = block_pair(2, 6, 4, 4)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        fast(random_input((2, 6, 4, 4))).relu_().sum().backward()
-    with torch.no_grad():
-        x = random_input((2, 6, 4, 4))
-        assert torch.equal(fast.eval()(x).relu_(), torch.relu(fast(x)))
-
-
 def test_two_calls_share_no_memory() -> None:
-    """The buffer belongs to one call: a second forward before the first backward changes nothing."""
+    """Neither a second forward before the first backward nor work in place on the output changes anything."""
     _, fast = block_pair(2, 6, 4, 4, change=lambda block: block.eval())
     x, other = random_input((2, 6, 4, 4)), random_input((2, 6, 4, 4)).detach() * 3
     (want,) = torch.autograd.grad(fast(x).square().sum(), x)
     first = fast(x)
-    fast(other)
+    with torch.no_grad():
+        assert torch.equal(fast(other).relu_(), torch.relu(fast(other)))
     (got,) = torch.autograd.grad(first.square().sum(), x)
     assert torch.equal(got, want)
-
-
-def test_hooks_on_the_block_see_its_output() -> None:
-    _, fast = block_pair(2, 6, 4, 4)
-    seen: list[torch.Size] = []
-    fast.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    fast.register_full_backward_hook(lambda module, grads, _: seen.append(grads[0].shape))
-    fast(random_input((2, 6, 4, 4))).square().sum().backward()
-    assert seen == [(2, 14, 4, 4), (2, 6, 4, 4)]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fast.train()(x).relu_().sum().backward()

@@ -1,7 +1,5 @@
 """What is refused, by an error that names the value and what is allowed, and what runs the reference path."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,32 +14,22 @@ from torch.nn.utils import parametrizations
 import fastdense
 from fastdense import DenseBlock, DenseLayer, DenseNet, Transition, dense_block
 from fastdense.core import warn
-from fastdense.ops import validate
 
 x = torch.zeros(3, 5, 5, 7, dtype=torch.float64)
+MEAN = torch.zeros(5, device="meta")
 Call = Callable[[Any], Any]
 Refusal = tuple[str, Call]
 
 
 def set_to(path: str, value: Any) -> Call:
     """A call of the module whose attribute ``path`` is another."""
-
-    def call(module: Any) -> Any:
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, value)
-        return module(x)
-
-    return call
+    parent, _, name = path.rpartition(".")
+    return lambda module: (setattr(module.get_submodule(parent), name, value), module(x))
 
 
 def moved(path: str, to: Any) -> Call:
     """A call of the module of which one part is elsewhere, or of another dtype."""
-
-    def call(module: Any) -> Any:
-        module.get_submodule(path).to(to)
-        return module(x)
-
-    return call
+    return lambda module: (module.get_submodule(path).to(to), module(x))
 
 
 def with_moments(*moments: Any) -> Call:
@@ -65,20 +53,15 @@ def layers(*channels_and_bn_size: Any) -> list[nn.Module]:
 # Of everything that takes features. The part in question: the error's message and the call.
 ALL: dict[str, Refusal] = {
     "too few channels": (r"5 channels.*\(3, 4, 5, 7\)", lambda m: m(x[:, :4])),
-    "too many channels": (r"5 channels.*\(3, 6, 5, 7\)", lambda m: m(torch.zeros(3, 6, 5, 7).double())),
-    "rank 3": (r"4 dimensions.*\(3, 5, 7\)", lambda m: m(x[:, :, 0])),
     "one image without a batch": (r"4 dimensions.*\(5, 5, 7\)", lambda m: m(x[0])),
     "rank 5": (r"4 dimensions.*\(3, 5, 5, 7, 1\)", lambda m: m(x[..., None])),
     "rank 0": (r"dimensions.*\(\)", lambda m: m(torch.tensor(1.0))),
     "integers": (r"floating-point.*torch.int64", lambda m: m(x.long())),
-    "booleans": (r"floating-point.*torch.bool", lambda m: m(x.bool())),
     "complex": (r"floating-point.*torch.complex128", lambda m: m(x + 0j)),
     "a list": (r"torch.Tensor, got list", lambda m: m([x])),
-    "None": (r"torch.Tensor, got NoneType", lambda m: m(None)),
     "no pixels": (r"at least one pixel.*\(3, 5, 0, 7\)", lambda m: m(x[:, :, :0])),
     "one value per channel": (r"more than 1 value per channel.*\(1, 5, 1, 1\)", lambda m: m(x[:1, :, :1, :1])),
     "unknown impl": (r"impl.*'reference'.*'cuda'", set_to("impl", "cuda")),
-    "impl of another type": (r"impl.*got 3", set_to("impl", 3)),
     "triton without kernels": (r"impl='triton' cannot run.*'torch'", set_to("impl", "triton")),
 }
 MOMENTS: dict[str, Refusal] = {
@@ -91,13 +74,11 @@ MOMENTS: dict[str, Refusal] = {
 BLOCK: dict[str, Refusal] = {
     **MOMENTS,
     "float32 features": (r"float32.*conv1 of layer 0 is torch.float64.*\.to\(\)", lambda b: b(x.float())),
-    "half features": (r"torch.float16.*torch.float64", lambda b: b(x.half())),
     "one layer half": (r"conv1 of layer 1 is torch.float16", moved("denselayer2.conv1", torch.float16)),
     "one layer elsewhere": (r"'cpu'.*conv1 of layer 1 is on 'meta'", moved("denselayer2.conv1", "meta")),
     "one norm elsewhere": (r"'cpu'.*norm2 of layer 1 is on 'meta'", moved("denselayer2.norm2", "meta")),
     "drop rate set later": (r"drop_rate of layer 1.*got 1.5", set_to("denselayer2.drop_rate", 1.5)),
     "unknown recompute": (r"recompute.*'activations'.*'all'", set_to("recompute", "all")),
-    "recompute None": (r"recompute.*None", lambda b: dense_block(x, b.values(), recompute=None)),
     "no layers": (r"at least one layer", lambda b: dense_block(x, [])),
     "layers with and without bottleneck": (r"layer 1 differs", lambda b: dense_block(x, layers((5, 2), (8, None)))),
     "layers that do not chain": (r"layer 1 .*8 channels.*9", lambda b: dense_block(x, layers((5, 2), (9, 2)))),
@@ -106,22 +87,17 @@ STAGE: dict[str, Refusal] = {
     "rank 2": (r"1 to 3 spatial dimensions.*\(3, 5\)", lambda s: s(x[..., 0, 0])),
     "rank 6": (r"1 to 3 spatial.*\(3, 5, 5, 7, 1, 1\)", lambda s: s(x[..., None, None])),
     "norm elsewhere": (r"'cpu'.*norm's weight is on 'meta'.*\.to\(\)", moved("norm", "meta")),
-    "statistics elsewhere": (
-        r"'cpu'.*norm's statistics is on 'meta'",
-        set_to("norm.running_mean", torch.zeros(5, device="meta")),
-    ),
+    "statistics elsewhere": (r"norm's statistics is on 'meta'", set_to("norm.running_mean", MEAN)),
     "x elsewhere": (r"'meta'.*'s weight is on 'cpu'", lambda s: s(x.to("meta"))),
     "another norm": (r"norm is a GroupNorm.*'reference'", set_to("norm", nn.GroupNorm(1, 5))),
 }
 WINDOWED: dict[str, Refusal] = {
-    "too small": (r"at least \(.*\) pixels.*\(3, 5, 1, 1\)", lambda s: s(x[:, :, :1, :1])),
     "too small in one dimension": (r"at least \(.*\) pixels.*\(3, 5, 5, 1\)", lambda s: s(x[..., :1])),
     "sizes for three dimensions": (r"each of 2 dimensions.*\(2, 2, 2\)", set_to("pool.kernel_size", (2, 2, 2))),
 }
 STEM: dict[str, Refusal] = {
     "no window": (r"positive sizes.*kernel_size=0", set_to("pool.kernel_size", 0)),
     "a stride backwards": (r"positive sizes.*stride=-1", set_to("pool.stride", -1)),
-    "no stride": (r"positive sizes.*stride=0", set_to("pool.stride", 0)),
     "padding of more than half": (r"at most half.*padding=2", set_to("pool.padding", 2)),
     "negative padding": (r"at most half.*padding=-1", set_to("pool.padding", -1)),
     "pooling for another rank": (r"3 dimensions, as the pooling reads", set_to("pool", nn.MaxPool1d(2))),
@@ -130,9 +106,7 @@ STEM: dict[str, Refusal] = {
 OTHER = nn.Conv2d(6, 4, 1, bias=False, dtype=torch.float64), nn.Conv1d(5, 4, 1, bias=False, dtype=torch.float64)
 TRANSITION: dict[str, Refusal] = {
     **MOMENTS,
-    "no window": (r"positive sizes.*kernel_size=0", set_to("pool", nn.AvgPool2d(0))),
     "conv elsewhere": (r"'cpu'.*conv's weight is on 'meta'", moved("conv", "meta")),
-    "conv of another dtype": (r"float64.*conv's weight is torch.float32", moved("conv", torch.float32)),
     "half features": (r"float16.*torch.float64.*autocast", lambda s: s(x.half())),
     "conv of other channels": (r"norm's 5 channels.*\(4, 6, 1, 1\)", set_to("conv", OTHER[0])),
     "conv for another rank": (r"3 dimensions, as the conv reads", set_to("conv", OTHER[1])),
@@ -142,7 +116,7 @@ REFUSED = {
     "block": ALL | BLOCK, "basic block": ALL, "stem": ALL | STAGE | WINDOWED | STEM,
     "transition": ALL | STAGE | WINDOWED | TRANSITION, "head": ALL | STAGE | MOMENTS,
 }  # fmt: skip
-KIND_OF_ERROR = dict.fromkeys(("a list", "None"), TypeError)
+KIND_OF_ERROR = {"a list": TypeError}
 KIND_OF_ERROR |= dict.fromkeys(("triton without kernels", "another norm", "indices too"), RuntimeError)
 
 
@@ -162,16 +136,12 @@ def test_a_bad_call_is_refused_and_changes_nothing(kind: str, name: str, monkeyp
 BLOCK_ARGUMENTS = {"num_layers": 2, "num_input_features": 6, "bn_size": 4, "growth_rate": 4}
 CONSTRUCTORS: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]]] = [
     (DenseBlock, BLOCK_ARGUMENTS, [
-        ("num_layers", 0), ("num_layers", -1), ("num_layers", 2.0), ("num_input_features", 0), ("bn_size", 0),
-        ("growth_rate", 0), ("growth_rate", None), ("drop_rate", 1.5), ("drop_rate", -0.1), ("drop_rate", float("nan")),
-        ("recompute", "all"), ("impl", "Triton"), ("spatial_dims", 4),
+        ("num_layers", 0), ("num_layers", 2.0), ("num_input_features", -1), ("bn_size", 0), ("growth_rate", None),
+        ("drop_rate", 1.5), ("drop_rate", float("nan")), ("recompute", "all"), ("impl", "Triton"), ("spatial_dims", 4),
     ]),
     (fastdense.reference.ConcatDenseBlock, BLOCK_ARGUMENTS, [("growth_rate", 0)]),
-    (Transition, {"num_input_features": 6, "num_output_features": 3}, [
-        ("num_output_features", 0), ("num_input_features", -2), ("impl", "fast"),
-    ]),
+    (Transition, {"num_input_features": 6, "num_output_features": 3}, [("num_output_features", 0), ("impl", "fast")]),
     (DenseNet, {}, [("block_config", ()), ("num_classes", 0), ("in_channels", 0), ("spatial_dims", 0)]),
-    (fastdense.densenet121, {}, [("impl", "gpu")]),
 ]  # fmt: skip
 ALLOWED = {
     "drop_rate": "between 0 and 1", "recompute": "'activations'", "impl": "'triton'", "spatial_dims": "one of 1, 2, 3",
@@ -216,15 +186,6 @@ def test_one_value_per_channel_is_refused_in_training_only(kind: str) -> None:
     assert_same(results(fast.eval(), x), results(reference.eval(), x))
 
 
-@pytest.mark.parametrize("dims", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_features_of_other_dimensions_are_refused(kind: str, dims: int) -> None:
-    _, fast = pair(Case(kind, (3, 5, *(4, 4, 4)[:dims])))
-    for other in {1, 2, 3} - {dims}:
-        with pytest.raises(ValueError, match=rf"{dims + 2} dimensions, as the norm reads.*\(3, 5, 4"):
-            fast(random_input((3, 5, *(4, 4, 4)[:other])))
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_everything_on_meta_has_the_shape(name: str) -> None:
     reference, fast, _ = part(name)
@@ -259,29 +220,12 @@ def test_modules_of_a_network_refuse_as_well() -> None:
         net(torch.zeros(2, 4, 32, 32))
 
 
-def test_windows_have_a_size_for_each_dimension() -> None:
-    assert validate.windows("maximum", nn.MaxPool2d(3, 2, 1)) == ("maximum", (3, 3), (2, 2), (1, 1))
-    assert validate.windows("average", nn.AvgPool3d((1, 2, 3))) == ("average", (1, 2, 3), (1, 2, 3), (0, 0, 0))
-    assert validate.windows("average", nn.AvgPool1d(2)) == ("average", (2,), (2,), (0,))
-
-
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn, "_said", set())
-
-
 def new_conv2(**options: Any) -> Callable[[nn.Module], None]:
     def change(block: nn.Module) -> None:
         torch.manual_seed(2)
         block["denselayer1"].conv2 = nn.Conv2d(16, 4, 3, padding=1, dtype=torch.float64, **options)
 
     return change
-
-
-def own_forward(block: nn.Module) -> None:
-    conv = block["denselayer1"].conv1
-    original = conv.forward
-    conv.forward = lambda h: original(h) + 1
 
 
 class Louder(fastdense.DenseLayer):
@@ -307,14 +251,15 @@ UNKNOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bias": ("bias", new_conv2()),
     "groups": ("groups", new_conv2(groups=2, bias=False)),
     "padding": ("reflect", new_conv2(padding_mode="reflect", bias=False)),
-    "own forward": ("forward of its own", own_forward),
+    "own forward": ("forward of its own", lambda b: setattr(b["denselayer1"].relu1, "forward", torch.sigmoid)),
     "class of a layer": ("Louder", lambda b: setattr(b["denselayer1"], "__class__", Louder)),
     "dropout of some layers": ("drops whole channels", lambda b: setattr(b["denselayer2"], "drop_channels", True)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_is_unknown_runs_the_reference_path_and_says_so_once(name: str) -> None:
+def test_what_is_unknown_runs_the_reference_path_and_says_so_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warn, "_said", set())
     reason, change = UNKNOWN[name]
     reference, fast = block_pair(2, 6, 4, 4)
     for block in (reference, fast):
@@ -326,13 +271,13 @@ def test_what_is_unknown_runs_the_reference_path_and_says_so_once(name: str) -> 
         fast(x)
 
 
-def test_global_hooks_are_respected() -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_global_hooks_are_respected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warn, "_said", set())
     _, fast = block_pair(2, 6, 4, 4)
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
-    try:
-        with pytest.warns(UserWarning, match="global module hook"):
-            fast(random_input((2, 6, 4, 4)))
-    finally:
-        handle.remove()
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    hook = register(lambda module, *_: seen.append(type(module).__name__))
+    with hook, pytest.warns(UserWarning, match="global module hook"):
+        fast(random_input((2, 6, 4, 4)))
     assert seen.count("Conv2d") == 4

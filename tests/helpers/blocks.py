@@ -1,7 +1,5 @@
 """A reference block and its fastdense twin, what may be changed about both, and how far apart their results are."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ MODES = ("activations", "bottlenecks")
 LAYOUTS = ("contiguous", "channels_last", "slice")
 NAN, INF = float("nan"), float("inf")
 
-Pair = tuple[nn.Module, nn.Module]
 Results = dict[str, Tensor | None]
 
 
@@ -80,7 +77,7 @@ def block_pair(
     spatial_dims: int = 2,
     change: Callable[[nn.Module], Any] | None = None,
     **options: Any,
-) -> Pair:
+) -> tuple[nn.Module, nn.Module]:
     """The reference block and fastdense's, same parameters and statistics; ``change`` is applied to both."""
     torch.manual_seed(0)
     arguments = (num_layers, channels, bn_size, growth_rate)

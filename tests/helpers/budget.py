@@ -1,7 +1,5 @@
 """The error budget that the kernels are held to, and the shapes that hurt; for tests on whatever device."""
 
-from __future__ import annotations
-
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Stem, transition and head as modules, the reference and fastdense's, for tests on whatever backend."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +11,6 @@ from fastdense import functional
 from fastdense.reference import AVG_POOL, BATCH_NORM, CONV
 from helpers.blocks import block_pair, random_input, randomise
 from helpers.budget import DEVICE as DEVICE
-from helpers.budget import TOLERANCE as TOLERANCE
 from helpers.budget import within_budget
 
 MAX_POOL: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
