@@ -1,7 +1,5 @@
 """``gradient_flow`` and ``feature_reuse``: each term is autograd's, and looking changes nothing."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Converted networks, what may be changed in them later, and the ways in which copies of them are made."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import io
