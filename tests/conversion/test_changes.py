@@ -219,7 +219,7 @@ def test_slices_of_a_converted_stem(part: str) -> None:
 
 
 def test_dropout_raised_later() -> None:
-    """The rate is read at every call, whatever it was when the block was converted."""
+    """The rate and the layer's own mode are read at every call, whatever they were when the block was converted."""
     _, ours, x = pair()
     plain = ours(x)
     for step in ours.block2.steps:
@@ -229,6 +229,8 @@ def test_dropout_raised_later() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(ours.eval()(x), ours(x))
+        ours.train().block2.steps.eval()
+        assert torch.equal(ours(x), ours(x))
 
 
 def test_global_hooks_see_every_module() -> None:

@@ -34,6 +34,20 @@ def test_every_style_has_the_same_results_in_every_mode(style: str, fused: list[
     assert_close("evaluation", ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize(("style", "mode"), [("list", "activations"), ("star, efficient", "bottlenecks")])
+def test_one_flag_of_several_asks_for_bottlenecks_and_no_flag_for_none(style: str, mode: str) -> None:
+    _, ours, x = pair(style)
+    if style != "list":
+        ours.block1.denselayer1.efficient = False
+    saved = []
+    for recompute in (None, mode):
+        fastdense.convert(ours, recompute=recompute)
+        with fastdense.memory.saved_bytes(ours, x) as counted:
+            ours(x)
+        saved.append(counted.bytes)
+    assert saved[0] == saved[1]
+
+
 @pytest.mark.parametrize("style", ["list", "appending, 3D", "stem"])
 def test_nothing_about_the_model_changes(style: str) -> None:
     """Memory that is shared stays shared, views stay views, and FSDP2 takes contiguous parameters only."""

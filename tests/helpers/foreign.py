@@ -301,7 +301,7 @@ UNSUPPORTED: dict[str, tuple[Block, str]] = {
     "layers read newest first": (variant(read=BACKWARDS), "order"),
     "something on the side": (OnTheSide, "'square'"),
     "output newest first": (variant(give=BACKWARDS), "order"),
-    "output in another order": (variant(give=lambda f: [f[0], *f[:0:-1]]), "^it concatenates in another order"),
+    "output in another order": (variant(give=lambda f: [f[0], *f[:0:-1]]), "concatenates in another order"),
     "only new features": (variant(give=lambda features: features[1:]), "leaves out its input"),  # FC-DenseNet's
     # The first and the last feature map, that one several times: the widths of a DenseNet, not its wires.
     "local": (variant(read=lambda f: [f[0], *[f[-1]] * (len(f) - 1)]), "does not read all earlier features|order"),
