@@ -1,7 +1,5 @@
 """Converted networks traced, scripted, exported and compiled: exporters see plain PyTorch, compilers one graph."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from typing import Any
@@ -14,14 +12,8 @@ from helpers.converted import kinds, pair, twins
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.core import warn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
-
-
-def evaluated(style: str) -> tuple[Any, Any, Tensor]:
-    theirs, ours, x = pair(style)
-    return theirs.eval(), ours.eval(), x.detach()
 
 
 def saved_and_loaded(module: Any) -> Any:
@@ -33,29 +25,17 @@ def saved_and_loaded(module: Any) -> Any:
 
 @pytest.mark.parametrize("style", ["list", "appending", "stem"])
 def test_traces_and_exports_hold_the_original_code_and_say_so_once(style: str) -> None:
-    theirs, ours, x = evaluated(style)
-    with pytest.warns(UserWarning, match="exported") as caught:
+    theirs, ours, x = pair(style)
+    theirs, ours, x = theirs.eval(), ours.eval(), x.detach()
+    with pytest.warns(UserWarning, match="exported") as caught:  # noqa: PT031
         program, traced = torch.export.export(ours, (x,), strict=False), torch.jit.trace(ours, (x,))
+        with contextlib.suppress(torch.onnx.errors.OnnxExporterError):  # traces, and writes where onnx is installed
+            torch.onnx.export(ours, (x,), io.BytesIO(), dynamo=False)
     assert len([w for w in caught if "fastdense" in str(w.message)]) == 1
     assert not calls_fastdense(program.graph) and not calls_fastdense(traced.inlined_graph)
-    models = [program.module(), saved_and_loaded(traced)]
-    if style == "list":
-        program = torch.export.export(ours, (x,), strict=True)
-        assert not calls_fastdense(program.graph)
-        models.append(program.module())
-    for model in models:
+    for model in (program.module(), saved_and_loaded(traced)):
         assert_close("exported", model(x * 2), theirs(x * 2))
     assert_close("itself", ours(x), theirs(x))
-
-
-def test_fastdense_own_block_exports_too() -> None:
-    warn._said.clear()
-    block = fastdense.DenseBlock(2, 6, 4, 4, dtype=torch.float64).eval()
-    x = random_input((2, 6, 5, 4)).detach()
-    with pytest.warns(UserWarning, match="exported"):
-        program = torch.export.export(block, (x,), strict=False)
-    assert not calls_fastdense(program.graph)
-    assert_close("exported", program.module()(x), block(x))
 
 
 @pytest.mark.parametrize("style", ["list", "stem"])
@@ -67,13 +47,6 @@ def test_torch_fx(style: str) -> None:
     assert {"block2.steps.2.grow", "features.pool0"} & {node.target for node in traced.graph.nodes}
     assert_same(results(ours, x), results(theirs, x))
     assert_close("traced", traced.eval()(x), theirs.eval()(x))
-
-
-def test_onnx() -> None:
-    """The exporter sees plain PyTorch: it records by ``torch.jit.trace``, and writes only where onnx is installed."""
-    _, ours, x = evaluated("list")
-    with pytest.warns(UserWarning, match="exported"), contextlib.suppress(torch.onnx.errors.OnnxExporterError):
-        torch.onnx.export(ours, (x,), io.BytesIO(), dynamo=False)
 
 
 class Scriptable(nn.Sequential):

@@ -1,7 +1,5 @@
 """Converted networks in the ways that people train: frozen norms, partial gradients, accumulation, checkpoints."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdense
-from fastdense.conversion.converted import Converted
 
 Change = Callable[[Any], Any]
 MODES = ("activations", "bottlenecks")
@@ -75,25 +72,15 @@ def test_training_modes_from_before_the_conversion_and_after_it(name: str) -> No
             assert_same(results(ours, x, step), results(theirs, x, step))
 
 
-def test_gradients_accumulate() -> None:
-    theirs, ours, x = pair("pooled")
-    for net in (theirs, ours):
-        for step in range(3):
-            output = net(x.detach() * (step + 1))
-            output.backward(random_input(output.shape, seed=step).detach())
-    for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert_close(name, got.grad, want.grad, scale=1.0)
-
-
-def test_two_forward_passes_before_a_backward() -> None:
+def test_gradients_accumulate_over_forward_passes_before_a_backward() -> None:
     """The buffer belongs to one call: nothing that backward needs is overwritten by the next."""
     theirs, ours, x = pair("pooled")
-    found = []
     for net in (theirs, ours):
-        first, second = net(x), net(x * 2 + 1)
-        found.append(torch.autograd.grad(first.square().sum() + second.sum(), [x, *net.parameters()]))
-    for i, (want, got) in enumerate(zip(*found, strict=True)):
-        assert_close(f"gradient {i}", got, want, scale=1.0)
+        first, second = net(x.detach()), net(x.detach() * 2 + 1)
+        (first.square().sum() + second.sum()).backward()
+        net(x.detach() * 3).square().sum().backward()
+    for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert_close(name, got.grad, want.grad, scale=1.0)
 
 
 class Checkpointed(nn.Module):
@@ -219,17 +206,13 @@ def test_double_backward_and_transforms_raise_and_the_reference_takes_them(style
     assert x.grad is not None and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["a new tensor", "in place"])
-def test_relu_after_a_block(inplace: bool) -> None:
-    """In place, autograd refuses: the block needs its output in backward. Never a wrong gradient."""
-    theirs, ours = twins(nn.Sequential(foreign.ListBlock(2, 6, 4), nn.ReLU(inplace), nn.Conv2d(14, 3, 1)).double())
-    assert isinstance(ours[0], Converted)
+def test_relu_in_place_after_a_block_is_refused() -> None:
+    """The block needs its output in backward: never a wrong gradient."""
+    theirs, ours = twins(nn.Sequential(foreign.ListBlock(2, 6, 4), nn.ReLU(inplace=True), nn.Conv2d(14, 3, 1)).double())
+    assert kinds(ours) == {"0": "block"}
     x = random_input((2, 6, 5, 4))
-    if inplace:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            results(ours, x)
-    else:
-        assert_same(results(ours, x), results(theirs, x))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        results(ours, x)
     with torch.no_grad():
         ours.load_state_dict(theirs.state_dict())
         assert_close("evaluation", ours.eval()(x), theirs.eval()(x))

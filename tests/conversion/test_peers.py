@@ -1,7 +1,5 @@
 """The real torchvision, timm, MONAI and torchxrayvision, converted: same results at 1e-9 in float64."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -34,7 +32,10 @@ LARGER = [
     *(("timm", f"densenet{n}") for n in ("161", "169", "201", "264d")),
     *((family, f"DenseNet{n}") for n in (169, 201, 264) for family in MONAI),
 ]
-EACH_NAME_ONCE = [*LARGER[:7], *LARGER[7::4]]  # of MONAI each in another number of dimensions
+WITH_FEW_LAYERS = [
+    ("torchvision", "densenet161"), ("timm", "densenet161"), ("timm", "densenet264d"), ("timm", "densenetblur121d"),
+    ("torchxrayvision", "DenseNet"), *((family, "DenseNet121") for family in MONAI),
+]  # fmt: skip
 # Odd, not square, and the smallest that leave the last block two pixels; in 3D one, of three images.
 SHAPES = {
     "torchxrayvision": (2, 1, 61, 29),
@@ -120,9 +121,9 @@ def same_as_the_original(family: str, name: str, net: nn.Module, verify: bool = 
     assert_close("evaluation", ours.eval()(x.detach()), theirs.eval()(x.detach()))
 
 
-@pytest.mark.parametrize(("family", "name"), SMALLEST)
+@pytest.mark.parametrize(("family", "name"), SMALLEST[:2])
 def test_the_smallest_named_networks_are_the_same(family: str, name: str) -> None:
-    """``verify`` compares each block once more, which takes longer than all the rest: once, then."""
+    """``verify`` compares each block once more, which takes longer than all the rest: here with one package's alone."""
     same_as_the_original(family, name, make(family, name), verify=family == "torchvision")
 
 
@@ -132,7 +133,7 @@ def test_all_named_networks_are_the_same(family: str, name: str) -> None:
     same_as_the_original(family, name, make(family, name))
 
 
-@pytest.mark.parametrize(("family", "name"), EACH_NAME_ONCE)
+@pytest.mark.parametrize(("family", "name"), [*LARGER[:3], ("timm", "densenet264d"), ("MONAI 3D", "DenseNet264")])
 def test_larger_named_networks_are_converted_as_a_whole(family: str, name: str) -> None:
     with torch.device("meta"):
         net = fastdense.convert(make(family, name), verify=False)
@@ -141,14 +142,11 @@ def test_larger_named_networks_are_converted_as_a_whole(family: str, name: str) 
     assert layers == LAYERS[re.sub(r"\D", "", name)]
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [("torchvision", "densenet161"), ("timm", "densenet161"), ("timm", "densenet264d")]
-)
-def test_wider_named_networks_are_the_same_with_few_layers(family: str, name: str) -> None:
-    """With few layers, the others are the smallest."""
+@pytest.mark.parametrize(("family", "name"), WITH_FEW_LAYERS)
+def test_other_named_networks_are_the_same_with_few_layers(family: str, name: str) -> None:
     with few_layers(package(family).DenseNet):
         net = make(family, name)
-    same_as_the_original(family, name, net)
+    same_as_the_original(family, name, net, verify=False)
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -226,13 +224,9 @@ def test_memory_efficient_updates_statistics_twice_and_fastdense_once(family: st
     assert saved[0] < 0.8 * saved[1], "the flag did not mean recompute='bottlenecks'"
 
     counter = "features.denseblock1.denselayer1.norm1.num_batches_tracked"
-    statistics = "features.denseblock1.denselayer1.norm1.running_mean"
-    before = theirs.state_dict()[statistics].clone()
     for step in (1, 2):
         got, want = results(ours, x), results(theirs, x)
         assert (int(got[counter]), int(want[counter])) == (step, 2 * step)
-    batch = [(value[statistics] - before * decay) / (1 - decay) for value, decay in ((got, 0.9**2), (want, 0.9**4))]
-    assert_close("batch mean", batch[0], batch[1], 1e-6)
     for key in want:
         if key.endswith(".grad"):
             assert_close(key, got[key], want[key], scale=1.0)
@@ -262,7 +256,6 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], Counter[str]]] = {
     "deep stem": ("timm", {"stem_type": "deep"}, ALL),
     "blurring transitions": ("timm", BLUR, Counter(block=2)),
     **{f"timm {name}": ("timm", {"act_layer": name}, Counter()) for name in ("silu", "prelu", "identity")},
-    **{f"MONAI {name}": ("MONAI 2D", {"act": name}, Counter()) for name in ("prelu", "swish")},
     "instance norm": ("MONAI 2D", {"norm": "instance"}, Counter()),
     "group norm": ("MONAI 2D", {"norm": ("group", {"num_groups": 2})}, Counter()),
 }

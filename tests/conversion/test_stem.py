@@ -1,8 +1,5 @@
 """A converted Sequential runs BN-ReLU-MaxPool as one, and calls all its other children as they are."""
 
-from __future__ import annotations
-
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -16,21 +13,6 @@ from torch import Tensor, nn
 
 import fastdense
 from fastdense import functional
-
-WITHOUT_STEM = {name: kind for name, kind in FEATURES.items() if kind != "stem"}
-
-
-@pytest.mark.parametrize("pool", [
-    nn.MaxPool2d(2), nn.MaxPool2d((3, 2), (1, 2), (1, 0)), nn.MaxPool2d(3, 1), nn.MaxPool2d(2, 3),
-], ids=["2x2", "3x2, padded", "overlapping", "with gaps"])  # fmt: skip
-def test_windows_of_other_sizes_are_fused(pool: nn.Module, fused: list[tuple[int, ...]]) -> None:
-    theirs, _, x = pair("stem")
-    theirs.features.pool0 = pool
-    ours = fastdense.convert(copy.deepcopy(theirs))
-    assert kinds(ours) == FEATURES
-    fused.clear()
-    assert_same(results(ours, x), results(theirs, x))
-    assert len(fused) == 1
 
 
 class Sideways(nn.Sequential):
@@ -50,9 +32,7 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], str | None]] = {
     "with indices": (_child("pool0", nn.MaxPool2d(3, 2, 1, return_indices=True)), "tuple"),
     "AvgPool": (_child("pool0", nn.AvgPool2d(3, 2, 1)), None),
     "SiLU": (_child("relu0", nn.SiLU()), None),
-    "ReLU6": (_child("relu0", nn.ReLU6()), None),
     "InstanceNorm": (_child("norm0", nn.InstanceNorm2d(6)), None),
-    "GroupNorm": (_child("norm0", nn.GroupNorm(2, 6)), None),
     "parametrized norm": (
         lambda net: nn.utils.parametrize.register_parametrization(net.features.norm0, "weight", nn.Softplus()), None
     ),
@@ -72,7 +52,8 @@ def test_other_structures_stay(name: str) -> None:
     theirs, ours = (foreign.build("stem")[0] for _ in range(2))
     change(theirs), change(ours)
     fastdense.convert(ours)
-    assert kinds(ours) == WITHOUT_STEM and type(ours.features) is type(theirs.features)
+    assert {"features": "stem", **kinds(ours)} == FEATURES and "features" not in kinds(ours)
+    assert type(ours.features) is type(theirs.features)
     found = [entry for entry in fastdense.plan(ours) if entry.kind == "stem"]
     assert [entry.action for entry in found] == ([] if reason is None else ["skip"])
     assert all(entry.reason and reason in entry.reason for entry in found)
@@ -82,14 +63,14 @@ def test_other_structures_stay(name: str) -> None:
         assert_same(results(ours, x), results(theirs, x), 1e-9)
 
 
-@pytest.mark.parametrize("what", ["output", "statistics"])
+@pytest.mark.parametrize("what", ["output", "NaN", "statistics"])
 def test_a_wrong_stem_is_seen_by_verify(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = functional.fused_pool
 
     def wrong(x: Tensor, norm: Any, weight: Any, pool: Any, impl: str) -> Any:
         y, moments = original(x, norm, weight, pool, impl)
-        if pool.kind == "maximum" and what == "output":
-            y = y * (1 + 1e-7)
+        if pool.kind == "maximum" and what != "statistics":
+            y = y * (1 + 1e-7 if what == "output" else float("nan"))
         elif pool.kind == "maximum":
             norm.running_mean += 1e-6
         return y, moments

@@ -1,11 +1,8 @@
 """Converted networks, what may be changed in them later, and the ways in which copies of them are made."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -52,19 +49,11 @@ def types(model: nn.Module) -> list[type]:
     return [type(module) for module in model.modules()]
 
 
-def _pickle(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
 def _save(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
-
-
-def _averaged(model: nn.Module) -> nn.Module:
-    return torch.optim.swa_utils.AveragedModel(model).module
 
 
 def _replica(model: nn.Module) -> nn.Module:
@@ -78,4 +67,7 @@ def _replica(model: nn.Module) -> nn.Module:
     return replica
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": _pickle, "save": _save, "averaged": _averaged, "replica": _replica}
+COPIES = {
+    "deepcopy": copy.deepcopy, "save": _save, "replica": _replica,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}  # fmt: skip

@@ -1,7 +1,5 @@
 """DenseNets in the ways that people write them, and in ways that fastdense must leave alone."""
 
-from __future__ import annotations
-
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -57,6 +55,19 @@ class ListBlock(nn.Module):
         return torch.cat(self.give(features), 1)
 
 
+class Switchable(ListLayer):
+    """Something in its ``forward`` that is off when the model is converted, and a child that is missing then."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gain, self.extra = 1, None
+
+    def forward(self, features: Any) -> Tensor:
+        h = super().forward(features)
+        h = h if self.gain == 1 else h * self.gain
+        return h if self.extra is None else self.extra(h)
+
+
 class StarLayer(nn.Module):
     """Called with the features as separate arguments; ``efficient`` recomputes the first half in backward."""
 
@@ -90,7 +101,7 @@ class StarBlock(nn.Module):
         features = [x]
         for layer in self.children():
             features.append(layer(*features))
-        return torch.cat(features, 1)
+        return torch.cat(features, -3)
 
 
 class AppendingLayer(nn.Sequential):
@@ -165,6 +176,7 @@ class Features(nn.Module):
 STYLES: dict[str, Callable[[], nn.Module]] = {
     "list": lambda: Net(ListBlock),
     "list, no bottleneck": lambda: Net(ListBlock, bottleneck=None),
+    "list, switchable": lambda: Net(variant(layer=Switchable)),
     "list, 1D": lambda: Net(ListBlock, dims=1),
     "star": lambda: Net(StarBlock),
     "star, efficient": lambda: Net(StarBlock, efficient=True),
@@ -199,7 +211,7 @@ class CannotBeEvaluated(ListBlock):
     """Foreign code may raise anything, anywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training and x.requires_grad:
             raise AssertionError("no evaluation, please")
         return super().forward(x)
 
@@ -236,16 +248,6 @@ class ScaledLayer(ListLayer):
         return super().forward(features) * 1.0001
 
 
-class PReLULayer(ListLayer):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.act = nn.PReLU()
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        h = self.squeeze(self.act(self.bn_a(torch.cat(list(features), 1))))
-        return self.grow(F.relu(self.bn_b(h)))
-
-
 class PostActivationLayer(ListLayer):
     """Conv-BN-ReLU instead of BN-ReLU-Conv; the widths agree."""
 
@@ -256,14 +258,6 @@ class PostActivationLayer(ListLayer):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         h = F.relu(self.bn_a(self.squeeze(torch.cat(list(features), 1))))
         return F.relu(self.bn_b(self.grow(h)))
-
-
-class DropPathLayer(ListLayer):
-    """Drops whole images, with a generator of its own."""
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        h = super().forward(features)
-        return h * h.new_empty(h.shape[0], 1, 1, 1).bernoulli_(0.5) if self.training else h
 
 
 class SharedBlock(ListBlock):
@@ -286,10 +280,6 @@ def changed(change: Callable[[Any], Any], **options: Any) -> Block:
     return block
 
 
-def _other_norm(norm: Callable[[int], nn.Module]) -> Block:
-    return changed(lambda layer: setattr(layer, "bn_a", norm(layer.squeeze.in_channels)))
-
-
 def _other_convolution(bottleneck: int | None = 3, **options: Any) -> Block:
     def change(layer: Any) -> None:
         shape = layer.grow.in_channels, layer.grow.out_channels
@@ -304,34 +294,32 @@ def _own_forward(layer: Any) -> None:
 
 
 BACKWARDS = operator.itemgetter(slice(None, None, -1))
-NewestFirst = variant(read=BACKWARDS, give=BACKWARDS)
 
 UNSUPPORTED: dict[str, tuple[Block, str]] = {
-    "newest first": (NewestFirst, "order"),
     "cannot be extended": (CannotBeExtended, "cannot become another class.*nobody"),
     "cannot be copied": (CannotBeCopied, "cannot be copied.*one of a kind"),
     "layers read newest first": (variant(read=BACKWARDS), "order"),
     "something on the side": (OnTheSide, "'square'"),
     "output newest first": (variant(give=BACKWARDS), "order"),
+    "output in another order": (variant(give=lambda f: [f[0], *f[:0:-1]]), "concatenates in another order"),
     "only new features": (variant(give=lambda features: features[1:]), "leaves out its input"),  # FC-DenseNet's
     # The first and the last feature map, that one several times: the widths of a DenseNet, not its wires.
     "local": (variant(read=lambda f: [f[0], *[f[-1]] * (len(f) - 1)]), "does not read all earlier features|order"),
     "scaled": (variant(layer=ScaledLayer), "'mul'"),
     "scaled in evaluation": (SilentlyScaled, "output differs in evaluation"),
+    "raises in evaluation": (CannotBeEvaluated, "cannot be checked.*no evaluation"),
     "bias": (_other_convolution(None, bias=True), "bias"),  # FC-DenseNet's
-    "GroupNorm": (_other_norm(lambda channels: nn.GroupNorm(1, channels)), "group_norm"),
-    "InstanceNorm": (_other_norm(nn.InstanceNorm2d), "instance_norm"),
+    "GroupNorm": (
+        changed(lambda layer: setattr(layer, "bn_a", nn.GroupNorm(1, layer.squeeze.in_channels))), "group_norm"
+    ),
     "groups": (_other_convolution(groups=4), "4 groups"),
     "dilation": (_other_convolution(padding=2, dilation=2), "dilation"),
     "reflecting": (_other_convolution(padding_mode="reflect"), "reflect"),
     "weight norm": (changed(lambda layer: parametrizations.weight_norm(layer.grow)), "parametrization"),
-    "old weight norm": (changed(lambda layer: nn.utils.weight_norm(layer.grow)), "computed from other parameters"),
     "pruned": (
         changed(lambda layer: prune.random_unstructured(layer.grow, "weight", 0.3)), "computed from other parameters"
     ),
     "own forward": (changed(_own_forward), "forward of its own"),
-    "PReLU": (variant(layer=PReLULayer), "prelu"),
     "post-activation": (variant(layer=PostActivationLayer), "relu"),
-    "drop path": (variant(layer=DropPathLayer), "'mul'"),
     "shared layers": (SharedBlock, "more than once"),
 }  # fmt: skip

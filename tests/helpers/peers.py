@@ -1,7 +1,5 @@
 """The packages whose DenseNets are converted, imported without the dependencies that their networks do not need."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
