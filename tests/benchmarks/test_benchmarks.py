@@ -102,7 +102,6 @@ def test_a_fresh_process_yields_as_it_goes_and_one_that_dies_is_no_result(status
 def candidates(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """One right provider, one whose gradients are wrong, one that is not to be had and one that fails."""
     peers.torchvision()
-
     right = PROVIDERS["fastdense-activations"]
 
     def fails(spec: NetworkSpec) -> torch.nn.Module:

@@ -71,7 +71,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     return Distributions(source, wheel, set(files) - set(about), texts)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fresh_python(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of a new environment that holds the wheel, and sees today's torch but not today's fastdense.
 
@@ -118,15 +118,13 @@ def test_metadata_names_what_is_needed_and_constraints_pin_it_within_its_range(d
         assert all(one.specifier.contains(version) for version in versions), one
 
 
-def test_wheel_imports_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
+def test_wheel_imports_and_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
     found = json.loads(run(fresh_python, "-c", WHERE, cwd=tmp_path))
     site = Path(found["site-packages"])
     assert fresh_python.parents[1] in site.parents
     assert found["modules"] == [str(site / "fastdense" / name) for name in ("__init__.py", "kernels/__init__.py")]
     assert site not in Path(found["top-level kernels"] or "").parents
 
-
-def test_wheel_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
     for package in ("typer", "matplotlib", "torchvision"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
