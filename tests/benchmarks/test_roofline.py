@@ -1,7 +1,5 @@
 """The traffic model against the kernels' own loads and stores, and the report that compares floors with times."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
