@@ -97,34 +97,25 @@ def test_without_time_a_stage_is_not_reached(run: Runs) -> None:
     assert not complete and found["finish"]["status"] == "not reached"
 
 
-def ended(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The exit status of the command."""
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        command.main()
-    return exit_.value.code
-
-
-@pytest.mark.parametrize("rehearsal", [False, True], ids=["on a GPU", "in a rehearsal"])
+@pytest.mark.parametrize(
+    ("gpu", "options", "status"), [(True, [], 0), (True, ["--rehearse"], 0), (False, [], 2)],
+    ids=["on a GPU", "in a rehearsal", "without a GPU"],
+)  # fmt: skip
 def test_kernels_are_interpreted_only_in_a_rehearsal_whatever_the_environment_says(
-    rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    gpu: bool, options: list[str], status: int, monkeypatch: Any, tmp_path: Path, capsys: Any
 ) -> None:
     found: list[str | None] = []
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if rehearsal else "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if options else "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(Run, "run", lambda *_: found.append(os.environ.get("TRITON_INTERPRET")) or True)
     monkeypatch.setattr(command, "summary", lambda stages: "")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert ended(["--out", str(tmp_path), *["--rehearse"] * rehearsal], monkeypatch) == 0
-    assert found == ["1" if rehearsal else None]
-
-
-def test_without_a_gpu_the_run_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ended(["--out", str(tmp_path)], monkeypatch) == 2
-    assert "--rehearse" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    assert exit_.value.code == status
+    assert found == ([] if not gpu else ["1"] if options else [None])
+    assert ("--rehearse" in capsys.readouterr().err) == (not gpu)
 
 
 def rehearse(folder: Path, *options: Any) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def stage_record(rehearsal: bool = False) -> dict[str, Any]:
     return {"stages": {"layers": {"status": "ok", "environment": environment, "result": profiles}}}
 
 
-def test_bars_are_sums_over_a_step_and_fractions_of_the_floor_and_a_rehearsals_say_so() -> None:
+def test_the_command_shows_a_steps_sums_and_fractions_of_the_floor_and_a_rehearsals_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     groups = roofline.bars_of_record(stage_record())
     assert len(groups) == 2 and all("Imaginary GPU" in title and "modelled floor" in title for title in groups)
     assert all("REHEARSAL" in title for title in roofline.bars_of_record(stage_record(rehearsal=True)))
@@ -110,10 +112,6 @@ def test_bars_are_sums_over_a_step_and_fractions_of_the_floor_and_a_rehearsals_s
     of_layers = sum(bar.times for bar in group if bar.operation in (*traffic.FORWARD, *traffic.BACKWARD))
     assert of_layers == 4 * sum(network.layers)
 
-
-def test_the_command_shows_a_record_and_refuses_one_without_kernels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     record, picture = tmp_path / "gpu.json", tmp_path / "kernels.png"
     record.write_text(json.dumps(stage_record()))
     roofline.main(["--record", str(record), "--plot", str(picture)])
