@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +21,6 @@ from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, Stage, 
 from benchmarks.gpu.summary import CHARACTERS, summary
 from benchmarks.harness import checkout
 
-Runs: TypeAlias = Callable[..., tuple[bool, list[str], dict[str, Any]]]
-
 
 def stage(name: str, function: str = "finish", seconds: float = 120.0, **options: Any) -> Stage:
     return Stage(name, getattr(gpu_stages, function), seconds, **options)
@@ -34,7 +31,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Runs:
+def run(tmp_path: Path) -> Any:
     """Runs stages into one folder; returns whether all finished, of which stages was said something, the record."""
 
     def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str], dict[str, Any]]:
@@ -55,7 +52,7 @@ def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time() -> None:
     assert worker.wait() == {"status": "ok", "seconds": 1.0, "result": {}}
 
 
-def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> None:
+def test_however_a_stage_ends_the_next_one_runs(run: Any, tmp_path: Path) -> None:
     ends = {
         "fail": "failed", "run_out_of_memory": "out of memory", "crash": "crashed", "exit_early": "crashed",
         "hang": "timed out", "finish": "ok", "cannot_run_here": "skipped",
@@ -78,7 +75,7 @@ def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> No
     assert len(summary(found)) <= CHARACTERS
 
 
-def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(run: Runs) -> None:
+def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(run: Any) -> None:
     """And those in the background end before the first timed one."""
     complete, said, found = run(
         stage("beside", background=True), stage("a"), stage("b"), stage("broken", "break_the_device"),
@@ -92,7 +89,7 @@ def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(
     assert found["timed"]["result"]["earlier"] == ["a", "apart", "b", "beside", "broken", "c"]
 
 
-def test_without_time_a_stage_is_not_reached(run: Runs) -> None:
+def test_without_time_a_stage_is_not_reached(run: Any) -> None:
     complete, _, found = run(stage("finish"), minutes=0.0)
     assert not complete and found["finish"]["status"] == "not reached"
 
