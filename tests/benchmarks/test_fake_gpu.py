@@ -1,7 +1,5 @@
 """What a GPU would compile, asked of one that computes nothing, in processes of their own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -60,15 +58,11 @@ print(report(), hits)
 
 def test_a_step_compiles_few_kernels_and_other_sizes_none() -> None:
     """Neither the last batch of an epoch, nor another size of the images, nor more layers."""
-    first, *others = [
-        ("densenet121", 64, 224), ("densenet121", 63, 224), ("densenet121", 64, 192), ("densenet121", 250, 224),
-        ("densenet121", 41, 256), ("densenet201", 64, 224),
-    ]  # fmt: skip
-    said = compiled(STEPS, json.dumps([first, *others])).splitlines()
-    counts = [[int(number) for number in line.split()] for line in said]
-    assert 10 < counts[0][0] <= 24, counts
-    assert [new for _, new in counts[1:-1]] == [0] * (len(others) - 1), counts
-    assert counts[-1][1] <= 1, counts  # a wider transition
+    asked = [("densenet121", *one) for one in ((64, 224), (63, 224), (41, 256))]
+    said = compiled(STEPS, json.dumps([*asked, ("densenet201", 64, 224)])).splitlines()
+    (first, _), *others = [[int(number) for number in line.split()] for line in said]
+    assert 10 < first <= 24, said
+    assert [new for _, new in others[:-1]] == [0] * 2 and others[-1][1] <= 1, said  # a wider transition
 
 
 def test_what_is_compiled_ahead_is_found_on_another_machine(tmp_path: Path) -> None:

@@ -1,17 +1,14 @@
 """The run on a GPU: no stage takes another down, the command records and sums up what they found, all is rehearsed."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -24,26 +21,24 @@ from benchmarks.gpu.run import LOG, PICTURE, RECORD, START_SECONDS, Run, Stage, 
 from benchmarks.gpu.summary import CHARACTERS, summary
 from benchmarks.harness import checkout
 
-Runs: TypeAlias = Callable[..., tuple[bool, list[str], dict[str, Any]]]
-
 
 def stage(name: str, function: str = "finish", seconds: float = 120.0, **options: Any) -> Stage:
     return Stage(name, getattr(gpu_stages, function), seconds, **options)
 
 
-def entries(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text(), parse_constant=pytest.fail)["stages"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Runs:
+def run(tmp_path: Path) -> Any:
     """Runs stages into one folder; returns whether all finished, of which stages was said something, the record."""
 
     def run_them(*stages: Stage, minutes: float = 9.0) -> tuple[bool, list[str], dict[str, Any]]:
         said: list[str] = []
         complete = Run(tmp_path, minutes=minutes, rehearsal=True, say=said.append).run(stages)
         assert {path.name for path in tmp_path.iterdir()} <= {RECORD, LOG}
-        return complete, [line.partition(":")[0] for line in said], entries(tmp_path)
+        return complete, [line.partition(":")[0] for line in said], read(tmp_path)
 
     return run_them
 
@@ -57,7 +52,7 @@ def test_a_stage_that_ended_long_before_it_is_asked_for_was_in_time() -> None:
     assert worker.wait() == {"status": "ok", "seconds": 1.0, "result": {}}
 
 
-def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> None:
+def test_however_a_stage_ends_the_next_one_runs(run: Any, tmp_path: Path) -> None:
     ends = {
         "fail": "failed", "run_out_of_memory": "out of memory", "crash": "crashed", "exit_early": "crashed",
         "hang": "timed out", "finish": "ok", "cannot_run_here": "skipped",
@@ -69,7 +64,8 @@ def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> No
     assert (found["fail"]["result"], found["crash"]["result"]) == ({"saved": 1}, {"saved": 2})
     assert "SIGSEGV" in found["crash"]["error"] and "the last thing that it said" in found["crash"]["error"]
     assert found["hang"]["seconds"] < START_SECONDS
-    assert gone(found["hang"]["result"]["helper"])
+    helper = Path(f"/proc/{found['hang']['result']['helper']}/stat")  # where nobody waits for orphans: a zombie
+    assert not helper.exists() or helper.read_text().rpartition(")")[2].split()[0] == "Z"
     assert found["finish"]["result"]["not finite"] == ["nan", "inf"]
     assert found["finish"]["result"]["earlier"] == []  # what has failed is no result to build on
     assert found["cannot_run_here"]["error"] == "no such tool"
@@ -79,15 +75,7 @@ def test_however_a_stage_ends_the_next_one_runs(run: Runs, tmp_path: Path) -> No
     assert len(summary(found)) <= CHARACTERS
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended; where nobody waits for orphans it stays as a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(run: Runs) -> None:
+def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(run: Any) -> None:
     """And those in the background end before the first timed one."""
     complete, said, found = run(
         stage("beside", background=True), stage("a"), stage("b"), stage("broken", "break_the_device"),
@@ -101,30 +89,30 @@ def test_stages_share_a_process_until_one_breaks_the_device_or_asks_for_its_own(
     assert found["timed"]["result"]["earlier"] == ["a", "apart", "b", "beside", "broken", "c"]
 
 
-def test_without_time_a_stage_is_not_reached(run: Runs) -> None:
+def test_without_time_a_stage_is_not_reached(run: Any) -> None:
     complete, _, found = run(stage("finish"), minutes=0.0)
     assert not complete and found["finish"]["status"] == "not reached"
 
 
-@pytest.mark.parametrize("rehearsal", [False, True], ids=["on a GPU", "in a rehearsal"])
+@pytest.mark.parametrize(
+    ("gpu", "options", "status"), [(True, [], 0), (True, ["--rehearse"], 0), (False, [], 2)],
+    ids=["on a GPU", "in a rehearsal", "without a GPU"],
+)  # fmt: skip
 def test_kernels_are_interpreted_only_in_a_rehearsal_whatever_the_environment_says(
-    rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    gpu: bool, options: list[str], status: int, monkeypatch: Any, tmp_path: Path, capsys: Any
 ) -> None:
     found: list[str | None] = []
-
-    def run(self: Run, stages: Any) -> bool:
-        found.append(os.environ.get("TRITON_INTERPRET"))
-        return True
-
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if rehearsal else "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Run, "run", run)
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if options else "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(Run, "run", lambda *_: found.append(os.environ.get("TRITON_INTERPRET")) or True)
     monkeypatch.setattr(command, "summary", lambda stages: "")
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path), *["--rehearse"] * rehearsal])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path), *options])
     with pytest.raises(SystemExit) as exit_:
         command.main()
-    assert exit_.value.code == 0 and found == ["1" if rehearsal else None]
+    assert exit_.value.code == status
+    assert found == ([] if not gpu else ["1"] if options else [None])
+    assert ("--rehearse" in capsys.readouterr().err) == (not gpu)
 
 
 def rehearse(folder: Path, *options: Any) -> dict[str, Any]:
@@ -133,7 +121,7 @@ def rehearse(folder: Path, *options: Any) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     report = done.stdout[done.stdout.index("REHEARSAL") :]
     assert len(report) <= CHARACTERS + 1 and "no picture" not in done.stdout
-    found = entries(folder)
+    found = read(folder)
     skipped = {name for name, entry in found.items() if entry["status"] == "skipped"}
     assert skipped <= {"counters", "depth"}
     assert all(found[name]["status"] == "ok" and f" {name} " in report for name in found.keys() - skipped)
@@ -185,16 +173,6 @@ def test_timed_stages_come_last_but_for_the_checks_and_time_every_provider() -> 
     assert {*chain(*eager)} == {*steps.PLAIN, steps.COMPILED, steps.REDUCED} and {*chain(*graphed)} == {*steps.PLAIN}
 
 
-def test_without_a_gpu_the_run_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit_:
-        command.main()
-    assert exit_.value.code == 2 and "--rehearse" in capsys.readouterr().err
-
-
 # Without the .pth files of the environment, and so without the editable install.
 UNINSTALLED = f"""
 import importlib.util, sys
@@ -211,20 +189,12 @@ print(fastdense.kernels.__name__, fastdense.kernels.__file__, fastdense.kernels.
 """
 
 
-def test_tests_run_and_find_the_kernels_in_a_checkout_that_is_not_installed() -> None:
+def test_tests_run_in_a_checkout_that_is_not_installed_and_only_its_package_is_given_its_kernels() -> None:
     done = python("-S", "-c", UNINSTALLED)
     assert done.returncode == 0, done.stdout + done.stderr
     *_, counts, files = done.stdout.splitlines()
     assert counts == "0 1", done.stdout
-    assert files.split() == [
-        "fastdense.kernels",
-        *(str(ROOT / "kernels" / name) for name in ("__init__.py", "launch.py")),
-    ]
-
-
-def test_only_this_checkouts_package_is_given_these_kernels() -> None:
-    find = checkout._Kernels.find_spec
-    assert find("fastdense.kernels", ["/elsewhere/fastdense"]) is None
-    assert find("fastdense.nn", [str(ROOT / "fastdense")]) is None
-    found = find("fastdense.kernels", [str(ROOT / "fastdense")])
-    assert found is not None and found.origin == str(ROOT / "kernels" / "__init__.py")
+    kernels = [str(ROOT / "kernels" / name) for name in ("__init__.py", "launch.py")]
+    assert files.split() == ["fastdense.kernels", *kernels]
+    assert checkout._Kernels.find_spec("fastdense.kernels", ["/elsewhere/fastdense"]) is None
+    assert checkout._Kernels.find_spec("fastdense.nn", [str(ROOT / "fastdense")]) is None

@@ -1,7 +1,5 @@
 """The stages of a run on a GPU: nothing wrong is timed, and whatever is wrong or missing is said."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -50,11 +48,12 @@ def test_candidates_are_of_every_main_kernel_on_every_map_and_the_table_comes_fi
         assert all(dataclasses.replace(launch.LaunchConfig(16, 16, 16), **change).num_warps for change in changes)
         assert changes[0] == changes[-1] == {} and all(changes[1:-1])
         assert case.width >= case.shape.reads or case.shape.taps > 1
-    blocks = [case for case in found if case.operation in (*traffic.FORWARD, *traffic.BACKWARD)]
+    in_blocks = {*traffic.FORWARD, *traffic.BACKWARD}
+    blocks = [case for case in found if case.operation in in_blocks]
     assert len(blocks) == 16 and {case.spatial[0] for case in blocks} == {56, 28, 14, 7}
-    assert all(len(found[case]) > 7 for case in blocks)
+    assert all(len(found[case]) > 7 for case in blocks) and len(found) == 16 + 3 + 2 * 3
     around = {traffic.MOMENTS, *traffic.MAX_POOL, *traffic.TRANSITION}
-    assert {case.operation for case in found if case not in blocks} == around and len(found) == 16 + 3 + 2 * 3
+    assert {case.operation for case in found} == in_blocks | around
 
 
 # How many results each operation has, if not rows and two moments.
@@ -64,7 +63,7 @@ RESULTS = {
 }  # fmt: skip
 
 
-def errors_of(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
+def errors_of(case: Case, dtype: torch.dtype, impl: str = "torch") -> dict[str, float]:
     primitive = primitives.Primitive(case, dtype, CPU, impl)
     return primitives.errors(primitive, primitives.expected(primitive))
 
@@ -75,7 +74,7 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
     operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, name = SMALL[operation], METHOD[operation]
-    errors = errors_of(case, dtype, "torch")
+    errors = errors_of(case, dtype)
     assert primitives.passes(errors, dtype), errors
     assert len(errors) == RESULTS.get(operation, 3)
     real = getattr(TorchBackend, name)
@@ -90,7 +89,6 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
 
     def too_small(self: Any, *arguments: Any, **options: Any) -> Any:
         *others, last = real(self, *arguments, **options)
-        assert last is not None
         return [*others, last * 0.9]
 
     backward = name.endswith("backward")
@@ -105,15 +103,12 @@ def test_a_right_primitive_passes_and_one_that_skips_a_row_or_scales_a_gradient_
 def test_a_maximum_is_checked_against_values_that_were_rounded_before() -> None:
     """The variance of rounded values is off by a percent from that of unrounded ones."""
     case = Case(traffic.MAX_POOL[0], traffic.Shape(2 * 112 * 112, 16, 16, 1, 2), 2, 16)
-    errors = errors_of(case, torch.bfloat16, "torch")
+    errors = errors_of(case, torch.bfloat16)
     assert primitives.passes(errors, torch.bfloat16), errors
 
 
-def test_the_files_of_the_tests_that_run_on_a_gpu_exist() -> None:
-    assert [name for name in checks.TESTS if not (runner.ROOT / name).is_file()] == []
-
-
 def test_the_reason_of_a_failed_test_and_of_a_crashed_worker_is_recorded(job: Job, tmp_path: Path) -> None:
+    assert all((runner.ROOT / name).is_file() for name in checks.TESTS)
     failing = tmp_path / "test_it.py"
     failing.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'x' * 9999\n")
     recorder = checks._Recorder(job)
@@ -122,10 +117,9 @@ def test_the_reason_of_a_failed_test_and_of_a_crashed_worker_is_recorded(job: Jo
     ((name, reason),) = job.result["failures"].items()
     assert name.endswith("test_it.py::test_b (call)") and reason.startswith("AssertionError: xxx")
     assert len(reason) == checks.REASON_CHARACTERS
-    words = "worker 'gw1' crashed"
     crashed = {"when": "???", "passed": False, "failed": True, "outcome": "failed", "nodeid": "a test"}
-    recorder.pytest_runtest_logreport(types.SimpleNamespace(**crashed, longrepr=words, longreprtext=words))
-    assert job.result["failures"]["a test (???)"] == words
+    recorder.pytest_runtest_logreport(types.SimpleNamespace(**crashed, longrepr="gw1 crashed", longreprtext="crashed"))
+    assert job.result["failures"]["a test (???)"] == "crashed"
 
 
 def test_a_candidate_that_is_wrong_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
@@ -259,11 +253,9 @@ def test_reruns_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, job: Jo
 
 
 def test_the_summary_stays_short_and_puts_the_largest_loss_first() -> None:
-    rows = [
-        {"operation": operation, "m": 10**m, "times": 2, "seconds": 1e-3 * (m + 1), "floor_seconds": 1e-3}
-        for operation in (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD)
-        for m in range(4)
-    ]
+    row = {"times": 2, "floor_seconds": 1e-3}
+    operations = (traffic.COPY, *traffic.FORWARD, *traffic.BACKWARD)
+    rows = [row | {"operation": name, "m": 10**m, "seconds": 1e-3 * (m + 1)} for name in operations for m in range(4)]
     failed = entry({}, status="failed", error="x" * 3000, environment={"device": "some GPU", "rehearsal": False})
     stages: dict[str, Any] = {f"stage {i}": failed for i in range(20)}
     profile = {"kernels": 9, "device_seconds": 0.1, "ours_seconds": 0.1, "busy": 0.5, "rows": rows, "others": {"a": 1}}
@@ -290,8 +282,6 @@ case "$2 {behaviour}" in
     *) echo "========= ERROR SUMMARY: 0 errors" ;;
 esac
 """
-
-
 FOUND: dict[str, list[int | None]] = {"right": [0, 0], "hazard": [0, 2], "hang": [0, None], "crash": [None, None]}
 
 
@@ -311,16 +301,15 @@ def test_what_the_sanitizer_says_is_read(behaviour: str, monkeypatch: pytest.Mon
     assert ("2 found" in text) == (behaviour == "hazard")
 
 
-def test_without_the_tool_the_sanitizers_stage_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_primitive_goes_under_the_sanitizer_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert SMALL.keys() == METHOD.keys()
+    assert all(case.shape.m % 16 and case.shape.reads % 16 for case in SMALL.values())  # tiles that are not full
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(kernels, "PLACES", ())
     with pytest.raises(Skip, match="not installed"):
         kernels.sanitizer(Job("stage", time.time() + 60, rehearsal=False))
-
-
-def test_every_primitive_goes_under_the_sanitizer() -> None:
-    assert SMALL.keys() == METHOD.keys()
-    assert all(case.shape.m % 16 and case.shape.reads % 16 for case in SMALL.values())  # tiles that are not full
 
 
 def test_depth_is_asked_for_12_gb_and_for_no_longer_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,15 @@
-"""Committed records are whole, pages say what they say, and pictures and tables can be made of them."""
-
-from __future__ import annotations
+"""Committed records are whole, those of `make micro` too; pages agree with them, and pictures can be drawn of them."""
 
 import copy
+import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import Done, python
 
 from benchmarks.harness import runner
 from benchmarks.report import render
@@ -73,30 +74,21 @@ def test_a_checkout_without_history_is_told_its_commit(monkeypatch: pytest.Monke
     assert runner.environment()["commit"] == "abc"
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_committed_records_are_as_documented(path: Path) -> None:
-    assert not complaints(json.loads(path.read_text()))
-
-
-def test_rows_of_every_kind_are_as_documented() -> None:
+def test_committed_records_are_as_documented_and_so_are_rows_of_every_kind() -> None:
     assert len(RECORDS) >= 3
+    assert {path: found for path in RECORDS if (found := complaints(json.loads(path.read_text())))} == {}
     assert not complaints(speed_record()) and not complaints(memory_record())
+    assert "interrupted" in speed_conditions({**speed_record(), "complete": False})
 
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
-    [
-        ("schema", 99, "schema must be"),
-        ("commit", None, "commit is None"),
-        ("date", "yesterday", "no date"),
-        ("settings/batch", True, "settings.batch"),
-        ("results/torchvision/step/p20", 99.0, "no timing"),
-        ("results/torchvision/step/repeats", 0, "no timing"),
-        ("results/torchvision/checked", False, "although its check did not pass"),
-        ("results/torchvision/speedup", 2.0, "speedup is not known"),
-        ("results/wrong", {}, "must say checked"),
-    ],
-)
+    [("schema", 99, "schema must be"), ("commit", None, "commit is None"), ("date", "yesterday", "no date"),
+     ("settings/batch", True, "settings.batch"), ("results/torchvision/step/p20", 99.0, "no timing"),
+     ("results/torchvision/checked", False, "although its check did not pass"),
+     ("results/wrong/bytes_peak", 1, "although its check did not pass"),
+     ("results/torchvision/speedup", 2.0, "speedup is not known"), ("results/wrong", {}, "must say checked")],
+)  # fmt: skip
 def test_what_is_not_documented_is_noticed(place: str, value: Any, words: str) -> None:
     record = inner = speed_record()
     *path, last = place.split("/")
@@ -123,9 +115,48 @@ def test_pictures_are_drawn_of_records_and_none_where_nothing_was_measured(
         assert plots.pictures({**record(), "results": results}, tmp_path / "none") == []
 
 
-def test_a_caption_says_the_conditions() -> None:
-    record = speed_record()
-    caption = speed_conditions(record)
-    for condition in ("float32", "channels_last", "35 interleaved steps", record["torch"], record["processor"]):
-        assert condition in caption
-    assert "interrupted" not in caption and "interrupted" in speed_conditions({**record, "complete": False})
+MICRO = runner.RESULTS / "cpu" / "micro.json"
+
+
+def micro(*options: str) -> Done:
+    """The suite behind ``make micro`` in a process of its own: without Triton's interpreter, no worker of this run."""
+    pytest.importorskip("pytest_benchmark")
+    hidden = ("PYTEST_", "TRITON_INTERPRET")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    return python("-m", "pytest", "benchmarks/micro", "-p", "no:cacheprovider", *options, environment=environment)
+
+
+def check_micro(path: Path) -> list[str]:
+    """It holds what records hold, and neither every round's time nor names; returns its benchmarks."""
+    record = json.loads(path.read_text())
+    assert {"schema", "date", "command", "commit", "device", "processor", "threads", "torch"} <= record.keys()
+    assert "node" not in record["machine_info"] and "branch" not in record["commit_info"]
+    for benchmark in record["benchmarks"]:
+        assert 0 < benchmark["stats"]["min"] <= benchmark["stats"]["median"] and "data" not in benchmark["stats"]
+        assert benchmark["options"]["timer"] == "thread_time"
+    return [benchmark["fullname"] for benchmark in record["benchmarks"]]
+
+
+def test_all_micro_benchmarks_run_and_are_in_the_committed_record() -> None:
+    recorded = check_micro(MICRO)
+    if importlib.util.find_spec("torchvision") is None:  # found, not imported: a CPU build of PyTorch cannot
+        pytest.skip("torchvision is not installed")
+    done = micro("--benchmark-disable", "-v")
+    assert done.returncode == 0, done.stdout[-4000:]
+    ran = re.findall(r"^(benchmarks/micro/\S+::.+?) PASSED", done.stdout, re.MULTILINE)
+    assert sorted(ran) == sorted(recorded), "run `make micro-baseline`"
+
+
+def test_a_micro_benchmark_that_became_slower_fails_and_one_that_became_faster_does_not(tmp_path: Path) -> None:
+    record, before, after = json.loads(MICRO.read_text()), tmp_path / "before.json", tmp_path / "after.json"
+    slower = "test_plan_recompute"
+    for benchmark in record["benchmarks"]:
+        benchmark["stats"]["min"] *= 1e-3 if benchmark["name"] == slower else 1e3
+    before.write_text(json.dumps(record))
+    compare = (f"--benchmark-compare={before}", "--benchmark-compare-fail=min:50%", f"--benchmark-json={after}")
+    timed = ("--benchmark-only", "--benchmark-timer=time.thread_time", "--benchmark-max-time=0.05")
+    done = micro("-k", "test_plan_recompute or (test_choose and warm)", *timed, *compare)
+    assert done.returncode != 0 and "2 selected" in done.stdout, done.stdout[-4000:]
+    regressions = re.findall(r"^\t(\S+).* has failed ", done.stdout + done.stderr, re.MULTILINE)
+    assert regressions == [slower], done.stdout[-4000:] + done.stderr[-4000:]
+    check_micro(after)

@@ -1,8 +1,6 @@
 """The traffic model's floors against numbers counted by hand, and its shapes against those of the networks."""
 
-from __future__ import annotations
-
-from typing import Any
+from collections.abc import Iterable
 
 import pytest
 
@@ -22,24 +20,9 @@ def test_primitives_move_and_compute_what_is_counted_by_hand() -> None:
     only_reader = Traffic(4 * (2 * 320 + 2 * 1280) + 36864 * (4 + 4), 4 * 10 * 36864)
     assert traffic.floor("backward of the only reader", spatial) == only_reader
     assert traffic.floor("copy", Shape(10, 64, 64, 1, 2)) == Traffic(2560, 0)
-
-
-@pytest.mark.parametrize("reads", [64, 224, 1000])
-def test_a_layer_moves_what_its_formula_says(reads: int) -> None:
-    """Forward ``C_l + 2B + k`` elements a pixel, backward ``3*C_l + 4B + 2k``, beside the weights."""
-    m, bottleneck, k = 1000, 128, 32
-    first, second = Shape(m, reads, bottleneck, 1, 1), Shape(m, bottleneck, k, 9, 1)
-    weights = reads * bottleneck + 9 * bottleneck * k
-    forward = sum(traffic.primitive(*part).bytes for part in zip(traffic.FORWARD, (first, second), strict=True))
-    backward = sum(traffic.primitive(*part).bytes for part in zip(traffic.BACKWARD, (first, second), strict=True))
-    assert forward - weights == m * (reads + 2 * bottleneck + k)
-    assert backward - (1 + traffic.GRADIENT_BYTES) * weights == m * (3 * reads + 4 * bottleneck + 2 * k)
-
-
-def test_the_basic_layer_adds_to_the_gradient_of_what_it_read() -> None:
-    shape = Shape(10, 48, 12, 9, 2)
-    alone, shared = (traffic.primitive("backward 3x3", shape, bottleneck=b).bytes for b in (True, False))
-    assert shared - alone == 10 * 48 * 2
+    # a basic layer's 3x3 is not the only reader: it adds to the gradient of what it read
+    alone, shared = (traffic.primitive("backward 3x3", spatial, bottleneck=b).bytes for b in (True, False))
+    assert shared - alone == 4 * 1280
 
 
 def test_a_small_network_is_listed_in_full() -> None:
@@ -77,21 +60,16 @@ def test_shapes_are_those_of_the_network(name: str) -> None:
     assert [o.shape.reads for o in found if o.name == traffic.MEAN[0]] == [model.classifier.in_features]
 
 
-def outside_blocks(*given: Any) -> Traffic:
-    """All of ``traffic.around`` together."""
-    parts = [traffic.primitive(one.name, one.shape) for one in traffic.around(*given)]
-    return Traffic(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+def together(found: Iterable[Operation]) -> Traffic:
+    parts = [(traffic.primitive(one.name, one.shape), one.times) for one in found]
+    return Traffic(sum(part.bytes * times for part, times in parts), sum(part.flops * times for part, times in parts))
 
 
 def test_densenet121_in_16_bit_moves_about_160_mb_an_image() -> None:
     network = traffic.NETWORKS["densenet121"]
     one, two = (traffic.network_traffic(network, batch, 224, 2).bytes for batch in (1, 2))
     assert 155e6 < two - one < 165e6  # weights are read once for the whole batch
-    parts = [
-        traffic.primitive(o.name, o.shape).bytes * o.times
-        for o in traffic.operations(network, 1, 224, 2) + traffic.around(network, 1, 224, 2)
-    ]
-    assert one == sum(parts)
+    assert one == together(traffic.operations(network, 1, 224, 2) + traffic.around(network, 1, 224, 2)).bytes
 
 
 def test_outside_the_blocks_counted_by_hand() -> None:
@@ -103,27 +81,24 @@ def test_outside_the_blocks_counted_by_hand() -> None:
     inputs = 2 * 3 * (64 * 16 + 16 * 12)
     transition = 2 * (3 * 64 * 24 + 2 * 16 * 12) + 24 * 12 * (2 + 2 + 4)
     head = 2 * 3 * 16 * 20
-    found = outside_blocks(network, 1, 32, 2)
+    found = together(traffic.around(network, 1, 32, 2))
     assert found.bytes == stem + inputs + transition + head
     products = 2 * 2 * 256 * weight + (2 + 4) * 16 * 24 * 12
     assert found.flops == products + 3 * (conv + 64 * 16 + 16 * 12)
 
 
 def test_outside_the_blocks_of_a_network_for_small_images() -> None:
-    small = Network(growth_rate=8, layers=(1,), init_features=16, stem_stride=1)
-    assert [operation.name for operation in traffic.around(small, 1, 32, 1)] == [
-        *traffic.STEM, traffic.RESOLVE, *traffic.MEAN
-    ]  # fmt: skip
+    found = traffic.around(Network(growth_rate=8, layers=(1,), init_features=16, stem_stride=1), 1, 32, 1)
+    assert [operation.name for operation in found] == [*traffic.STEM, traffic.RESOLVE, *traffic.MEAN]
     stem = 1024 * 2 * (3 + 16) + 9 * 3 * 16 * (1 + 4)
-    assert outside_blocks(small, 1, 32, 1).bytes == stem + 1024 * (3 * 16 + 3 * 24)
+    assert together(found).bytes == stem + 1024 * (3 * 16 + 3 * 24)
 
 
 def test_a_networks_floor_is_the_sum_over_primitives_of_the_slower_of_moving_and_computing() -> None:
     network = Network(growth_rate=8, layers=(2,), init_features=16)
     total = traffic.network_traffic(network, 4, 32, 2)
-    moving = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e30)
-    computing = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e30, matmul_rate=1e9)
+    rates = ((1e9, 1e30), (1e30, 1e9), (1e9, 1e9))
+    moving, computing, both = (traffic.network_floor_seconds(network, 4, 32, 2, *rate) for rate in rates)
     assert moving == pytest.approx(total.bytes / 1e9)
     assert computing == pytest.approx(total.flops / 1e9)
-    both = traffic.network_floor_seconds(network, 4, 32, 2, copy_rate=1e9, matmul_rate=1e9)
     assert max(moving, computing) < both <= moving + computing

@@ -1,7 +1,5 @@
 """Stages that end in every way a stage can end."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """Processes that tests start: Python with the checkout and the helpers in reach, alone or twice with gloo."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

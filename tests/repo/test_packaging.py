@@ -1,6 +1,4 @@
-"""What gets installed: the wheel's content, and that the kernels import from a wheel and from a checkout."""
-
-from __future__ import annotations
+"""What gets installed, and that it imports: from a wheel, from a checkout, and without Triton or what is optional."""
 
 import importlib.metadata
 import importlib.util
@@ -14,12 +12,11 @@ import tarfile
 import venv
 import zipfile
 from email import message_from_string
-from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers.processes import LIBRARIES, ROOT
+from helpers.processes import LIBRARIES, ROOT, compiled
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -30,9 +27,7 @@ import importlib.metadata, importlib.util, json, sysconfig
 import fastdense, fastdense.kernels
 top_level = importlib.util.find_spec("kernels")
 print(json.dumps({
-    "fastdense": fastdense.__file__,
-    "fastdense.kernels": fastdense.kernels.__file__,
-    "metadata": str(importlib.metadata.distribution("fastdense").locate_file("")),
+    "modules": [fastdense.__file__, fastdense.kernels.__file__],
     "version": fastdense.__version__,
     "top-level kernels": top_level and top_level.origin,
     "site-packages": sysconfig.get_path("purelib"),
@@ -57,10 +52,6 @@ class Distributions(NamedTuple):
     code: set[str]
     about: dict[str, str]  # the texts of the wheel's metadata, by file
 
-    @property
-    def metadata(self) -> Message:
-        return message_from_string(self.about["METADATA"])
-
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
@@ -80,13 +71,12 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     return Distributions(source, wheel, set(files) - set(about), texts)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fresh_python(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of a new environment that holds the wheel, and sees today's torch but not today's fastdense.
 
-    A path line in a ``.pth`` file makes a folder importable without obeying the ``.pth`` files inside it. An
-    editable install consists of such a file, so it stays out. The wheel goes in first, while pip sees nothing
-    else: afterwards it would find today's fastdense and take the version for installed.
+    A path line in a ``.pth`` file makes a folder importable without obeying the ``.pth`` files inside it, of which an
+    editable install consists. The wheel goes in first: else pip would take today's fastdense for an installed one.
     """
     pytest.importorskip("pip")
     home = tmp_path_factory.mktemp("environment")
@@ -99,64 +89,41 @@ def fresh_python(distributions: Distributions, tmp_path_factory: pytest.TempPath
     return python
 
 
-def is_inside(path: str | None, folder: Path) -> bool:
-    return path is not None and folder in Path(path).parents
-
-
-def installed_name(source: Path) -> str:
-    package, *rest = source.relative_to(ROOT).parts
-    return "/".join([package if package == "fastdense" else f"fastdense/{package}", *rest])
-
-
-def test_wheel_holds_the_package_and_nothing_else(distributions: Distributions) -> None:
+def test_wheel_holds_the_package_and_the_source_archive_all_that_it_is_made_of(distributions: Distributions) -> None:
     modules = [path for folder in ("fastdense", "kernels") for path in (ROOT / folder).rglob("*.py")]
     for folder in (".", "compiled", "harness", "report"):  # records stay out, and what needs a checkout: gpu, micro
         modules += (ROOT / "benchmarks" / folder).glob("*.py")
-    expected = {installed_name(path) for path in modules} | {"fastdense/py.typed"}
-    assert "fastdense/kernels/__init__.py" in expected
-    assert distributions.code == expected
-
-
-def test_source_archive_holds_the_folders_and_the_licence(distributions: Distributions) -> None:
-    needed = {"LICENSE", "pyproject.toml", "fastdense/py.typed", "kernels/__init__.py", "benchmarks/speed.py"}
-    assert needed <= distributions.source
+    names = {path.relative_to(ROOT).as_posix() for path in modules} | {"fastdense/py.typed"}
+    assert distributions.code == {f"fastdense/{name}".replace("fastdense/fastdense/", "fastdense/") for name in names}
+    assert names | {"LICENSE", "pyproject.toml"} <= distributions.source
     assert not any(name.startswith(("benchmarks/results", "benchmarks/gpu")) for name in distributions.source)
 
 
-def test_wheel_metadata(distributions: Distributions) -> None:
-    metadata, about = distributions.metadata, distributions.about
+def test_metadata_names_what_is_needed_and_constraints_pin_it_within_its_range(distributions: Distributions) -> None:
+    metadata = message_from_string(distributions.about["METADATA"])
     found = [metadata[name] for name in ("Name", "License-Expression", "Requires-Python")]
     assert found == ["fastdense", "Apache-2.0", ">=3.10"]
-    assert "Apache License" in about["licenses/LICENSE"]
-    assert "fastdense = fastdense.cli.main:main" in about["entry_points.txt"]
+    assert "Apache License" in distributions.about["licenses/LICENSE"]
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {r.name for r in needed if "extra" not in str(r.marker)} == {"torch", "triton"}
     capped = [str(r) for r in needed for part in r.specifier if part.operator not in {">=", "!="}]
     assert not capped, "an upper bound in a library blocks its users' upgrades"
 
-
-def test_constraints_pin_every_direct_dependency_within_its_range(distributions: Distributions) -> None:
     lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     pins = {canonicalize_name(r.name): r.specifier for r in map(Requirement, filter(None, lines))}
-    for line in distributions.metadata.get_all("Requires-Dist", []):
-        needed = Requirement(line)
-        name = canonicalize_name(needed.name)
-        assert name in pins, f"{name} is not in constraints.txt"
-        versions = [part.version for part in pins[name] if part.operator in {"==", "<="}]
-        assert versions, f"constraints.txt leaves the newest {needed.name} open"
-        assert all(needed.specifier.contains(version) for version in versions), line
+    for one in needed:
+        versions = [part.version for part in pins[canonicalize_name(one.name)] if part.operator in {"==", "<="}]
+        assert versions, f"constraints.txt leaves the newest {one.name} open"
+        assert all(one.specifier.contains(version) for version in versions), one
 
 
-def test_wheel_imports_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
+def test_wheel_imports_and_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
     found = json.loads(run(fresh_python, "-c", WHERE, cwd=tmp_path))
     site = Path(found["site-packages"])
-    assert fresh_python.parents[1] in site.parents and Path(found["metadata"]) == site
-    files = [site / "fastdense" / "__init__.py", site / "fastdense" / "kernels" / "__init__.py"]
-    assert [Path(found[name]) for name in ("fastdense", "fastdense.kernels")] == files
-    assert not is_inside(found["top-level kernels"], site)
+    assert fresh_python.parents[1] in site.parents
+    assert found["modules"] == [str(site / "fastdense" / name) for name in ("__init__.py", "kernels/__init__.py")]
+    assert site not in Path(found["top-level kernels"] or "").parents
 
-
-def test_wheel_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> None:
     for package in ("typer", "matplotlib", "torchvision"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -174,8 +141,35 @@ def test_wheel_benchmarks_from_anywhere(fresh_python: Path, tmp_path: Path) -> N
 def test_this_checkout_is_what_is_imported_elsewhere_and_here(tmp_path: Path) -> None:
     found = json.loads(run(sys.executable, "-c", WHERE, cwd=tmp_path))
     remedy = "these tests need an editable install of this checkout: make env"
-    files = [ROOT / folder / "__init__.py" for folder in ("fastdense", "kernels")]
-    assert [Path(found[name]) for name in ("fastdense", "fastdense.kernels")] == files, remedy
-    assert [Path(module.__file__ or "") for module in (fastdense, fastdense.kernels)] == files, remedy
+    files = [str(ROOT / folder / "__init__.py") for folder in ("fastdense", "kernels")]
+    assert found["modules"] == files == [fastdense.__file__, fastdense.kernels.__file__], remedy
     assert found["version"] != "0+unknown", remedy
-    assert not is_inside(found["top-level kernels"], ROOT / "kernels")
+    assert ROOT / "kernels" not in Path(found["top-level kernels"] or "").parents
+
+
+BARE = """
+import sys
+
+class Missing:
+    asked = []
+
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {"triton", "torchvision", "timm", "rich", "typer", "sklearn", "matplotlib"}:
+            Missing.asked.append(name)
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing)
+import torch
+Missing.asked.clear()
+import fastdense, fastdense.kernels
+print(Missing.asked)
+sys.meta_path.remove(Missing)
+sys.modules["triton"] = None
+block = fastdense.DenseBlock(2, 4, 4, 4)
+block(torch.randn(2, 4, 5, 5)).square().sum().backward()
+print(block["denselayer1"].conv1.weight.grad is not None, fastdense.backends.explain("cpu")[0])
+"""
+
+
+def test_import_asks_for_nothing_optional_and_training_works_without_triton() -> None:
+    assert compiled(BARE).splitlines() == ["[]", "True torch"]

@@ -1,7 +1,5 @@
 """README and docs: their Python runs, their links lead somewhere, their commands, flags and files exist."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
@@ -58,12 +56,13 @@ def test_python_of_every_page_runs_in_order() -> None:
     assert failed.keys() == broken.keys(), failed
 
 
-def test_the_readme_shows_what_it_says() -> None:
+def test_the_readme_shows_one_use_at_once_and_links_every_page_of_the_docs() -> None:
     assert ROOT / "README.md" in RUNNABLE
     text = (ROOT / "README.md").read_text()
     first = text.index("```python")
     assert text[:first].count("\n") < 8, "one sentence, then one line of use"
     assert "model = fastdense.convert(model)" in text[first : text.index("```", first + 3)]
+    assert [page for page in DOCS if f"](docs/{page.name}" not in text] == []
 
 
 def anchors(page: Path) -> set[str]:
@@ -86,13 +85,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{target}: no such heading"
 
 
-def test_every_page_of_the_docs_is_linked_from_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert [page for page in DOCS if f"](docs/{page.name}" not in text] == []
-
-
 @each_page
-def test_targets_modules_and_files_exist(page: Path) -> None:
+def test_targets_modules_files_commands_and_flags_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:`|^    |^)make ([a-z][a-z-]+)", text, re.MULTILINE):
@@ -103,14 +97,10 @@ def test_targets_modules_and_files_exist(page: Path) -> None:
     for file in re.findall(r"`((?:tests|benchmarks|fastdense|kernels)/[\w/]+\.\w+)`", text):
         assert (ROOT / file).exists(), file
 
-
-@each_page
-def test_commands_and_flags_exist(page: Path) -> None:
     typer = pytest.importorskip("typer")
     from fastdense.cli.app import app
 
     commands = typer.main.get_command(app).commands
-    text = page.read_text()
     shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     lines = re.findall(r"^fastdense .+", shell, re.MULTILINE)
     for line in (*lines, *re.findall(r"`(fastdense [a-z][^`]*)`", FENCED.sub("", text))):
