@@ -1,7 +1,5 @@
 """Run by ``torchrun`` with two processes, as ``distributed_blocks.py``: whole networks, and their stages."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import warnings

@@ -26,18 +26,19 @@ def speed_up() -> None:
     Triton has changed, the interpreter stays as slow as it is.
     """
     from triton import language as tl
-    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    needed = (
-        (interpreter, ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")),
-        (TritonSemantic, ("computation_type_impl", "cast", "broadcast_impl_value")),
-        (tl.block_type(tl.int32, [1]).shape, ("values",)),
-    )
-    if not all(hasattr(owner, name) for owner, names in needed for name in names):
+    needed = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in needed) or not hasattr(
+        tl.block_type(tl.int32, [1]).shape, "values"
+    ):
         return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     patched: set[str] = set()
+    dtypes: dict[str, Any] = {}
+    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
+    shapes: dict[Any, tuple[Any, Any]] = {}
 
     @functools.cache
     def languages(function: Any) -> set[str]:
@@ -54,20 +55,11 @@ def speed_up() -> None:
         types.clear()
         launch(self, *arguments, **keywords)
 
-    def remembered(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-        known: dict[Any, Any] = {}
-
-        def look_up(*arguments: Any) -> Any:
-            name = key(*arguments)
-            if name not in known:
-                known[name] = make(*arguments)
-            return known[name]
-
-        return look_up
-
-    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
-    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
-    shapes: dict[Any, tuple[Any, Any]] = {}
+    def known_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_type(dtype)
+        return dtypes[name]
 
     def known_type(self: Any, element: Any, shape: Any) -> None:
         key = id(element), *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
@@ -84,24 +76,9 @@ def speed_up() -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar
         self.numel, self.shape = shapes[key]
 
-    cast, broadcast = TritonSemantic.cast, TritonSemantic.broadcast_impl_value
-
-    def cast_others(self: Any, value: Any, kind: Any, *rest: Any) -> Any:
-        return value if value.dtype is kind.scalar else cast(self, value, kind, *rest)
-
-    def broadcast_others(self: Any, left: Any, right: Any) -> Any:
-        a, b = left.type, right.type
-        same = a.is_block() and b.is_block() and a.shape.values == b.shape.values
-        return (left, right) if same else broadcast(self, left, right)
-
     tl.block_type.__init__, tl.tensor.__init__ = known_type, known_shape
-    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others
-    TritonSemantic.computation_type_impl = remembered(
-        TritonSemantic.computation_type_impl,
-        lambda self, a, a_is_scalar, b, *rest: (a.name, a_is_scalar, b.name, *rest),
-    )
-    interpreter._get_np_dtype = remembered(interpreter._get_np_dtype, lambda dtype: dtype.scalar.name)
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_dtype
+    interpreter.GridExecutor.__call__ = launch_afresh
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 

@@ -1,7 +1,5 @@
 """Whole small networks, own and converted, each beside the one that it must equal."""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import warnings

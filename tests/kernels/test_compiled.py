@@ -1,7 +1,5 @@
 """The kernels compiled for GPUs that are not here: no spills, tensor cores, wide loads; and the committed record."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json

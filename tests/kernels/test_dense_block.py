@@ -1,7 +1,5 @@
 """The Triton kernels against a float64 truth, PyTorch and the torch backend: on a GPU, or in Triton's interpreter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
@@ -12,8 +10,6 @@ import torch
 from helpers import blocks
 from helpers.blocks import assert_close, block_pair, random_input, results
 from helpers.budget import BF16, DEVICE, F16, F32, SHAPES, Guarded, check_budget, check_shape, ordinary_gammas, tiles
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastdense
@@ -320,21 +316,6 @@ def test_each_primitive_on_slices_of_wider_tensors_writes_nothing_beside_them(na
     want = run(truth, torch.float64, torch.float64)
     for name, value in want.items():
         assert_close(name, got[name], value.reshape(got[name].shape), tolerance)
-
-
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(
-    channels=st.integers(1, 20),
-    bn_size=st.one_of(st.none(), st.integers(1, 4)),
-    k=st.sampled_from([1, 2, 3, 8, 12]),
-    batch=st.integers(2, 3),
-    spatial=st.lists(st.integers(2, 6), min_size=1, max_size=3),
-    mode=st.sampled_from(["activations", "bottlenecks"]),
-)
-def test_block_equals_the_reference_at_any_shape(
-    channels: int, bn_size: int | None, k: int, batch: int, spatial: list[int], mode: str
-) -> None:
-    check_budget((1, channels, bn_size, k), (batch, channels, *spatial), F32, recompute=mode)
 
 
 def test_an_empty_batch_gives_what_the_reference_gives() -> None:

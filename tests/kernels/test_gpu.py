@@ -1,7 +1,5 @@
 """The kernels on a GPU: what the interpreter cannot tell. Collected everywhere, run where there is one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """How many launches a layer costs: on small features and late blocks they are what a step waits for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

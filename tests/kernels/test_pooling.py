@@ -1,7 +1,5 @@
 """The kernels of stem, transition and head against a float64 truth: on a GPU, or in Triton's interpreter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product

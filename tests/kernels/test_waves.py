@@ -1,7 +1,5 @@
 """Programs fill the device, wave by wave, and share all rows; what a launch is compiled for stays as batches shrink."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers.processes import compiled

@@ -1,7 +1,5 @@
 """Mixed and half precision for whole networks: autocast, GradScaler, ``.half()``, ``.bfloat16()``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

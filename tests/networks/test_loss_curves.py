@@ -4,8 +4,6 @@ Two correct implementations round differently, and training amplifies it. How fa
 measured: by an ensemble of reference runs, in each of which every pixel has been moved by one ulp.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Whole networks on the Triton kernels, own and converted, in two and three dimensions, against a float64 truth."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
