@@ -56,11 +56,6 @@ def test_layers_of_real_networks(name: str, mode: str, dtype: torch.dtype) -> No
     check_budget((layers, shape[1], 4, k), shape, dtype, recompute=mode, inputs=2)
 
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
-def test_means_far_larger_than_the_deviation(mode: str) -> None:
-    check_budget((2, 64, 4, 32), (4, 64, 28, 28), F32, shift=1e4, recompute=mode)
-
-
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
 def test_reruns_are_bit_equal(dtype: torch.dtype) -> None:
     """Programs arrive in another order every time; what they add up, they add up in one."""

@@ -5,7 +5,6 @@ measured: by an ensemble of reference runs, in each of which every pixel has bee
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.blocks import setting
+from helpers.budget import tiles
 from torch import Tensor, nn
 
 pytest.importorskip("sklearn")
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.core.features import Features, LazyGradient
 from fastdense.data.source import batches, digits
-from fastdense.kernels import launch
 from fastdense.training.config import TrainConfig
 from fastdense.training.run import lr_scheduler
 
@@ -132,11 +132,6 @@ def distance_ratio(config: TrainConfig, impl: str, prepare: Prepare = id) -> flo
     return ((mine - exact).norm() / (theirs - exact).norm()).item()
 
 
-def another_eps(model: nn.Module) -> None:
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.eps = 1.1e-5
-
-
 def channels_last(model: nn.Module) -> None:
     """From the first convolution on: images of one channel have no layout."""
     first: Any = model.get_submodule("features.conv0")
@@ -146,18 +141,13 @@ def channels_last(model: nn.Module) -> None:
 def test_the_first_gradient_is_as_good_as_pytorchs_and_another_eps_is_noticed() -> None:
     configs = [replace(SMALL, seed=seed) for seed in range(SEEDS)]
     assert max(distance_ratio(config, "torch") for config in configs) < 1.5
-    assert max(distance_ratio(config, "torch", another_eps) for config in configs) > 1.5
+    assert max(distance_ratio(config, "torch", setting("eps", 1.1e-5)) for config in configs) > 1.5
 
 
 def test_kernels_with_the_tiles_of_a_gpu_are_as_close_as_the_contiguous_reference() -> None:
     """On a CPU PyTorch adds up channels-last statistics one value after another, and is several times farther off."""
     pytest.importorskip("triton")
     config = replace(TINY, batch_size=8)  # 512 rows
-    with ExitStack() as stack:
-        for op in launch.OPERATIONS:
-            changes = {"block_m": 64, "block_c": 1024} if op == "reduce" else {"block_m": 64, "block_c": 16}
-            if op == "bn_relu_conv_backward":
-                changes |= {"weight_block_m": 64, "weight_block_c": 16}
-            stack.enter_context(launch.override(op, **changes))
+    with tiles(64):
         found = distance_ratio(config, "triton")
     assert found < 1.5 < distance_ratio(config, "reference", channels_last)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import networks
-from helpers.blocks import assert_close, assert_same, freeze_some, random_input, results, unchanged
+from helpers.blocks import assert_close, assert_same, freeze_some, learning, random_input, results, unchanged
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -274,14 +274,6 @@ def _frozen(*parts: str) -> Callable[[Any], None]:
     return change
 
 
-def _learning(*parts: str) -> Callable[[Any], None]:
-    def change(net: Any) -> None:
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(any(part in name for part in parts))
-
-    return change
-
-
 MIXTURES: dict[str, Callable[[Any], None]] = {
     "everything frozen": _frozen("norm"),
     "stem frozen": _frozen("norm0"),
@@ -294,13 +286,13 @@ MIXTURES: dict[str, Callable[[Any], None]] = {
     "features in evaluation": lambda net: net.features.eval(),
     "one block in evaluation": lambda net: net.features.denseblock2.eval(),
     "one transition in evaluation": lambda net: net.features.transition1.eval(),
-    "only the classifier learns": _learning("classifier"),
-    "only the head learns": _learning("classifier", "norm5"),
-    "only the stem learns": _learning("conv0", "norm0"),
-    "only a transition's conv learns": _learning("transition1.conv"),
-    "only a transition's norm learns": _learning("transition2.norm"),
-    "only the last block learns": _learning("denseblock3"),
-    "only norms learn": _learning("norm"),
+    "only the classifier learns": learning("classifier"),
+    "only the head learns": learning("classifier", "norm5"),
+    "only the stem learns": learning("conv0", "norm0"),
+    "only a transition's conv learns": learning("transition1.conv"),
+    "only a transition's norm learns": learning("transition2.norm"),
+    "only the last block learns": learning("denseblock3"),
+    "only norms learn": learning("norm"),
 }
 
 
