@@ -193,45 +193,6 @@ class Accesses(NamedTuple):
         return sum(self.loaded.values()) + sum(self.stored.values())
 
 
-class _Counting:
-    """The accesses of the launch that runs, in their order."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, tuple[int, int]] = {}
-        self.seen: list[tuple[bool, np.ndarray[Any, Any], int]] = []  # whether stored, addresses, bytes of each
-
-    def start(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
-        self.seen.clear()
-        self.tensors = {
-            name: (a.data_ptr(), a.data_ptr() + _span(a))
-            for name, a in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False)
-            if isinstance(a, Tensor)
-        }
-
-    def of(self, kernel: Any) -> Accesses:
-        """What the launch read that it had not written itself, and what it wrote."""
-        loaded: Counter[str] = Counter()
-        stored: Counter[str] = Counter()
-        for size in {size for _, _, size in self.seen}:
-            mine = [(is_store, addresses) for is_store, addresses, bytes_ in self.seen if bytes_ == size]
-            addresses = np.concatenate([addresses for _, addresses in mine])
-            stores = np.concatenate([np.full(addresses.shape, is_store) for is_store, addresses in mine])
-            distinct, first = np.unique(addresses, return_index=True)
-            self._share(loaded, distinct[~stores[first]], size)
-            self._share(stored, np.unique(addresses[stores]), size)
-        accessed = sum(len(addresses) * size for _, addresses, size in self.seen)
-        return Accesses(kernel.__name__, loaded, stored, accessed)
-
-    def _share(self, found: Counter[str], addresses: np.ndarray[Any, Any], size: int) -> None:
-        for name, (begin, end) in self.tensors.items():
-            mine = (begin <= addresses) & (addresses < end)
-            if mine.any():
-                found[name] += size * int(mine.sum())
-            addresses = addresses[~mine]
-        if len(addresses):
-            found["beyond"] += size * len(addresses)  # of rows that are read in whole words
-
-
 def _span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -242,10 +203,40 @@ def _span(tensor: Tensor) -> int:
 def accesses_counted() -> Iterator[list[Accesses]]:
     """What every launch within the ``with`` loads and stores, as the interpreter does it."""
     found: list[Accesses] = []
-    counting = _Counting()
+    tensors: dict[str, tuple[int, int]] = {}
+    seen: list[tuple[bool, np.ndarray[Any, Any], int]] = []  # in their order: whether stored, addresses, bytes of each
+
+    def start(kernel: Any, arguments: tuple[Any, ...]) -> None:
+        seen.clear()
+        tensors.clear()
+        for name, a in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False):
+            if isinstance(a, Tensor):
+                tensors[name] = a.data_ptr(), a.data_ptr() + _span(a)
 
     def note(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
-        counting.seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
+        seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
 
-    with _watched(counting.start, note, lambda kernel: found.append(counting.of(kernel))):
+    def share(counts: Counter[str], addresses: np.ndarray[Any, Any], size: int) -> None:
+        for name, (begin, end) in tensors.items():
+            mine = (begin <= addresses) & (addresses < end)
+            if mine.any():
+                counts[name] += size * int(mine.sum())
+            addresses = addresses[~mine]
+        if len(addresses):
+            counts["beyond"] += size * len(addresses)  # of rows that are read in whole words
+
+    def end(kernel: Any) -> None:
+        loaded: Counter[str] = Counter()
+        stored: Counter[str] = Counter()
+        for size in {size for _, _, size in seen}:
+            mine = [(is_store, addresses) for is_store, addresses, bytes_ in seen if bytes_ == size]
+            addresses = np.concatenate([addresses for _, addresses in mine])
+            stores = np.concatenate([np.full(addresses.shape, is_store) for is_store, addresses in mine])
+            distinct, first = np.unique(addresses, return_index=True)
+            share(loaded, distinct[~stores[first]], size)
+            share(stored, np.unique(addresses[stores]), size)
+        accessed = sum(len(addresses) * size for _, addresses, size in seen)
+        found.append(Accesses(kernel.__name__, loaded, stored, accessed))
+
+    with _watched(start, note, end):
         yield found

@@ -28,13 +28,11 @@ MODES: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module], bool]] = {
     "float16, norms float32": (F16, lambda net: _norms_in_float32(net.half()), False),
 }
 
+SLOW = ("pure float16", "float16, norms float32")  # which take the most inputs
+NAMES = [pytest.param("own", mode, marks=pytest.mark.minutes if mode in SLOW else ()) for mode in MODES]
 
-NAMES = [("own", mode) for mode in MODES if mode != "float16, norms float32"] + [("torchvision", "autocast bfloat16")]
 
-
-@pytest.mark.parametrize(
-    ("name", "mode"), [*NAMES, pytest.param("own", "float16, norms float32", marks=pytest.mark.minutes)]
-)
+@pytest.mark.parametrize(("name", "mode"), [*NAMES, ("torchvision", "autocast bfloat16")])
 def test_error_is_at_most_twice_the_references(name: str, mode: str) -> None:
     """A ReLU that a rounding switches outweighs all other errors, and is luck.
 
