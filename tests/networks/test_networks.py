@@ -55,27 +55,23 @@ def assert_equal_networks(reference: nn.Module, fast: nn.Module, shape: tuple[in
     assert_same(results(fast.eval(), x), results(reference.eval(), x))
 
 
-class Moments:
-    """Counts the channels whose batch moments the backend computes, by primitive."""
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The channels whose batch moments the torch backend computes, by primitive."""
+    channels: list[tuple[str, int]] = []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.channels: list[tuple[str, int]] = []
-        for name in ("moments", "bn_relu_conv", "bn_relu_pool"):  # copy_with_moments calls the first
-            monkeypatch.setattr(TorchBackend, name, self._counted(name, getattr(TorchBackend, name)))
-
-    def _counted(self, name: str, original: Any) -> Any:
+    def counted(name: str, place: int, original: Any) -> Any:
         def primitive(be: Any, *arguments: Any, **named: Any) -> None:
-            place = {"moments": 0, "bn_relu_conv": 2, "bn_relu_pool": 3}[name]
             out = named.get("out", arguments[place] if place < len(arguments) else None)
             if out.mean is not None:
-                self.channels.append((name, out.rows.shape[1]))
+                channels.append((name, out.rows.shape[1]))
             original(be, *arguments, **named)
 
         return primitive
 
-    @property
-    def total(self) -> int:
-        return sum(channels for _, channels in self.channels)
+    for name, place in (("moments", 0), ("bn_relu_conv", 2), ("bn_relu_pool", 3)):  # copy_with_moments calls the first
+        monkeypatch.setattr(TorchBackend, name, counted(name, place, getattr(TorchBackend, name)))
+    return channels
 
 
 class NoBatchNorm(TorchDispatchMode):
@@ -87,28 +83,24 @@ class NoBatchNorm(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("small_inputs", "mode"), [(False, "activations"), (True, "bottlenecks")])
-def test_each_channels_moments_are_computed_once(
-    small_inputs: bool, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = Moments(monkeypatch)
+def test_each_channels_moments_are_computed_once(small_inputs: bool, mode: str, moments: list[tuple[str, int]]) -> None:
     _, fast = network_pair(small_inputs=small_inputs, recompute=mode)
     with NoBatchNorm():
         fast(random_input(SHAPE)).square().sum().backward()
     stem = [("moments", 6)] + [("bn_relu_pool", 6)] * (not small_inputs)
     layer = [("bn_relu_conv", 16), ("bn_relu_conv", 4)]
     transitions = [("bn_relu_conv", 7)], [("bn_relu_conv", 9)]  # 6 + 2*4 channels to 7, 7 + 3*4 to 9
-    assert counted.channels == stem + 2 * layer + transitions[0] + 3 * layer + transitions[1] + layer
-    before = counted.total
+    want = stem + 2 * layer + transitions[0] + 3 * layer + transitions[1] + layer
+    assert moments == want
     fast.eval()(random_input(SHAPE))
-    assert counted.total == before, "evaluation needs none"
+    assert moments == want, "evaluation needs none"
 
 
-def test_frozen_readers_ask_for_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Moments(monkeypatch)
+def test_frozen_readers_ask_for_no_moments(moments: list[tuple[str, int]]) -> None:
     _, fast = network_pair(_frozen("norm0", "norm5", "transition", "denseblock1", "denseblock3"))
     fast(random_input(SHAPE)).square().sum().backward()
     layer = [("bn_relu_conv", 16), ("bn_relu_conv", 4)]
-    assert counted.channels == [("bn_relu_conv", 7), *3 * layer]  # transition1's output, and block 2
+    assert moments == [("bn_relu_conv", 7), *3 * layer]  # transition1's output, and block 2
 
 
 def test_the_inputs_of_stages_are_saved_once() -> None:
