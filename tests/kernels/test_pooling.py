@@ -1,4 +1,4 @@
-"""The kernels of stem, transition and head against a float64 truth: on a GPU, or in Triton's interpreter."""
+"""The kernels of stem, transition and head, and each primitive on slices: on a GPU, or in Triton's interpreter."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import networks
-from helpers.blocks import random_input, relative_error
+from helpers.blocks import norms, random_input, relative_error
 from helpers.budget import TOLERANCE, decided_relus, ordinary_gammas
 from torch import nn
 
@@ -13,9 +13,8 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def _norms_in_float32(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.float()
+    for norm in norms(net):
+        norm.float()
     return net
 
 
@@ -55,9 +54,8 @@ def test_autocasts_dtypes_are_the_references(name: str, dtype: torch.dtype) -> N
     x = networks.images(name, dtype=F32)
     found = []
     for net in (peer, fast):
-        seen = {
-            key: value.dtype for key, value in networks.outcome(net, x, torch.ones(2, networks.CLASSES), dtype).items()
-        }
+        outcome = networks.outcome(net, x, torch.ones(2, networks.CLASSES), dtype)
+        seen = {key: value.dtype for key, value in outcome.items()}
         with torch.no_grad(), torch.autocast("cpu", dtype):
             seen["evaluation"] = net.eval()(x).dtype
         found.append(seen)

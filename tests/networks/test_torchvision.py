@@ -16,8 +16,7 @@ def test_named_networks_equal_torchvisions(name: str, mode: str) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = random_input((2, 3, 64, 97))
     for _ in range(2):
-        got, want = results(ours, x), results(theirs, x)
-        assert_same(got, want)
+        assert_same(results(ours, x), results(theirs, x))
     assert_close("evaluation", ours.eval()(x), theirs.eval()(x))
 
 
