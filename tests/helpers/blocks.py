@@ -195,6 +195,16 @@ def setting(name: str, *values: Any) -> Callable[[nn.Module], None]:
     return change
 
 
+def learning(*parts: str) -> Callable[[nn.Module], None]:
+    """Only parameters in whose name one of ``parts`` is."""
+
+    def change(module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(any(part in name for part in parts))
+
+    return change
+
+
 evaluate = nn.Module.eval
 freeze_some = setting("training", False, True, False)
 other_eps = setting("eps", 0.3, 1e-5, 1e-3)

@@ -45,7 +45,7 @@ def decided_relus(module: nn.Module) -> None:
     """beta far from 0, so that every channel's ReLU is on or off whatever the roundings.
 
     In 16 bit one value within a rounding of 0 switches a ReLU and outweighs everything else, whoever computes: that is
-    luck, of which an average over some inputs is free (test_relus_that_switch).
+    luck, of which an average over some inputs is free ("ReLUs that roundings switch").
     """
     with torch.no_grad():
         for norm in norms(module):

@@ -26,18 +26,19 @@ def speed_up() -> None:
     Triton has changed, the interpreter stays as slow as it is.
     """
     from triton import language as tl
-    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    needed = (
-        (interpreter, ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")),
-        (TritonSemantic, ("computation_type_impl", "cast", "broadcast_impl_value")),
-        (tl.block_type(tl.int32, [1]).shape, ("values",)),
-    )
-    if not all(hasattr(owner, name) for owner, names in needed for name in names):
+    needed = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in needed) or not hasattr(
+        tl.block_type(tl.int32, [1]).shape, "values"
+    ):
         return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     patched: set[str] = set()
+    dtypes: dict[str, Any] = {}
+    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
+    shapes: dict[Any, tuple[Any, Any]] = {}
 
     @functools.cache
     def languages(function: Any) -> set[str]:
@@ -54,20 +55,11 @@ def speed_up() -> None:
         types.clear()
         launch(self, *arguments, **keywords)
 
-    def remembered(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-        known: dict[Any, Any] = {}
-
-        def look_up(*arguments: Any) -> Any:
-            name = key(*arguments)
-            if name not in known:
-                known[name] = make(*arguments)
-            return known[name]
-
-        return look_up
-
-    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
-    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
-    shapes: dict[Any, tuple[Any, Any]] = {}
+    def known_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_type(dtype)
+        return dtypes[name]
 
     def known_type(self: Any, element: Any, shape: Any) -> None:
         key = id(element), *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
@@ -84,24 +76,9 @@ def speed_up() -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar
         self.numel, self.shape = shapes[key]
 
-    cast, broadcast = TritonSemantic.cast, TritonSemantic.broadcast_impl_value
-
-    def cast_others(self: Any, value: Any, kind: Any, *rest: Any) -> Any:
-        return value if value.dtype is kind.scalar else cast(self, value, kind, *rest)
-
-    def broadcast_others(self: Any, left: Any, right: Any) -> Any:
-        a, b = left.type, right.type
-        same = a.is_block() and b.is_block() and a.shape.values == b.shape.values
-        return (left, right) if same else broadcast(self, left, right)
-
     tl.block_type.__init__, tl.tensor.__init__ = known_type, known_shape
-    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others
-    TritonSemantic.computation_type_impl = remembered(
-        TritonSemantic.computation_type_impl,
-        lambda self, a, a_is_scalar, b, *rest: (a.name, a_is_scalar, b.name, *rest),
-    )
-    interpreter._get_np_dtype = remembered(interpreter._get_np_dtype, lambda dtype: dtype.scalar.name)
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_dtype
+    interpreter.GridExecutor.__call__ = launch_afresh
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 
@@ -216,45 +193,6 @@ class Accesses(NamedTuple):
         return sum(self.loaded.values()) + sum(self.stored.values())
 
 
-class _Counting:
-    """The accesses of the launch that runs, in their order."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, tuple[int, int]] = {}
-        self.seen: list[tuple[bool, np.ndarray[Any, Any], int]] = []  # whether stored, addresses, bytes of each
-
-    def start(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
-        self.seen.clear()
-        self.tensors = {
-            name: (a.data_ptr(), a.data_ptr() + _span(a))
-            for name, a in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False)
-            if isinstance(a, Tensor)
-        }
-
-    def of(self, kernel: Any) -> Accesses:
-        """What the launch read that it had not written itself, and what it wrote."""
-        loaded: Counter[str] = Counter()
-        stored: Counter[str] = Counter()
-        for size in {size for _, _, size in self.seen}:
-            mine = [(is_store, addresses) for is_store, addresses, bytes_ in self.seen if bytes_ == size]
-            addresses = np.concatenate([addresses for _, addresses in mine])
-            stores = np.concatenate([np.full(addresses.shape, is_store) for is_store, addresses in mine])
-            distinct, first = np.unique(addresses, return_index=True)
-            self._share(loaded, distinct[~stores[first]], size)
-            self._share(stored, np.unique(addresses[stores]), size)
-        accessed = sum(len(addresses) * size for _, addresses, size in self.seen)
-        return Accesses(kernel.__name__, loaded, stored, accessed)
-
-    def _share(self, found: Counter[str], addresses: np.ndarray[Any, Any], size: int) -> None:
-        for name, (begin, end) in self.tensors.items():
-            mine = (begin <= addresses) & (addresses < end)
-            if mine.any():
-                found[name] += size * int(mine.sum())
-            addresses = addresses[~mine]
-        if len(addresses):
-            found["beyond"] += size * len(addresses)  # of rows that are read in whole words
-
-
 def _span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -265,10 +203,40 @@ def _span(tensor: Tensor) -> int:
 def accesses_counted() -> Iterator[list[Accesses]]:
     """What every launch within the ``with`` loads and stores, as the interpreter does it."""
     found: list[Accesses] = []
-    counting = _Counting()
+    tensors: dict[str, tuple[int, int]] = {}
+    seen: list[tuple[bool, np.ndarray[Any, Any], int]] = []  # in their order: whether stored, addresses, bytes of each
+
+    def start(kernel: Any, arguments: tuple[Any, ...]) -> None:
+        seen.clear()
+        tensors.clear()
+        for name, a in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False):
+            if isinstance(a, Tensor):
+                tensors[name] = a.data_ptr(), a.data_ptr() + _span(a)
 
     def note(kind: str, addresses: np.ndarray[Any, Any], pointers: Any) -> None:
-        counting.seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
+        seen.append((kind == "store", addresses, pointers.get_element_ty().primitive_bitwidth // 8))
 
-    with _watched(counting.start, note, lambda kernel: found.append(counting.of(kernel))):
+    def share(counts: Counter[str], addresses: np.ndarray[Any, Any], size: int) -> None:
+        for name, (begin, end) in tensors.items():
+            mine = (begin <= addresses) & (addresses < end)
+            if mine.any():
+                counts[name] += size * int(mine.sum())
+            addresses = addresses[~mine]
+        if len(addresses):
+            counts["beyond"] += size * len(addresses)  # of rows that are read in whole words
+
+    def end(kernel: Any) -> None:
+        loaded: Counter[str] = Counter()
+        stored: Counter[str] = Counter()
+        for size in {size for _, _, size in seen}:
+            mine = [(is_store, addresses) for is_store, addresses, bytes_ in seen if bytes_ == size]
+            addresses = np.concatenate([addresses for _, addresses in mine])
+            stores = np.concatenate([np.full(addresses.shape, is_store) for is_store, addresses in mine])
+            distinct, first = np.unique(addresses, return_index=True)
+            share(loaded, distinct[~stores[first]], size)
+            share(stored, np.unique(addresses[stores]), size)
+        accessed = sum(len(addresses) * size for _, addresses, size in seen)
+        found.append(Accesses(kernel.__name__, loaded, stored, accessed))
+
+    with _watched(start, note, end):
         yield found

@@ -1,7 +1,5 @@
 """Whole small networks, own and converted, each beside the one that it must equal."""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import warnings
@@ -38,7 +36,10 @@ def own(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[nn.
     return reference, fast
 
 
-def _converted(theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _converted(make: Callable[..., nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Another package's network, and converted."""
+    torch.manual_seed(0)
+    theirs = make(**options)
     randomise(theirs)
     ours = fastdense.convert(copy.deepcopy(theirs))
     assert sum(isinstance(module, Converted) for module in ours.modules()) == 4  # stem, two blocks, transition
@@ -46,24 +47,18 @@ def _converted(theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def torchvision(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """torchvision's network, and converted."""
-    torch.manual_seed(0)
-    return _converted(peers.torchvision().DenseNet(**{**SMALL, **options}))
+    return _converted(peers.torchvision().DenseNet, **{**SMALL, **options})
 
 
 def timm() -> tuple[nn.Module, nn.Module]:
-    """timm's network, and converted."""
-    torch.manual_seed(0)
     options = {name: value for name, value in SMALL.items() if name != "num_init_features"}
-    return _converted(peers.timm().DenseNet(**options))
+    return _converted(peers.timm().DenseNet, **options)
 
 
 def monai() -> tuple[nn.Module, nn.Module]:
-    """MONAI's three-dimensional network, and converted."""
-    torch.manual_seed(0)
+    """In three dimensions."""
     options = {"growth_rate": 4, "block_config": (2, 1), "init_features": 8}
-    network = peers.monai().DenseNet
-    return _converted(network(spatial_dims=3, in_channels=3, out_channels=CLASSES, **options))
+    return _converted(peers.monai().DenseNet, spatial_dims=3, in_channels=3, out_channels=CLASSES, **options)
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {

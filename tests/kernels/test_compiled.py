@@ -1,7 +1,5 @@
 """The kernels compiled for GPUs that are not here: no spills, tensor cores, wide loads; and the committed record."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json
@@ -12,7 +10,6 @@ import pytest
 from helpers.processes import COMPILED, python
 
 from benchmarks.compiled import report
-from benchmarks.compiled.launches import _loops
 
 # One launch of each kernel; a case of ``minutes`` compiles every row of the record.
 REPRESENTATIVES = (
@@ -104,19 +101,3 @@ def test_each_broken_rule_is_one_defect(record: dict[str, Any]) -> None:
     ):
         found = report.defects(dataclasses.replace(row, **change))
         assert len(found) == 1 and message in found[0]
-
-
-def test_loops_with_products_are_read_from_a_disassembly() -> None:
-    code = """
-.L_x_0:
-        /*0000*/ MOV R1, R2 ;
-.L_x_1:
-        /*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ;
-        /*0020*/ @P0 BRA `(.L_x_1) ;
-        /*0030*/ FADD R4, R4, R5 ;
-        /*0040*/ @!P1 BRA `(.L_x_0) ;
-.L_x_2:
-        /*0050*/ FFMA R1, R1, R1, R1 ;
-        /*0060*/ @P0 BRA `(.L_x_2) ;
-"""
-    assert _loops(code) == [[3, 2]]

@@ -1,8 +1,5 @@
 """The Triton kernels against a float64 truth, PyTorch and the torch backend: on a GPU, or in Triton's interpreter."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -10,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import blocks
-from helpers.blocks import assert_close, block_pair, random_input, results
-from helpers.budget import BF16, DEVICE, F16, F32, SHAPES, Guarded, check_budget, check_shape, ordinary_gammas, tiles
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.blocks import assert_close, block_pair, learning, random_input, results
+from helpers.budget import BF16, DEVICE, F16, F32, SHAPES, check_budget, check_shape, ordinary_gammas, tiles
 from torch import Tensor, nn
 
 import fastdense
@@ -31,11 +26,6 @@ def _input(shape: tuple[int, ...], dtype: torch.dtype = F32) -> Tensor:
     return random_input(shape, dtype=dtype).detach().to(DEVICE).requires_grad_()
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(rows.double(), dim=0, correction=0)
-    return mean, var
-
-
 @pytest.mark.parametrize(("name", "dtype"), [*product(SHAPES, (F32, F16)), ("plain", BF16), ("basic", BF16)], ids=str)
 def test_block_equals_the_reference_at_every_shape(name: str, dtype: torch.dtype) -> None:
     check_shape(name, dtype)
@@ -44,14 +34,6 @@ def test_block_equals_the_reference_at_every_shape(name: str, dtype: torch.dtype
 def _contiguous(block: nn.Module) -> None:
     for parameter in block.parameters():
         parameter.data = parameter.data.contiguous()
-
-
-def _only(*parts: str) -> Callable[[nn.Module], None]:
-    def change(block: nn.Module) -> None:
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(any(part in name for part in parts))
-
-    return change
 
 
 # layers, C0, bn_size and k; shape; dtype; options
@@ -96,12 +78,12 @@ def test_other_forms_of_the_convolution(form: str, dtype: torch.dtype) -> None:
 
 
 SUBSETS = {
-    "only the input": (_only(), True),
-    "weights without the input": (_only("conv"), False),
-    "norms": (_only("norm"), False),
-    "second layer's first conv": (_only("denselayer2.conv1"), False),
-    "first layer's beta": (_only("denselayer1.norm1.bias"), False),
-    "last layer's gamma": (_only("denselayer3.norm2.weight"), False),
+    "only the input": (learning(), True),
+    "weights without the input": (learning("conv"), False),
+    "norms": (learning("norm"), False),
+    "second layer's first conv": (learning("denselayer2.conv1"), False),
+    "first layer's beta": (learning("denselayer1.norm1.bias"), False),
+    "last layer's gamma": (learning("denselayer3.norm2.weight"), False),
 }
 
 
@@ -245,7 +227,7 @@ def test_moments_of_more_programs_than_one_step_merges() -> None:
     out = Features(torch.empty(be.m, 3, device=DEVICE), *torch.empty(2, 3, device=DEVICE))
     with launch.override("copy", block_m=16):
         be.copy_with_moments(x.contiguous(memory_format=torch.channels_last), out)
-    mean, var = _moments(out.rows)
+    var, mean = torch.var_mean(out.rows.double(), dim=0, correction=0)
     assert out.mean is not None and out.var is not None
     assert_close("mean", out.mean, mean, 1e-6)
     assert_close("var", out.var, var, 1e-5)
@@ -258,83 +240,6 @@ def test_reruns_are_bit_equal(bn_size: int | None) -> None:
         first, second = (results(fast.to(DEVICE), _input((2, 9, 3, 4), F16)) for _ in range(2))
     for name, value in first.items():
         assert "running" in name or "num_batches" in name or torch.equal(value, second[name]), name
-
-
-# channels read and written, kernel, images and their size
-SLICES = {
-    "1x1": (19, 13, (1, 1), (2, 5, 3)),
-    "3x3": (13, 5, (3, 3), (2, 5, 3)),
-    "3x3, one image, one column": (6, 40, (3, 3), (1, 7, 1)),
-    "3x3x3": (7, 3, (3, 3, 3), (1, 2, 3, 4)),
-}
-
-
-@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", SLICES)
-def test_each_primitive_on_slices_of_wider_tensors_writes_nothing_beside_them(name: str, dtype: torch.dtype) -> None:
-    """Against the torch backend in float64."""
-    reads, writes, kernel, shape = SLICES[name]
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
-
-    n, *spatial = shape
-    x, v = random(n, reads, *spatial), random(n, writes, *spatial)
-    be, truth = TritonBackend(x), TorchBackend(x.double())
-    norm = (random(reads).float(), random(reads).float(), 1e-3)
-    weight = random(writes, reads, *kernel) * (0.3 if dtype == F32 else 0.25)
-    tolerance = 2e-6 if dtype == F32 else 3e-3
-
-    def run(backend: Any, wide: torch.dtype, acc: torch.dtype) -> dict[str, Tensor]:
-        conv = Conv(Norm(norm[0].to(acc), norm[1].to(acc), norm[2]), weight.to(wide))
-        guards = {
-            "copy": Guarded(torch.zeros(be.m, reads, dtype=wide)), "D": Guarded(random_rows.to(wide)),
-            "out": Guarded(torch.zeros(be.m, writes, dtype=wide)), "grad": Guarded(grad_rows.to(wide)),
-            **{name: Guarded(torch.zeros(1, reads, dtype=acc)) for name in ("mean", "var")},
-            **{name: Guarded(torch.ones(1, reads - 2, dtype=acc)) for name in ("a", "b")},
-        }  # fmt: skip
-        source = Features(guards["copy"].rows, guards["mean"].rows[0], guards["var"].rows[0])
-        backend.copy_with_moments(x.to(wide), source)
-        out_mean, out_var = torch.empty(2, writes, dtype=acc, device=DEVICE)
-        out = Features(guards["out"].rows, out_mean, out_var)
-        backend.bn_relu_conv(source, conv, out)
-        found = {"out mean": out_mean.clone(), "out var": out_var.clone(), "out": out.rows.clone()}
-        # Backward through given values, so that both backends start from the same ones.
-        out.rows.copy_(v.movedim(1, -1).reshape(be.m, writes))
-        mean, var = (t.to(acc) for t in _moments(out.rows))
-        out = Features(out.rows, mean, var)
-        a, b = coefficients[0].to(acc), coefficients[1].to(acc)
-        into = LazyGradient(guards["D"].rows, guards["a"].rows[0], guards["b"].rows[0], 2)
-        grad = LazyGradient(guards["grad"].rows, a, b)
-        dgamma, dbeta, dw = backend.bn_relu_conv_backward(grad, out, conv, source, into, accumulate=True)
-        backend.finish()
-        resolved = backend.resolve(into, source[2:reads])
-        found |= {"dw": dw, "dgamma": dgamma, "dbeta": dbeta, "resolved": resolved}
-        return found | {name: guard.check() for name, guard in guards.items()}
-
-    m = n * torch.Size(spatial).numel()
-    random_rows, grad_rows, coefficients = random(m, reads - 2), random(m, writes), random(2, writes).float() * 0.1
-    with tiles(16):
-        got = run(be, dtype, F32)
-    want = run(truth, torch.float64, torch.float64)
-    for name, value in want.items():
-        assert_close(name, got[name], value.reshape(got[name].shape), tolerance)
-
-
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(
-    channels=st.integers(1, 20),
-    bn_size=st.one_of(st.none(), st.integers(1, 4)),
-    k=st.sampled_from([1, 2, 3, 8, 12]),
-    batch=st.integers(2, 3),
-    spatial=st.lists(st.integers(2, 6), min_size=1, max_size=3),
-    mode=st.sampled_from(["activations", "bottlenecks"]),
-)
-def test_block_equals_the_reference_at_any_shape(
-    channels: int, bn_size: int | None, k: int, batch: int, spatial: list[int], mode: str
-) -> None:
-    check_budget((1, channels, bn_size, k), (batch, channels, *spatial), F32, recompute=mode)
 
 
 def test_an_empty_batch_gives_what_the_reference_gives() -> None:

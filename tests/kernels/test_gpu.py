@@ -1,7 +1,5 @@
 """The kernels on a GPU: what the interpreter cannot tell. Collected everywhere, run where there is one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
@@ -58,11 +56,6 @@ def test_layers_of_real_networks(name: str, mode: str, dtype: torch.dtype) -> No
     check_budget((layers, shape[1], 4, k), shape, dtype, recompute=mode, inputs=2)
 
 
-@pytest.mark.parametrize("mode", ["activations", "bottlenecks"])
-def test_means_far_larger_than_the_deviation(mode: str) -> None:
-    check_budget((2, 64, 4, 32), (4, 64, 28, 28), F32, shift=1e4, recompute=mode)
-
-
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
 def test_reruns_are_bit_equal(dtype: torch.dtype) -> None:
     """Programs arrive in another order every time; what they add up, they add up in one."""
@@ -81,19 +74,13 @@ def test_auto_takes_the_kernels_and_they_stand_their_trial() -> None:
         assert select.self_test_failure("triton", torch.device(DEVICE), dtype) is None
 
 
-@pytest.fixture(scope="module")
-def wide() -> Features:
-    """The last 28 and 12 channels of a buffer with more than 2**31 elements, 17 GB with its gradient."""
-    m, channels = 2**19 + 3, 4104
-    buffer = torch.empty(m, channels, dtype=F16, device=DEVICE)
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last 28 and 12 channels of a buffer, which takes 17 GB with its gradient."""
+    m = 2**19 + 3
+    buffer = torch.empty(m, 4104, dtype=F16, device=DEVICE)
     assert buffer.numel() > 2**31
     buffer[:, -40:] = torch.randn(m, 40, device=DEVICE, dtype=F16)
-    zeros, ones = torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE)
-    return Features(buffer[:, -40:], zeros, ones)
-
-
-def test_more_than_two_to_the_31_elements(wide: Features) -> None:
-    m = wide.rows.shape[0]
+    wide = Features(buffer[:, -40:], torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE))
     last = slice(m - 1000, m)
     source, out = wide[slice(0, 28)], wide[slice(28, 40)]
     be = TritonBackend(torch.empty(m, 1, 1, 1, dtype=F16, device=DEVICE))

@@ -1,7 +1,5 @@
 """How many launches a layer costs: on small features and late blocks they are what a step waits for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 
@@ -61,7 +59,6 @@ LAYERS: dict[str, tuple[dict[str, Any], int]] = {
     "forward two, backward two": ({}, 4),
     "the bottleneck again where it was not saved": ({"recompute": True}, 5),
     "fp32 weights, as under autocast": ({"weights": F32}, 4),
-    "fp32 weights and the bottleneck again": ({"weights": F32, "recompute": True}, 5),
     "3x3 weights in torchvision's order, which one copy turns": ({"contiguous": True}, 4),
     "basic": ({"bn_size": None}, 2),
     "dropout": ({"drop": 0.2}, 5),

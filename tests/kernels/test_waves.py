@@ -1,6 +1,6 @@
 """Programs fill the device, wave by wave, and share all rows; what a launch is compiled for stays as batches shrink."""
 
-from __future__ import annotations
+from itertools import product
 
 import pytest
 import torch
@@ -86,21 +86,16 @@ def test_the_last_batch_of_an_epoch_and_the_next_layer_compile_nothing() -> None
     assert compiled(COMPILED_FOR % sizes).split() == ["same", "code"]
 
 
-@pytest.mark.parametrize("name", ["densenet121", "densenet161"])
-@pytest.mark.parametrize("batch", [32, 64, 256], ids="batch {}".format)
-def test_tiles_stay_the_same_as_a_batch_shrinks_by_an_image(name: str, batch: int) -> None:
-    network = NETWORKS[name]
-    for both in zip(blocks(network, batch, 224), blocks(network, batch - 1, 224), strict=True):
-        for writes, taps in ((4 * network.growth_rate, 1), (network.growth_rate, 9)):
-            shapes = (Shape(block.m, block.entering, writes, taps) for block in both)
-            assert len({launch.choose("bn_relu_conv", shape, BF16, 90, SM_COUNT[90]) for shape in shapes}) == 1
-
-
-def test_a_small_map_gives_every_multiprocessor_something() -> None:
-    whole = launch.choose("bn_relu_conv", Shape(64 * 56 * 56, 512, 128, 1), BF16, 90, 132)
-    small = launch.choose("bn_relu_conv", Shape(64 * 7 * 7, 512, 128, 1), BF16, 90, 132)
-    assert (whole.block_m, whole.block_k) == (64, 128)
-    assert (small.block_m, small.block_k) == (64, 32)
+def test_tiles_stay_the_same_as_a_batch_shrinks_by_an_image_and_small_maps_fill_the_device() -> None:
+    for name, batch in product(("densenet121", "densenet161"), (32, 64, 256)):
+        network = NETWORKS[name]
+        for both in zip(blocks(network, batch, 224), blocks(network, batch - 1, 224), strict=True):
+            for writes, taps in ((4 * network.growth_rate, 1), (network.growth_rate, 9)):
+                shapes = (Shape(block.m, block.entering, writes, taps) for block in both)
+                assert len({launch.choose("bn_relu_conv", shape, BF16, 90, SM_COUNT[90]) for shape in shapes}) == 1
+    for side, block_k in ((56, 128), (7, 32)):
+        chosen = launch.choose("bn_relu_conv", Shape(64 * side**2, 512, 128, 1), BF16, 90, 132)
+        assert (chosen.block_m, chosen.block_k) == (64, block_k)
 
 
 def test_a_changed_tile_is_not_believed_to_fit_as_often() -> None:

@@ -1,13 +1,11 @@
 """Mixed and half precision for whole networks: autocast, GradScaler, ``.half()``, ``.bfloat16()``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import networks
-from helpers.blocks import random_input, relative_error
+from helpers.blocks import norms, random_input, relative_error
 from helpers.budget import TOLERANCE, decided_relus, ordinary_gammas
 from torch import nn
 
@@ -15,9 +13,8 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def _norms_in_float32(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.float()
+    for norm in norms(net):
+        norm.float()
     return net
 
 
@@ -30,13 +27,11 @@ MODES: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module], bool]] = {
     "float16, norms float32": (F16, lambda net: _norms_in_float32(net.half()), False),
 }
 
+SLOW = ("pure float16", "float16, norms float32")  # which take the most inputs
+NAMES = [pytest.param("own", mode, marks=pytest.mark.minutes if mode in SLOW else ()) for mode in MODES]
 
-NAMES = [("own", mode) for mode in MODES if mode != "float16, norms float32"] + [("torchvision", "autocast bfloat16")]
 
-
-@pytest.mark.parametrize(
-    ("name", "mode"), [*NAMES, pytest.param("own", "float16, norms float32", marks=pytest.mark.minutes)]
-)
+@pytest.mark.parametrize(("name", "mode"), [*NAMES, ("torchvision", "autocast bfloat16")])
 def test_error_is_at_most_twice_the_references(name: str, mode: str) -> None:
     """A ReLU that a rounding switches outweighs all other errors, and is luck.
 
@@ -59,9 +54,8 @@ def test_autocasts_dtypes_are_the_references(name: str, dtype: torch.dtype) -> N
     x = networks.images(name, dtype=F32)
     found = []
     for net in (peer, fast):
-        seen = {
-            key: value.dtype for key, value in networks.outcome(net, x, torch.ones(2, networks.CLASSES), dtype).items()
-        }
+        outcome = networks.outcome(net, x, torch.ones(2, networks.CLASSES), dtype)
+        seen = {key: value.dtype for key, value in outcome.items()}
         with torch.no_grad(), torch.autocast("cpu", dtype):
             seen["evaluation"] = net.eval()(x).dtype
         found.append(seen)

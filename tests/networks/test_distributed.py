@@ -1,7 +1,5 @@
 """DDP and SyncBatchNorm round whole networks: two processes with gloo, started by torchrun."""
 
-from __future__ import annotations
-
 import pytest
 import torch.distributed as dist
 from helpers import distributed_networks

@@ -1,7 +1,5 @@
 """``torch.export``: whole networks as programs of PyTorch's own operators, for any batch size."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import networks

@@ -4,10 +4,7 @@ Two correct implementations round differently, and training amplifies it. How fa
 measured: by an ensemble of reference runs, in each of which every pixel has been moved by one ulp.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.blocks import setting
+from helpers.budget import tiles
 from torch import Tensor, nn
 
 pytest.importorskip("sklearn")
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.core.features import Features, LazyGradient
 from fastdense.data.source import batches, digits
-from fastdense.kernels import launch
 from fastdense.training.config import TrainConfig
 from fastdense.training.run import lr_scheduler
 
@@ -32,7 +30,6 @@ SMALL = TrainConfig(block_config=(2, 2), growth_rate=8, batch_size=32, steps=50)
 TINY = TrainConfig(block_config=(1, 1), growth_rate=4, batch_size=16, steps=50)
 BOTTLENECK = 16  # channels, of the tiny network alone
 
-Change = Callable[[TrainConfig], TrainConfig]
 Prepare = Callable[[nn.Module], Any]
 
 
@@ -90,23 +87,17 @@ def ranks_first(losses: Tensor, reference: Tensor, members: Tensor) -> bool:
     return bool(scores[0] > max(scores[1:]))
 
 
-def outside(impl: str = "torch", change: Change = lambda config: config) -> bool:
+def outside(**changes: float) -> bool:
     """Whether the run ranks first for every seed."""
-    return all(ranks_first(train(change(replace(TINY, seed=seed)), impl), *ensemble(seed)) for seed in range(SEEDS))
-
-
-CHANGES: dict[str, Change] = {
-    "momentum": lambda config: replace(config, momentum=0.9001),
-    "learning rate": lambda config: replace(config, lr=1.0001 * config.lr),
-    "weight decay": lambda config: replace(config, weight_decay=1.1e-4),
-}
+    configs = [replace(TINY, seed=seed, **changes) for seed in range(SEEDS)]
+    return all(ranks_first(train(config, "torch"), *ensemble(config.seed)) for config in configs)
 
 
 def test_rounding_explains_the_loss_curve_and_no_slight_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor a lazy gradient without ``b`` in one layer. All in one test: the ensembles take long."""
     assert not outside()
-    for name, change in CHANGES.items():
-        assert outside(change=change), name
+    for changes in ({"momentum": 0.9001}, {"lr": 1.0001 * TINY.lr}, {"weight_decay": 1.1e-4}):
+        assert outside(**changes), changes
     resolve = TorchBackend._resolve
 
     def without_b(self: TorchBackend, grad: LazyGradient, of: Features, chunk: slice) -> Tensor:
@@ -134,11 +125,6 @@ def distance_ratio(config: TrainConfig, impl: str, prepare: Prepare = id) -> flo
     return ((mine - exact).norm() / (theirs - exact).norm()).item()
 
 
-def another_eps(model: nn.Module) -> None:
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.eps = 1.1e-5
-
-
 def channels_last(model: nn.Module) -> None:
     """From the first convolution on: images of one channel have no layout."""
     first: Any = model.get_submodule("features.conv0")
@@ -148,18 +134,13 @@ def channels_last(model: nn.Module) -> None:
 def test_the_first_gradient_is_as_good_as_pytorchs_and_another_eps_is_noticed() -> None:
     configs = [replace(SMALL, seed=seed) for seed in range(SEEDS)]
     assert max(distance_ratio(config, "torch") for config in configs) < 1.5
-    assert max(distance_ratio(config, "torch", another_eps) for config in configs) > 1.5
+    assert max(distance_ratio(config, "torch", setting("eps", 1.1e-5)) for config in configs) > 1.5
 
 
 def test_kernels_with_the_tiles_of_a_gpu_are_as_close_as_the_contiguous_reference() -> None:
     """On a CPU PyTorch adds up channels-last statistics one value after another, and is several times farther off."""
     pytest.importorskip("triton")
     config = replace(TINY, batch_size=8)  # 512 rows
-    with ExitStack() as stack:
-        for op in launch.OPERATIONS:
-            changes = {"block_m": 64, "block_c": 1024} if op == "reduce" else {"block_m": 64, "block_c": 16}
-            if op == "bn_relu_conv_backward":
-                changes |= {"weight_block_m": 64, "weight_block_c": 16}
-            stack.enter_context(launch.override(op, **changes))
+    with tiles(64):
         found = distance_ratio(config, "triton")
     assert found < 1.5 < distance_ratio(config, "reference", channels_last)
