@@ -22,23 +22,18 @@ def speed_up() -> None:
     """Triton's interpreter several times as fast, with the same results.
 
     It patches the language at every call of a function, where once a launch will do; checks every sum of integers for
-    an overflow, which no small tensor reaches; and builds tables, types and shapes anew at every look at them. Where
-    Triton has changed, the interpreter stays as slow as it is.
+    an overflow, which no small tensor reaches; and builds a table at every look at a dtype. Where Triton has changed,
+    the interpreter stays as slow as it is.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
     needed = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "GridExecutor", "interpreter_builder")
-    if not all(hasattr(interpreter, name) for name in needed) or not hasattr(
-        tl.block_type(tl.int32, [1]).shape, "values"
-    ):
+    if not all(hasattr(interpreter, name) for name in needed):
         return
     patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
-    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     patched: set[str] = set()
     dtypes: dict[str, Any] = {}
-    types: dict[Any, dict[str, Any]] = {}  # an entry holds its element type, so that no other gets the same id
-    shapes: dict[Any, tuple[Any, Any]] = {}
 
     @functools.cache
     def languages(function: Any) -> set[str]:
@@ -52,7 +47,6 @@ def speed_up() -> None:
 
     def launch_afresh(self: Any, *arguments: Any, **keywords: Any) -> None:
         patched.clear()
-        types.clear()
         launch(self, *arguments, **keywords)
 
     def known_dtype(dtype: Any) -> Any:
@@ -61,22 +55,6 @@ def speed_up() -> None:
             dtypes[name] = numpy_type(dtype)
         return dtypes[name]
 
-    def known_type(self: Any, element: Any, shape: Any) -> None:
-        key = id(element), *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
-        if key not in types:
-            make_type(self, element, shape)
-            types[key] = dict(vars(self))
-        vars(self).update(types[key])
-
-    def known_shape(self: Any, handle: Any, kind: Any) -> None:
-        key = tuple(kind.shape.values) if kind.is_block() else ()
-        if key not in shapes:
-            make_tensor(self, handle, kind)
-            shapes[key] = self.numel, self.shape
-        self.handle, self.type, self.dtype = handle, kind, kind.scalar
-        self.numel, self.shape = shapes[key]
-
-    tl.block_type.__init__, tl.tensor.__init__ = known_type, known_shape
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_dtype
     interpreter.GridExecutor.__call__ = launch_afresh
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
