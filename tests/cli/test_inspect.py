@@ -172,6 +172,17 @@ def test_checkpoints_say_which_network_they_are_of(undrawn: None, checkpoints: A
     assert "k = 4, without dense connections, after 2 steps" in numbers["title"]
 
 
+def test_of_a_comparison_fastdenses_run_is_looked_at(undrawn: None, checkpoints: Any, tmp_path: Path) -> None:
+    state = torch.load(checkpoints[0], weights_only=True)
+    run = state["runs"]["fastdense"]
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in run["model"].items()}
+    state["runs"] = {"reference": {**run, "model": other}, "fastdense": run}
+    path = tmp_path / "compared.pt"
+    torch.save(state, path)
+    compared, alone = (looked("reuse", "--weights", w, folder=tmp_path)[1] for w in (path, checkpoints[0]))
+    assert compared["blocks"] == alone["blocks"]
+
+
 def test_weights_that_do_not_fit_are_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     dense, plain = checkpoints
     torch.save(own().state_dict(), tmp_path / "other.pt")

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations
 
 import fastdense
 
+pytestmark = pytest.mark.quick
+
 Change = Callable[[Any], Any]
 
 

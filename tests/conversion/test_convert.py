@@ -13,6 +13,8 @@ from torch import nn
 
 import fastdense
 
+pytestmark = pytest.mark.quick
+
 MODES = ("activations", "bottlenecks", "auto", None)
 WITH_STEM = ("pooled", "stem", "stem, 1D", "stem, 3D")
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdense
 
+pytestmark = pytest.mark.quick
+
 Change = Callable[[Any], Any]
 MODES = ("activations", "bottlenecks")
 

@@ -233,8 +233,7 @@ def test_memory_efficient_updates_statistics_twice_and_fastdense_once(family: st
 
 
 @pytest.mark.parametrize(
-    ("name", "activations", "bottlenecks"),
-    [("densenet121", 4.6, 12.0), pytest.param("densenet201", 6.3, 17.0, marks=pytest.mark.minutes)],
+    ("name", "activations", "bottlenecks"), [("densenet121", 4.6, 12.0), ("densenet201", 6.3, 17.0)]
 )
 def test_bytes_saved_against_torchvision(name: str, activations: float, bottlenecks: float) -> None:
     """The whole network, fp32, 224 x 224, one image."""

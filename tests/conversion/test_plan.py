@@ -14,6 +14,8 @@ from torch import nn
 
 import fastdense
 
+pytestmark = pytest.mark.quick
+
 
 def make(**options: Any) -> Any:
     return foreign.Net(foreign.StarBlock, k=8, **options)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fastdense
 from fastdense import functional
 
+pytestmark = pytest.mark.quick
+
 
 class Sideways(nn.Sequential):
     """A Sequential that calls its children otherwise."""

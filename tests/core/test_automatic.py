@@ -99,6 +99,11 @@ def test_the_cheapest_blocks_recompute_first() -> None:
     enough = planned_bytes([cheap, dear], [A, B])[1]
     assert planned_bytes([cheap, dear], [B, A])[1] > enough
     assert plan_recompute([cheap, dear], enough) == [A, B]
+    # Of two that free the same, the dearer one is taken back.
+    dearer, cheaper = (BlockSize(100, 50, (reads,), (20,), 4) for reads in (10, 5))
+    largest = BlockSize(1000, 50, (40, 40, 40), (20, 20, 20), 4)
+    enough = planned_bytes([dearer, cheaper, largest], [B, A, B])[1]
+    assert plan_recompute([dearer, cheaper, largest], enough) == [A, B, B]
 
 
 def test_the_network_obeys_the_plan(free: Any) -> None:

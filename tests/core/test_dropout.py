@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastdense import reference
 from fastdense.backends import philox
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("seed", [0, 2**62 + 12345, -5], ids=["zero", "large", "negative"])
 def test_philox_gives_the_published_vector_and_equals_plain_integers(seed: int) -> None:
@@ -89,6 +91,16 @@ def test_chunks_see_the_same_mask(per_channel: bool, size: int, monkeypatch: pyt
     want = run()
     monkeypatch.setattr("fastdense.backends.torch_backend.CHUNK_BYTES", size)
     assert_same(run(), want)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("dropping", [0, 1], ids=["first", "second"])
+def test_only_a_layer_in_training_drops(dropping: int, impl: str) -> None:
+    _, block = block_pair(2, 6, 4, 4, drop_rate=1.0, impl=impl)
+    for i, layer in enumerate(block.children()):
+        layer.training = i == dropping
+    new = block(random_input((2, 6, 4, 4)))[:, 6:].split(4, 1)
+    assert [not part.any() for part in new] == [dropping == 0, dropping == 1]
 
 
 def test_pytorchs_seed_governs_the_mask_and_evaluation_draws_none() -> None:

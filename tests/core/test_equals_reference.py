@@ -19,6 +19,8 @@ from fastdense.backends.tiling import of_images, of_rows
 from fastdense.backends.torch_backend import TorchBackend
 from fastdense.core.primitives import Pool
 
+pytestmark = pytest.mark.quick
+
 # layers, C0, bn_size, k, input shape
 BLOCKS: dict[str, tuple[Any, ...]] = {
     **{name: shape[:5] for name, shape in SHAPES.items()},

@@ -201,8 +201,10 @@ NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
     "basic": (dense_net(2, 8, (4, 4), 16, small_inputs=True, bn_size=None), (8, 3, 112, 112)),
     "3D": (dense_net(3, 16, (3, 4), 32), (4, 1, 32, 48, 48)),
     "one large volume": (dense_net(3, 16, (3, 4), 32), (1, 1, 96, 96, 96)),
+    "DenseNet-121": (dense_net(2), (8, 3, 224, 224)),
+    "DenseNet-201": (dense_net(2, 32, (6, 12, 48, 32), 64), (2, 3, 224, 224)),
 }
-DOMINATED = ("three blocks", "one large image")  # by what grows with the network, not by the 32 MB
+DOMINATED = ("three blocks", "one large image", "DenseNet-121")  # by what grows with the network, not by the 32 MB
 
 
 def largest_backward(network: nn.Module, x: torch.Tensor) -> int:
@@ -212,7 +214,9 @@ def largest_backward(network: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.minutes if "-" in name else ()) for name in NETWORKS]
+)
 def test_the_peak_of_a_training_step_is_bounded(name: str, mode: str) -> None:
     """At most what is saved, ``2*m*C + 3*m*B`` elements for the block where that is most, and 32 MB, on both backends.
 

@@ -14,6 +14,8 @@ from torch import nn
 
 import fastdense
 
+pytestmark = pytest.mark.quick
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ImageNet stem": {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8},
     "CIFAR stem": {"growth_rate": 4, "block_config": (2, 2, 2), "num_init_features": 8, "small_inputs": True},

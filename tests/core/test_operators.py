@@ -17,6 +17,8 @@ import fastdense
 from fastdense import functional
 from fastdense.backends.torch_backend import TorchBackend
 
+pytestmark = pytest.mark.quick
+
 F32, F64 = torch.float32, torch.float64
 POOL = torch.ops.fastdense.bn_relu_pool
 
@@ -141,6 +143,17 @@ def test_moments_of_a_block_are_differentiable_outputs_and_inputs(name: str, cas
         return torch.autograd.grad(loss, [x, *block.parameters()])
 
     assert_each_close(run(fast, "torch", recompute=fast.recompute), run(reference, "reference"))
+
+
+def test_moments_alone_may_require_gradients() -> None:
+    _, fast, x = part("block")
+    mean, var = (moment.detach().requires_grad_() for moment in _moments(x))
+    found = []
+    for needed in (True, False):
+        fast.requires_grad_(needed)
+        y = fastdense.dense_block(x.detach().requires_grad_(needed), fast.values(), moments=(mean, var))
+        found.append(torch.autograd.grad(y.square().sum(), (mean, var)))
+    assert_each_close(*found)
 
 
 @pytest.mark.parametrize("how", ["differentiable", "hints"])

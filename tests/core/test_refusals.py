@@ -15,6 +15,8 @@ import fastdense
 from fastdense import DenseBlock, DenseLayer, DenseNet, Transition, dense_block
 from fastdense.core import warn
 
+pytestmark = pytest.mark.quick
+
 x = torch.zeros(3, 5, 5, 7, dtype=torch.float64)
 MEAN = torch.zeros(5, device="meta")
 Call = Callable[[Any], Any]
@@ -82,6 +84,10 @@ BLOCK: dict[str, Refusal] = {
     "no layers": (r"at least one layer", lambda b: dense_block(x, [])),
     "layers with and without bottleneck": (r"layer 1 differs", lambda b: dense_block(x, layers((5, 2), (8, None)))),
     "layers that do not chain": (r"layer 1 .*8 channels.*9", lambda b: dense_block(x, layers((5, 2), (9, 2)))),
+    "other convolutions": (
+        r"layer 1 .*conv1.*and 7",
+        set_to("denselayer2.conv1", nn.Conv2d(7, 6, 1, bias=False).double()),
+    ),
 }
 STAGE: dict[str, Refusal] = {
     "rank 2": (r"1 to 3 spatial dimensions.*\(3, 5\)", lambda s: s(x[..., 0, 0])),

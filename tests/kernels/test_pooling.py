@@ -177,6 +177,7 @@ SLICES: dict[str, tuple[tuple[int, ...], int, tuple[int, ...] | None, Pool | Non
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch statistics", "frozen"])
 @pytest.mark.parametrize("name", SLICES)

@@ -12,6 +12,8 @@ import fastdense.kernels
 from fastdense.kernels import launch
 from fastdense.kernels.launch import LaunchConfig, Shape
 
+pytestmark = pytest.mark.quick
+
 SOURCES = sorted(Path(path) for folder in fastdense.kernels.__path__ for path in Path(folder).glob("*.py"))
 ARCHITECTURES = (0, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

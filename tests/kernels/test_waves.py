@@ -49,6 +49,7 @@ def test_two_kinds_of_programs_share_a_wave_by_their_work() -> None:
     heavy, light = Work(1000, 1, cost=9), Work(1000, 1, cost=3)
     (some, long), (few, short) = launch.share(132, heavy, light)
     assert some + few <= 132 and abs(long * 9 - short * 3) <= 9
+    assert launch.share(132, Work(90, 80)) == ((3, 30),), "two waves of 240 programs are sooner through than one of 80"
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
