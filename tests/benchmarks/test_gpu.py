@@ -145,7 +145,6 @@ def test_a_rehearsal_of_a_few_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.minutes
-@pytest.mark.timeout(900)
 def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     results: dict[str, Any] = {}
     for again in (False, True):
