@@ -45,7 +45,7 @@ quick: $(ENV_READY) ## After each edit, within a minute: block, operators, modul
 
 test: lint types pytest ## Before each commit: lint, types and the tests
 
-test-all: PYTEST_ARGS += -m "minutes or not minutes"
+test-all: override PYTEST_ARGS += -m "minutes or not minutes"
 test-all: test ## The same, with the tests that take minutes
 
 lint: $(ENV_READY) ## Style and likely mistakes (ruff)

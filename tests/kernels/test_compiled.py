@@ -67,7 +67,6 @@ def test_each_kernel_compiles_to_what_the_record_says(record: dict[str, Any], tm
 
 
 @pytest.mark.minutes
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", report.SM_COUNT)
 def test_every_row_compiles_to_what_the_record_says(arch: int, record: dict[str, Any], tmp_path: Path) -> None:
     rows, _ = _compile(tmp_path / "rows.json", "-m", "benchmarks.compiled", "--all", "--arch", arch, record=record)
